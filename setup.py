@@ -1,0 +1,56 @@
+"""Package metadata and the two-folder mapping.
+
+`kernels/` and `quant/` lie at the root, where a reader looks for them, and are shipped as `ornith_moe.kernels` and
+`ornith_moe.quant`. Neither has an `__init__.py`: Hugging Face's `kernels` package is imported by transformers under
+that bare name, and a root folder that is a regular package would shadow it. The relative links in `ornith_moe/` let a
+bare checkout see what an install has; the mapping below is what an install uses, so links may be lost on the way.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ornith_moe" / "__init__.py").read_text(encoding="utf-8")).group(1)
+ROOMS = ("kernels", "quant")  # root folders shipped as sub-packages of ornith_moe
+
+packages, package_dir = ["ornith_moe"], {"ornith_moe": "ornith_moe"}
+for room in ROOMS:
+    for name in ["", *find_namespace_packages(str(ROOT / room), exclude=["*__pycache__*"])]:
+        package = ".".join(filter(None, ["ornith_moe", room, name]))
+        packages.append(package)
+        package_dir[package] = "/".join(filter(None, [room, name.replace(".", "/")]))
+
+setup(
+    name="ornith-moe",
+    version=VERSION,
+    description="MoE kernels, one quantizer and checkpoint conversion for the Ornith-1.0 family",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="ornith-moe contributors",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"": ["*.json", "py.typed"]},  # every folder below the two is a package, so "" reaches all data
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=2.0",
+        "safetensors>=0.5",
+        "gguf>=0.18",
+        "numba>=0.61",
+        "typer>=0.15",
+        "rich>=13.7",
+        "xxhash>=3.4",
+    ],
+    extras_require={
+        "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring their own
+        "hf": ["transformers>=5.20"],
+        "llama": ["xllamacpp>=2026.10"],
+        "hub": ["huggingface_hub>=1.0"],
+    },
+    entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},
+)
