@@ -1,0 +1,245 @@
+"""FP8 (e4m3fn): the one definition that the training GEMM, the weight sync and the file on disk share, bit for bit.
+
+    amax  = max |x| over the block's real elements
+    scale = max(amax / 448, 2^-126)         1 for a block of zeros, NaN for a block that holds NaN or Inf
+    scale = round(scale)                    to the dtype it is stored in: fp32, BF16 (nearest), UE8M0 (up)
+    q     = e4m3fn(x / scale)               nearest, ties to even
+    x'    = q * scale
+
+`scale` is what stored values are multiplied by, also where a file calls it `weight_scale_inv`. Each choice is frozen:
+
+- Division, in IEEE fp32, twice. Multiplying by 448 / amax changes 0.02-0.05 % of the codes and half of the scales.
+- The scale is rounded *before* the values are divided by it. Rounding a UE8M0 scale afterwards leaves 9 dB of 31.
+- UE8M0 is 2^ceil(log2(amax / 448)), found on the exponent bits; a logarithm in fp32 is wrong beside powers of two.
+- 2^-126 is the smallest normal number of all three scale dtypes, so no scale underflows to 0 and none is subnormal.
+- No clamp is needed: a rounded scale is at most 2^-9 too small, x / scale stays below 449, and e4m3fn rounds to 448
+  up to 464. A block with NaN or Inf gets code 0x7f throughout, whatever the sign; the converter refuses it earlier.
+- Weights (block, channel) are rounded to BF16 first, whatever they come in: an fp32 master quantized directly would
+  not be the policy that a BF16 weight sync serves (xtuner#2044). Activations (tokens) are quantized as given.
+- Edge blocks are partial: the grid is ceil(N / block) and no padding is seen.
+
+N rows (output channels or tokens), K contraction. On a CPU the work goes in tiles of rows that stay in cache, which
+changes no bit. Under `torch.compile` on a GPU, division is approximate: call these functions outside of it; the Triton
+twin is `ornith_moe.kernels.fp8_cast`.
+Sources: OCP 8-bit floating point specification (e4m3fn), DeepSeek-V3 section 3.3 (1x128 and 128x128), OCP MX (UE8M0).
+"""
+
+import torch
+
+E4M3_MAX = 448.0
+MIN_SCALE = 2.0**-126
+_TILE_ELEMENTS = 1 << 19  # 2 MiB of fp32; a whole 4096 x 4096 matrix at once is four times slower
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.no_grad()
+def quantize_fp8_block(
+    w: torch.Tensor, *, block: tuple[int, int] = (128, 128), scale: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q[i, j] = e4m3fn(w[i, j] / s) with one scale s per `block` of a weight matrix.
+
+    Args:
+        w: [..., N, K], fp32, fp16 or BF16, any strides; rounded to BF16 first. N and K need not divide into blocks.
+        block: rows and columns that share a scale.
+        scale: dtype of the scale, "fp32", "bf16" or "ue8m0".
+    Returns:
+        q: [..., N, K], torch.float8_e4m3fn, contiguous.
+        scale: [..., ceil(N / block[0]), ceil(K / block[1])], float32, bfloat16 or float8_e8m0fnu (what transformers and
+            safetensors store for `scale_fmt: ue8m0`).
+    Raises:
+        TypeError: `w` is not a floating tensor of those dtypes. ValueError: fewer than two dimensions, a block below 1
+            or an unknown `scale`.
+    Numerics: the module's rule; bitwise equal on every device and for every tiling. SQNR on normal weights 31.5 dB.
+    Source: DeepSeek-V3 section 3.3; Qwen's FP8 checkpoints with scale="bf16".
+    Example:
+        >>> q, s = quantize_fp8_block(torch.randn(200, 300))
+        >>> q.shape, s.shape
+        (torch.Size([200, 300]), torch.Size([2, 3]))
+    """
+    _check("w", w, 2)
+    if min(block) < 1:
+        raise ValueError(f"block: expected two sizes of at least 1, got {tuple(block)}; the usual block is (128, 128)")
+    _check_scale(scale, ("fp32", "bf16", "ue8m0"))
+    return _quantize(w, *block, scale, torch.bfloat16)
+
+
+@torch.no_grad()
+def quantize_fp8_channel(w: torch.Tensor, *, scale: str = "bf16") -> tuple[torch.Tensor, torch.Tensor]:
+    """q[i, j] = e4m3fn(w[i, j] / s[i]) with one scale per output row of a weight matrix.
+
+    Args:
+        w: [..., N, K], fp32, fp16 or BF16, any strides; rounded to BF16 first.
+        scale: dtype of the scale, "bf16" (compressed-tensors files) or "fp32".
+    Returns:
+        q: [..., N, K], torch.float8_e4m3fn, contiguous.
+        scale: [..., N, 1], bfloat16 or float32.
+    Raises, Numerics: as `quantize_fp8_block`.
+    Source: compressed-tensors "float-quantized", strategy "channel".
+    Example:
+        >>> q, s = quantize_fp8_channel(torch.randn(3, 200, 300))
+        >>> s.shape, s.dtype
+        (torch.Size([3, 200, 1]), torch.bfloat16)
+    """
+    _check("w", w, 2)
+    _check_scale(scale, ("bf16", "fp32"))
+    return _quantize(w, 1, None, scale, torch.bfloat16)
+
+
+@torch.no_grad()
+def quantize_fp8_tokens(
+    x: torch.Tensor, *, group: int | None = 128, scale: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q[t, k] = e4m3fn(x[t, k] / s[t, k // group]) with one scale per token and group of `group` columns.
+
+    Args:
+        x: [..., K], fp32, fp16 or BF16, any strides; quantized as given.
+        group: columns that share a scale; None for one scale per token (the channel recipe).
+        scale: dtype of the scale, "fp32" or "ue8m0".
+    Returns:
+        q: [..., K], torch.float8_e4m3fn, contiguous.
+        scale: [..., ceil(K / group)] (or [..., 1]), float32 or float8_e8m0fnu.
+    Raises, Numerics: as `quantize_fp8_block`; a token's bits do not depend on the other tokens.
+    Source: DeepSeek-V3 section 3.3.
+    Example:
+        >>> q, s = quantize_fp8_tokens(torch.randn(5, 300))
+        >>> s.shape
+        torch.Size([5, 3])
+    """
+    _check("x", x, 1)
+    if group is not None and group < 1:
+        raise ValueError(f"group: expected at least 1 or None, got {group}; the usual group is 128")
+    _check_scale(scale, ("fp32", "ue8m0"))
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    q, s = _quantize(rows, 1, group, scale, torch.float32)
+    return q.view(x.shape), s.view(*x.shape[:-1], s.shape[-1])
+
+
+@torch.no_grad()
+def dequantize_fp8(
+    q: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """x'[i, j] = q[i, j] * scale[i // block[0], j // block[1]], the inverse of the three functions above.
+
+    Args:
+        q: [..., N, K] (or [K] with `scale` [ceil(K / group)]), torch.float8_e4m3fn.
+        scale: [..., ceil(N / block[0]), ceil(K / block[1])], float32, bfloat16 or float8_e8m0fnu.
+        block: rows and columns that share a scale. None finds it from the shapes among whole rows, 1x128 and 128x128,
+            which never contradict each other; any other block must be named.
+        dtype: of the result.
+    Returns: [..., N, K] in `dtype`.
+    Raises:
+        TypeError: `q` is not e4m3fn. ValueError: the scale's shape belongs to no block, or not to the named one.
+    Numerics: one fp32 product, then one rounding to `dtype`. It may overflow where |x| was within 1/16 of the largest
+        number of `dtype`.
+    Example:
+        >>> q, s = quantize_fp8_channel(torch.ones(4, 8))
+        >>> dequantize_fp8(q, s).unique()
+        tensor([1.], dtype=torch.bfloat16)
+    """
+    if q.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"q: expected torch.float8_e4m3fn, got {q.dtype}; view raw bytes as torch.float8_e4m3fn first")
+    if q.dim() == 1 and scale.dim() == 1:
+        return dequantize_fp8(q[None], scale[None], block=block, dtype=dtype)[0]
+    if q.dim() < 2:
+        raise ValueError(f"q: expected a matrix, or one row with a scale of one dimension, got shape {list(q.shape)}")
+    *lead, n, k = q.shape
+    candidates = [block] if block is not None else [(1, None), (1, 128), (128, 128)]
+    shapes = [(*lead, *_grid(n, k, bn, bk)) for bn, bk in candidates]
+    if tuple(scale.shape) not in shapes:
+        expected = " or ".join(f"{list(s)} for {bn}x{bk or k}" for s, (bn, bk) in zip(shapes, candidates, strict=True))
+        raise ValueError(
+            f"scale: expected shape {expected} with q of shape {list(q.shape)}, got {list(scale.shape)};"
+            " name any other block as block=(rows, columns)"
+        )
+    bn, bk = candidates[shapes.index(tuple(scale.shape))]
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    for codes, s, out_rows in _row_tiles(bn, q, scale, out):
+        blocks = _as_blocks(_decode(codes), s, bn, bk)
+        blocks *= s.float()[:, None, :, None]
+        out_rows.copy_(_from_blocks(blocks, out_rows))
+    return out
+
+
+def _quantize(x, bn, bk, kind, through):
+    """The rule of the module docstring for blocks of bn x bk (bk None: the whole row) of `x` [..., N, K]."""
+    *lead, n, k = x.shape
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "ue8m0": torch.float8_e8m0fnu}[kind]
+    scale = torch.empty(*lead, *_grid(n, k, bn, bk), dtype=dtype, device=x.device)
+    for tile, s_rows, q_rows in _row_tiles(bn, x, scale, q):
+        blocks = _as_blocks(tile.to(through).float(), s_rows, bn, bk)
+        s = _scale_of(blocks.abs().amax(dim=3).amax(dim=1), kind)
+        s_rows.copy_(s)
+        s = s[:, None, :, None]
+        q_rows.copy_(_from_blocks(blocks / s, q_rows))
+        if s.isnan().any():  # a GPU waits here; a CPU division keeps the sign of a NaN, so the code is set by hand
+            q_rows.view(torch.uint8).masked_fill_(_from_blocks(s.isnan().expand(blocks.shape), q_rows), 0x7F)
+    return q, scale
+
+
+def _scale_of(amax, kind):
+    """The scale that goes with `amax`, already rounded to the dtype that `kind` names, as fp32."""
+    # A tensor divisor: torch's CUDA division by a Python number multiplies by the reciprocal instead.
+    s = (amax / torch.full_like(amax, E4M3_MAX)).clamp_min(MIN_SCALE)
+    if kind == "bf16":
+        s = s.bfloat16().float()
+    elif kind == "ue8m0":  # up to the next power of two: carry any mantissa bit into the exponent
+        s = ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    s = torch.where(amax == 0, 1.0, s)
+    return torch.where(amax.isfinite(), s, torch.nan)
+
+
+def _decode(q):
+    """e4m3fn codes to fp32, exactly; on a CPU several times as fast as torch's cast."""
+    if q.device.type != "cpu":
+        return q.float()
+    # The seven low bits, moved up by seven, are the same number in fp16 with an exponent bias of 15 instead of 7.
+    half = (q.view(torch.int8).to(torch.int16) << 7) & ~0x4000  # bit 15: the sign that int8 -> int16 has extended
+    x = half.view(torch.float16).float().mul_(256.0)
+    if x.numel() and x.abs().amax() > E4M3_MAX:  # code 0x7f would be 480
+        x[x.abs() > E4M3_MAX] = torch.nan
+    return x
+
+
+def _grid(n, k, bn, bk):
+    """Rows and columns of the scale of an n x k matrix."""
+    return -(-n // bn), 1 if bk is None else -(-k // bk)
+
+
+def _row_tiles(bn, x, scale, out):
+    """Matching row ranges of x [..., N, K], scale [..., ceil(N / bn), .] and out [..., N, K], as matrices."""
+    n, k = x.shape[-2:]
+    tile = max(1, _TILE_ELEMENTS // (bn * max(k, 1)) if x.device.type == "cpu" else _grid(n, k, bn, None)[0])
+    flat = (t.flatten(0, -3) if t.dim() > 2 else t[None] for t in (x, scale, out))
+    for x_m, s_m, out_m in zip(*flat, strict=True):
+        for i in range(0, s_m.shape[0], tile):
+            rows = slice(i * bn, (i + tile) * bn)
+            yield x_m[rows], s_m[i : i + tile], out_m[rows]
+
+
+def _as_blocks(tile, s, bn, bk):
+    """fp32 [rows, K] to [block rows, bn, block columns, bk], padded with zeros where the last blocks are partial."""
+    rows, k = tile.shape
+    bk = bk or max(k, 1)
+    pad = (0, s.shape[1] * bk - k, 0, s.shape[0] * bn - rows)
+    tile = torch.nn.functional.pad(tile, pad) if any(pad) else tile
+    return tile.view(s.shape[0], bn, s.shape[1], bk)
+
+
+def _from_blocks(blocks, like):
+    """Inverse of `_as_blocks`, cut to the rows and columns of `like`."""
+    gn, bn, gk, bk = blocks.shape
+    return blocks.reshape(gn * bn, gk * bk)[: like.shape[0], : like.shape[1]]
+
+
+def _check(name, x, dims):
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected a tensor of float32, float16 or bfloat16, got {got}; convert it first")
+    if x.dim() < dims:
+        raise ValueError(f"{name}: expected at least {dims} dimension(s), got shape {list(x.shape)}; add one")
+
+
+def _check_scale(scale, allowed):
+    if scale not in allowed:
+        raise ValueError(f"scale: expected one of {', '.join(allowed)}, got {scale!r}")

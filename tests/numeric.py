@@ -1,0 +1,28 @@
+"""Scale-free comparison, and the tolerances of the tests with their reasons."""
+
+import torch
+
+# relative RMS against float64; eps is the unit roundoff of the dtype of the operands
+TOLERANCE = {
+    torch.float32: 1e-5,  # measured 2e-7 (eps 6e-8): two chained GEMMs and sums of up to K terms
+    torch.bfloat16: 1e-2,  # measured 4e-3 (eps 4e-3): the pre-activation and the activation are rounded to bf16
+}
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected| in the Frobenius norm, in float64; 0 for two empty or two zero tensors."""
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    difference = (actual.double() - expected.double()).norm().item()
+    norm = expected.double().norm().item()
+    return difference / norm if norm else difference
+
+
+def assert_close(label: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float):
+    error = relative_rms(actual, expected)
+    assert error < tolerance, f"{label}: relative RMS error {error:.2e}, allowed {tolerance:.0e}"  # NaN fails too
+
+
+def assert_same_bits(label: str, actual: torch.Tensor, expected: torch.Tensor):
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{label}: {actual.dtype} {actual.shape}"
+    different = (actual != expected).nonzero()
+    assert not len(different), f"{label}: {len(different)} of {actual.numel()} differ, first at {different[0].tolist()}"
