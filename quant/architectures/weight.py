@@ -1,0 +1,106 @@
+"""What an architecture says of one weight: its name, what it does, where it may be packed, and its place in a GGUF.
+
+Experts are always seen one by one here, whatever layout the checkpoint has: `packed` says in which rows of which fused
+tensor the same numbers would lie, so that "fused, one by one or mixed" is a question of looking up two names.
+
+Letters: E experts, H hidden, I expert intermediate; L number of text layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ornith_moe.quant.errors import CheckpointError
+
+ROLES = (
+    "router", "expert", "shared_expert", "attention", "linear_attention", "mlp", "norm", "embedding", "head",
+    "vision", "mtp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Rows [row, row + rows of the weight) of the tensor `name` of shape `shape`, seen as a matrix [E*N, K]."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight as the architecture defines it; experts one by one."""
+
+    name: str  # Hugging Face name, with `.weight` where there is one
+    shape: tuple[int, ...]
+    role: str  # one of ROLES
+    layer: int | None = None  # MTP layers count on after the last text layer
+    expert: int | None = None
+    packed: Packed | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is the matrix of a matrix product, so that a recipe may quantize it unless it skips it by name."""
+        return len(self.shape) == 2 and self.role not in ("norm", "embedding") and self.name.endswith(".weight")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSwap:
+    """Reorder heads from [groups, ratio] to [ratio, groups], each `size` long, from position `start` on.
+
+    Hugging Face stores the value heads of gated DeltaNet by key head, ggml stores them tiled.
+    """
+
+    start: int
+    groups: int
+    ratio: int
+    size: int
+
+    def source_index(self, length: int) -> np.ndarray:
+        """int64 [length]: which source position each destination position takes."""
+        index = np.arange(length)
+        stop = self.start + self.groups * self.ratio * self.size
+        heads = index[self.start : stop].reshape(self.groups, self.ratio, self.size)
+        index[self.start : stop] = heads.swapaxes(0, 1).reshape(-1)
+        return index
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlace:
+    """Where a weight goes in a GGUF and what happens on the way: to its values, then to its rows or columns."""
+
+    name: str
+    shape: tuple[int, ...]  # of the GGUF tensor, Hugging Face order (GGUF reverses it)
+    row: int = 0  # first row of this weight in the GGUF tensor seen as a matrix
+    values: str = "same"  # "same", "add_one" (zero-centred norms), "negative_exp" (A_log -> A)
+    rows: HeadSwap | None = None
+    columns: HeadSwap | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked access to a config.json section; every failure names the file's key."""
+
+    values: dict[str, Any]
+    where: str
+
+    def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24) -> int:
+        value = self.values.get(key, default)
+        if type(value) is not int or not low <= value <= high:
+            raise CheckpointError(f"{self.where}: expected {key} to be an integer from {low} to {high}, got {value!r}")
+        return value
+
+    def strings(self, key: str, count: int, allowed: tuple[str, ...]) -> list[str]:
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) != count or not all(item in allowed for item in value):
+            raise CheckpointError(
+                f"{self.where}: expected {key} to be {count} names out of {', '.join(allowed)}, got {str(value)[:120]}"
+            )
+        return value
+
+    def section(self, key: str) -> Settings | None:
+        value = self.values.get(key)
+        return Settings(value, f"{self.where}.{key}") if isinstance(value, dict) else None

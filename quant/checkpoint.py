@@ -1,0 +1,318 @@
+"""A Hugging Face checkpoint as a table of headers and a way to read rows.
+
+Opening reads `config.json`, the index and the header of every shard, and nothing else; the payload is read later, a
+slab of rows at a time, straight from the file. Nothing is unpickled, executed or followed out of the folder.
+
+A checkpoint is hostile input until it is checked. All of this happens before the first weight is read:
+
+- the index names plain files of this folder, each file holds just the tensors the index gives it, and none is missing;
+- a header is at most 100 MB of JSON without duplicate keys, and its tensors tile the payload: no hole, no overlap, no
+  unknown dtype, byte counts that follow from dtype and shape, and a file that ends where the header says it ends;
+- the weights are BF16, F16 or F32. A source that is already quantized is refused: quantizing twice is not a conversion.
+
+Format: https://github.com/huggingface/safetensors (format section of its README).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ornith_moe.quant.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_JSON_BYTES = 1 << 28  # index of the 397B, experts one by one, is about 25 MB
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+OTHER_DTYPES = {  # known to the format, but not weights we convert
+    "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
+}  # fmt: skip
+ALL = ""  # stands for every tensor of the one file of a checkpoint without an index
+_KNOWN_BYTES = {**ITEM_BYTES, **OTHER_DTYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of one safetensors file: where its bytes lie. `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _KNOWN_BYTES[self.dtype]
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor as the stream sees it: [n] is n rows of one value, [E, N, K] is E*N rows of K."""
+    if len(shape) < 2:
+        return (math.prod(shape), 1)
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Config and tensor table of a checkpoint folder; `read_rows` is the only way to its payload."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    fingerprint: str  # of config, headers, sizes and modification times: a changed source is not resumed
+
+    def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
+        """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
+
+        A mapped file that shrinks kills the process and one with a hole reads as zeros; a short read is an error here.
+        """
+        total, columns = matrix_shape(tensor.shape)
+        assert 0 <= start and start + rows <= total, (tensor.name, start, rows, total)
+        row_bytes = columns * ITEM_BYTES[tensor.dtype]
+        buffer = np.empty((rows, row_bytes), np.uint8)
+        view = memoryview(buffer).cast("B") if buffer.size else memoryview(b"")
+        offset, done = tensor.offset + start * row_bytes, 0
+        with open(tensor.path, "rb", buffering=0) as file:
+            while done < buffer.size:
+                got = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if got == 0:
+                    raise CheckpointError(
+                        f"{tensor.path.name}: tensor {tensor.name} ends {buffer.size - done} bytes early; "
+                        "the file was cut short while it was read, so fetch it again"
+                    )
+                done += got
+        return buffer
+
+    def changed(self) -> bool:
+        """Whether a file of the source was replaced or written to since it was opened."""
+        return _fingerprint(self.config, self.files, self.tensors) != self.fingerprint
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read config and headers of the checkpoint in `folder` and check them.
+
+    Args:
+        folder: a directory with `config.json` and `*.safetensors`, with `model.safetensors.index.json` when sharded.
+    Returns:
+        Checkpoint: its table of tensors; no payload has been read.
+    Raises:
+        CheckpointError: whatever is missing, damaged, hostile or already quantized, in one sentence.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a checkpoint folder, found {_kind(folder)}")
+    config = read_json(inside(folder, "config.json"), what="a checkpoint folder with a config.json")
+    refuse_quantized(config, folder / "config.json")
+
+    files, tensors = read_tables(folder)
+    for info in tensors.values():
+        if info.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"{info.path.name}: tensor {info.name} is {info.dtype}; expected BF16, F16 or F32 "
+                "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
+            )
+    return Checkpoint(folder, config, tensors, files, _fingerprint(config, files, tensors))
+
+
+def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    """Files and tensors of a folder of safetensors, each header checked and held against the index.
+
+    Raises:
+        CheckpointError: a shard missing, damaged, outside the folder, or not what the index says it is.
+    """
+    names_by_file: dict[str, set[str]] = {}
+    for name, file in _weight_map(folder).items():
+        names_by_file.setdefault(file, set()).add(name)
+    files = tuple(_shard(folder, file) for file in sorted(names_by_file))
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(files)} shards named by the index are missing "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); fetch them again"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for path in files:
+        header = read_header(path)
+        wanted = names_by_file[path.name]
+        stray, lost = (header.keys() - wanted, wanted - header.keys()) if wanted != {ALL} else ((), ())
+        if stray:
+            raise CheckpointError(
+                f"{path.name}: holds tensor {min(stray)}, which the index does not place there; "
+                "index and shards are not of one checkpoint"
+            )
+        if lost:
+            raise CheckpointError(
+                f"{path.name}: the index places tensor {min(lost)} here (and {len(lost) - 1} more) "
+                "but the shard does not hold it; fetch shard and index again"
+            )
+        tensors |= header
+    return files, tensors
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The checked header of one safetensors file: {name: TensorInfo}, in file order.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, trailing bytes, holes, overlaps, wrong byte counts.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            raise CheckpointError(f"{path.name}: is a Git LFS pointer of {size} bytes, not weights; run 'git lfs pull'")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > min(MAX_HEADER_BYTES, max(size - 8, 0)):
+            raise CheckpointError(
+                f"{path.name}: not a whole safetensors file: header of {length} bytes in a file of {size} "
+                f"(limit {MAX_HEADER_BYTES}); fetch it again"
+            )
+        raw = file.read(length)
+    header = _parse_json(raw, path.name)
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name}: the header is {type(header).__name__}, expected a JSON object")
+    header.pop("__metadata__", None)
+
+    infos, payload = [], 8 + length
+    for name, entry in header.items():
+        infos.append(_tensor_info(path, name, entry, payload))
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    position = payload
+    for info in infos:
+        if info.offset != position:
+            kind = "a hole before" if info.offset > position else "an overlap at"
+            raise CheckpointError(
+                f"{path.name}: {kind} tensor {info.name} at byte {info.offset}; the header is damaged"
+            )
+        position += info.nbytes
+    if position != size:
+        short = "truncated, fetch it again" if size < position else "it has bytes that no tensor owns"
+        raise CheckpointError(f"{path.name}: the header describes {position} bytes and the file has {size}: {short}")
+    return {info.name: info for info in infos}
+
+
+def refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
+    quantization = config.get("quantization_config") or _text(config).get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"{path}: the source is already quantized (quant_method {method}); convert from its BF16 original"
+        )
+
+
+def read_json(path: Path, *, what: str = "a JSON file", limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `path`, refused beyond `limit` bytes or with duplicate keys."""
+    try:
+        size = path.stat().st_size
+        if not path.is_file() or size > limit:
+            raise CheckpointError(f"{path}: expected {what}, found {_kind(path)} of {size} bytes (limit {limit})")
+        value = _parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected {what}, but {error.strerror or error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """{tensor name: file name}; {ALL: file} for a checkpoint of one file, whose header is the only table."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index}: expected weight_map to map tensor names to file names")
+        if not weight_map:
+            raise CheckpointError(f"{index}: weight_map is empty; the index is damaged")
+        return weight_map
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return {ALL: found[0]}
+    if found:
+        raise CheckpointError(
+            f"{folder}: {len(found)} safetensors files and no model.safetensors.index.json; fetch the index too"
+        )
+    others = [pattern for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") if any(folder.glob(pattern))]
+    hint = f"; {others[0]} files are not read, convert them to safetensors first" if others else ""
+    raise CheckpointError(f"{folder}: no safetensors weights here{hint}")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refused if its target lies elsewhere; the links of a Hub cache to its ../../blobs are fine."""
+    root, target = folder.resolve(), (folder / name).resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(f"{folder}: {name} is a link that leaves the folder; copy the file into it")
+    return folder / name
+
+
+def _shard(folder: Path, name: str) -> Path:
+    if not name.endswith(".safetensors") or Path(name).name != name or "\0" in name or "\\" in name:
+        raise CheckpointError(
+            f"{folder}: the index names {name[:200]!r}, which is not a plain .safetensors file of this folder"
+        )
+    return inside(folder, name)
+
+
+def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:
+    def bad(expected: str) -> CheckpointError:
+        return CheckpointError(f"{path.name}: tensor {name[:200]!r}: expected {expected}, got {str(entry)[:200]}")
+
+    if not isinstance(entry, dict):
+        raise bad("a JSON object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in _KNOWN_BYTES:
+        raise bad("a known dtype")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+        raise bad("a shape of at most 8 sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise bad("two data_offsets")
+    if offsets[1] - offsets[0] != math.prod(shape) * _KNOWN_BYTES[dtype]:
+        raise bad(f"{math.prod(shape) * _KNOWN_BYTES[dtype]} bytes from dtype and shape")
+    return TensorInfo(name, dtype, tuple(shape), path, payload + offsets[0])
+
+
+def _parse_json(raw: bytes, where: str) -> Any:
+    def no_duplicates(pairs):
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise CheckpointError(f"{where}: a key appears twice; the file is damaged or hostile")
+        return value
+
+    try:
+        return json.loads(raw, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not JSON ({str(error)[:100]})") from None
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}
+
+
+def _fingerprint(config: Mapping[str, Any], files: tuple[Path, ...], tensors: Mapping[str, TensorInfo]) -> str:
+    digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
+    for path in files:
+        state = path.stat()
+        digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    for info in tensors.values():
+        digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0{info.offset}\n".encode())
+    return digest.hexdigest()
+
+
+def _kind(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "nothing"
+    return "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "something that is neither"

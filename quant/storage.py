@@ -1,0 +1,181 @@
+"""How one weight is stored in a build: the parts it becomes, their bytes, and back.
+
+A `Storage` turns rows of a weight into rows of one output tensor (kept, BF16, a GGUF type) or of two (FP8 values and
+scales). A part may need whole groups of rows (`Part.rows`), so a slab of whole groups gives the same bytes as the whole
+weight; that is what lets a conversion see a weight in slabs and in any order.
+
+Decoding is for verification and goes through other people's code where there is any: torch's cast for FP8, the `gguf`
+package for GGUF types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ornith_moe.quant.checkpoint import ITEM_BYTES, matrix_shape
+from ornith_moe.quant.gguf_types import row_bytes
+
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One output tensor of a weight: suffix of its name, dtype, shape, bytes of a row, and weight rows per row."""
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    row_bytes: int
+    rows: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return matrix_shape(self.shape)[0] * self.row_bytes
+
+
+class Slab:
+    """Rows of a weight as read: uint8 [rows, row_bytes], and the same as fp32 (numpy) or in their dtype (torch)."""
+
+    def __init__(self, raw: np.ndarray, dtype: str):
+        self.raw, self.dtype = raw, dtype
+
+    @cached_property
+    def float32(self) -> np.ndarray:
+        return to_float32(self.raw, self.dtype)
+
+    @cached_property
+    def tensor(self):
+        import torch  # not at import: planning needs no torch
+
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[self.dtype]
+        return torch.from_numpy(self.raw).view(dtype)
+
+    def first_non_finite(self) -> tuple[int, int, float] | None:
+        """Row, column and value of the first NaN or Inf."""
+        values = self.float32
+        if np.isfinite(values.sum(dtype=np.float64)):  # finite terms cannot reach Inf in float64
+            return None
+        row, column = map(int, np.argwhere(~np.isfinite(values))[0])
+        return row, column, float(values[row, column])
+
+
+def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """uint8 [rows, row_bytes] of safetensors dtype `dtype` as fp32 [rows, K]."""
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32, copy=False)
+
+
+class Keep:
+    """The source's own bytes."""
+
+    name = "keep"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        return (Part("", dtype, shape, matrix_shape(shape)[1] * ITEM_BYTES[dtype]),)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        return (slab.raw,)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        return to_float32(parts[0], dtype)
+
+
+class ToBF16:
+    """BF16, rounded to nearest even."""
+
+    name = "BF16"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        return (Part("", "BF16", shape, 2 * matrix_shape(shape)[1]),)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        import torch
+
+        if slab.dtype == "BF16":
+            return (slab.raw,)
+        return (slab.tensor.to(torch.bfloat16).view(torch.uint8).numpy(),)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        return to_float32(parts[0], "BF16")
+
+
+class FP8Channel:
+    """e4m3 values and one BF16 scale per output row, as compressed-tensors stores them (`weight_scale`)."""
+
+    name = "F8_E4M3 per channel"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        return Part("", "F8_E4M3", shape, columns), Part("_scale", "BF16", (rows, 1), 2)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        import torch
+
+        from ornith_moe.quant.fp8 import quantize_fp8_channel
+
+        q, scale = quantize_fp8_channel(slab.tensor, scale="bf16")
+        return q.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        return _fp8_values(parts[0]) * to_float32(parts[1], "BF16")
+
+
+class FP8Block:
+    """e4m3 values and one BF16 scale per 128 x 128 block, as Qwen's FP8 builds store them (`weight_scale_inv`).
+
+    Only for matrices of whole blocks: transformers cannot dequantize a partial one.
+    """
+
+    name = "F8_E4M3 per 128x128 block"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        grid = (rows // FP8_BLOCK, columns // FP8_BLOCK)
+        return Part("", "F8_E4M3", shape, columns), Part("_scale_inv", "BF16", grid, 2 * grid[1], FP8_BLOCK)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        import torch
+
+        from ornith_moe.quant.fp8 import quantize_fp8_block
+
+        q, scale = quantize_fp8_block(slab.tensor, scale="bf16")
+        return q.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        scale = to_float32(parts[1], "BF16").repeat(FP8_BLOCK, axis=0).repeat(FP8_BLOCK, axis=1)
+        return _fp8_values(parts[0]) * scale
+
+
+class Gguf:
+    """One GGUF type; float32 rows in, blocks out."""
+
+    def __init__(self, type_name: str):
+        self.name = type_name
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        return (Part("", self.name, shape, row_bytes(self.name, matrix_shape(shape)[1])),)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.gguf_codecs import quantize_gguf
+
+        if self.name == slab.dtype:
+            return (slab.raw,)
+        return (quantize_gguf(slab.float32, self.name),)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.gguf_codecs import dequantize_gguf
+
+        return dequantize_gguf(parts[0], self.name)
+
+
+Storage = Keep | ToBF16 | FP8Channel | FP8Block | Gguf
+
+
+def _fp8_values(codes: np.ndarray) -> np.ndarray:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn).float().numpy()
