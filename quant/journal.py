@@ -1,0 +1,79 @@
+"""The journal of a conversion: which units are written, and a digest of every extent they left.
+
+One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...]]`. The
+first line names what is being converted; a conversion resumes only if it is the same. A line torn by a crash ends the
+journal there. A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every
+extent is read back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents,
+not against an attacker.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+from threading import Lock
+
+from ornith_moe.quant.errors import ConversionError
+
+Extent = tuple[int, int, int, str]  # file, offset, length, digest
+
+
+class Journal:
+    """Append-only record in `folder`; holds a lock that dies with the process."""
+
+    def __init__(self, folder: Path, identity: str, slab_bytes: int, *, resume: bool):
+        self.path = folder / "journal"
+        self.extents: dict[int, list[Extent]] = {}
+        self.slab_bytes = slab_bytes  # cuts the units; a resumed conversion keeps the cut it began with
+        self._mutex = Lock()
+        self._file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConversionError(
+                f"{folder}: another conversion is writing here; wait for it or choose another OUT"
+            ) from None
+        kept = self._read(identity) if resume else 0
+        self._file.truncate(kept)
+        if kept == 0:
+            self._write({"identity": identity, "slab_bytes": slab_bytes})
+
+    def _read(self, identity: str) -> int:
+        """Load whole lines; returns the length of what is kept."""
+        self._file.seek(0)
+        kept = 0
+        for number, line in enumerate(self._file):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            if entry is None:
+                break
+            if number == 0:
+                if entry["identity"] != identity:
+                    raise ConversionError(
+                        f"{self.path.parent}: was begun from another source, other builds or other options; "
+                        "delete that folder to begin anew"
+                    )
+                self.slab_bytes = entry["slab_bytes"]
+            else:
+                unit, extents = entry
+                self.extents[unit] = [tuple(extent) for extent in extents]
+            kept += len(line)
+        return kept
+
+    def record(self, unit: int, extents: list[Extent]) -> None:
+        with self._mutex:
+            self.extents[unit] = extents
+            self._write([unit, extents])
+
+    def _write(self, entry: object) -> None:
+        self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

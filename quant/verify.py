@@ -1,0 +1,331 @@
+"""Verify a build: is it whole, is it what its manifest says, and how far is it from its source.
+
+    SQNR = 10 log10( sum w^2 / sum (w' - w)^2 ) in dB, w the source's weight, w' what the build decodes to
+
+Three questions, each answerable without the one after it:
+
+1. Whole: headers tile their files, the index fits, every FP8 tensor has a scale of the right shape, no value decodes to
+   NaN or Inf, no scale is zero or negative.
+2. Unchanged: every file has the size and sha256 of the manifest the conversion left.
+3. True (`against` a source): the tensors are those the plan names; every weight, decoded by torch or the `gguf` package
+   and carried back through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights
+   must be equal; others must reach a floor that only damage falls below, well under what each format gives.
+
+The inverse of a wrong transform would hide it here, which is why the transforms themselves are tested on logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from ornith_moe.quant.builds import BuildPlan, Step, plan_build
+from ornith_moe.quant.checkpoint import matrix_shape, read_json, read_tables
+from ornith_moe.quant.convert import MANIFEST
+from ornith_moe.quant.errors import CheckpointError, OrnithError
+from ornith_moe.quant.gguf_types import FILE_TYPES
+from ornith_moe.quant.source import Source, weight_matrix
+from ornith_moe.quant.storage import to_float32
+from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
+
+SLAB_BYTES = 8 << 20
+MAX_PROBLEMS = 50
+# Far below what a sound encoding reaches on any weights worth keeping (FP8 31, Q8_0 43, BF16 54 dB on normal weights).
+FLOOR_DB = {"keep": math.inf, "F32": 100.0, "BF16": 40.0, "F16": 40.0, "Q8_0": 30.0}
+FLOOR_DB |= {"F8_E4M3 per channel": 20.0, "F8_E4M3 per 128x128 block": 20.0}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTensor:
+    """A tensor of a build as its file describes it; `shape` in Hugging Face order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass
+class Verification:
+    build: str
+    tensors: int = 0
+    roles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def problem(self, text: str) -> None:
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(text)
+
+
+def verify(build: str | Path, source: Source | None = None, *, progress: Progress | None = None) -> Verification:
+    """Verify the build at `build`, a folder of safetensors or a `.gguf` file, against `source` if given.
+
+    Args:
+        build: path that `convert` reported.
+        source: what it was made from, `open_source(folder)`.
+        progress: called with phase ("hash", "read", "compare"), bytes done and bytes in all.
+    Returns:
+        Verification: `ok`, number of tensors, per role `sqnr_db` (None when exact) and `max_abs_error`, problems found.
+    Raises:
+        CheckpointError: there is no build at that path.
+    """
+    path, progress = Path(build), progress or (lambda phase, done, total: None)
+    manifest = _manifest(path)
+    try:
+        found = read_gguf_tensors(path) if path.is_file() else read_safetensors_build(path)
+    except OrnithError as error:
+        result = Verification((manifest or {}).get("build", "unknown"))
+        result.problem(str(error))
+        return result
+    result = Verification((manifest or {}).get("build") or _guess(path), len(found))
+    if manifest is None:
+        result.notes.append("no manifest beside it: nothing to hold its bytes against")
+    else:
+        _check_manifest(path, manifest, result, progress)
+    _check_values(found, result, progress)
+    if source is not None and result.ok:
+        _compare(found, source, result, progress)
+    return result
+
+
+def read_safetensors_build(folder: Path) -> dict[str, FoundTensor]:
+    """Tensors of a safetensors folder, quantized or not; CheckpointError if it is not whole."""
+    _, tensors = read_tables(folder)
+    return {n: FoundTensor(t.dtype, t.shape, t.path, t.offset, t.nbytes) for n, t in tensors.items()}
+
+
+def read_gguf_tensors(path: Path) -> dict[str, FoundTensor]:
+    """Tensors of a GGUF; CheckpointError if it is none or not whole."""
+    try:
+        reader = gguf.GGUFReader(path)
+        tensors = {
+            t.name: FoundTensor(
+                t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes)
+            )
+            for t in reader.tensors
+        }
+    except Exception as error:  # the reader indexes a mapped file and may raise anything on a damaged one
+        raise CheckpointError(f"{path.name}: not a whole GGUF ({type(error).__name__}: {str(error)[:100]})") from None
+    size = path.stat().st_size
+    for name, tensor in tensors.items():
+        if tensor.offset + tensor.nbytes > size:
+            raise CheckpointError(f"{path.name}: truncated, tensor {name} ends beyond its {size} bytes")
+    return tensors
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no build here; expected a folder of safetensors or a .gguf file")
+    manifest = path / MANIFEST if path.is_dir() else path.with_name(path.name + ".manifest.json")
+    return read_json(manifest) if manifest.is_file() else None
+
+
+def manifest_has_mtp(build: str | Path) -> bool | None:
+    """Whether a build was made with MTP tensors, by its manifest; None without one."""
+    manifest = _manifest(Path(build))
+    return None if manifest is None else bool(manifest.get("mtp"))
+
+
+def _guess(path: Path) -> str:
+    """The build a path holds, by its own description."""
+    if path.is_dir():
+        method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+        return {"compressed-tensors": "fp8-channel", "fp8": "fp8-block"}.get(method, "bf16")
+    field_ = gguf.GGUFReader(path).get_field("general.file_type")
+    number = int(field_.contents()) if field_ else -1
+    return "gguf:" + next((name for name, kind in FILE_TYPES.items() if kind.id == number), "unknown")
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, progress: Progress) -> None:
+    folder = path if path.is_dir() else path.parent
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("tensors") != result.tensors:
+        result.problem(
+            f"{path.name}: the manifest counts {manifest.get('tensors')} tensors, the files {result.tensors}"
+        )
+        return
+    total, done = sum(entry["bytes"] for entry in files.values()), 0
+    for name, entry in files.items():
+        file = folder / Path(name).name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            size = file.stat().st_size if file.is_file() else "no"
+            result.problem(f"{name}: expected {entry['bytes']} bytes by the manifest, got {size}; convert again")
+            continue
+        with open(file, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+                result.problem(f"{name}: its sha256 is not the manifest's; the file was changed or damaged")
+        done += entry["bytes"]
+        progress("hash", done, total)
+
+
+def _check_values(found: dict[str, FoundTensor], result: Verification, progress: Progress) -> None:
+    """Every stored number decodes to a finite one, and every FP8 tensor can be decoded at all."""
+    total, done = sum(tensor.nbytes for tensor in found.values()), 0
+    for name, tensor in found.items():
+        if tensor.dtype == "F8_E4M3":
+            _check_scale(name, tensor, found, result)
+        for start, codes in _slabs(tensor):
+            row = _first_bad_row(codes, tensor.dtype)
+            if row is not None:
+                result.problem(f"{tensor.path.name}: tensor {name}, row {start + row} holds a NaN or an infinity")
+                break
+        done += tensor.nbytes
+        progress("read", done, total)
+
+
+def _check_scale(name: str, tensor: FoundTensor, found: dict[str, FoundTensor], result: Verification) -> None:
+    rows, columns = matrix_shape(tensor.shape)
+    channel, block = found.get(f"{name}_scale"), found.get(f"{name}_scale_inv")
+    scale = channel or block
+    expected = (rows, 1) if channel else (-(-rows // 128), -(-columns // 128))
+    if scale is None or scale.shape != expected or scale.dtype not in ("BF16", "F32"):
+        got = f"{scale.dtype} {list(scale.shape)}" if scale else "none"
+        result.problem(f"{tensor.path.name}: tensor {name} is FP8 and needs a scale {list(expected)}, got {got}")
+        return
+    for _, values in _slabs(scale):
+        if not (to_float32(values, scale.dtype) > 0).all():
+            result.problem(f"{scale.path.name}: the scale of {name} is not positive everywhere")
+            return
+
+
+def _first_bad_row(codes: np.ndarray, dtype: str) -> int | None:
+    if dtype == "F8_E4M3":
+        bad = ((codes & 0x7F) == 0x7F).any(axis=1)
+    elif dtype in ("BF16", "F16", "F32"):
+        bad = ~np.isfinite(to_float32(codes, dtype)).all(axis=1)
+    else:
+        bad = ~np.isfinite(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[dtype])).all(axis=1)
+    return int(bad.argmax()) if bad.any() else None
+
+
+def _slabs(tensor: FoundTensor) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, uint8 [rows, row_bytes]) of a tensor, a slab at a time."""
+    rows = matrix_shape(tensor.shape)[0]
+    if not tensor.nbytes:
+        return
+    row_bytes = tensor.nbytes // rows
+    slab = max(SLAB_BYTES // row_bytes, 1)
+    for start in range(0, rows, slab):
+        count = min(slab, rows - start)
+        yield start, _read(tensor, start * row_bytes, count * row_bytes).reshape(count, row_bytes)
+
+
+def _read(tensor: FoundTensor, start: int, length: int) -> np.ndarray:
+    with open(tensor.path, "rb", buffering=0) as file:
+        file.seek(tensor.offset + start)
+        data = np.fromfile(file, np.uint8, length)
+    if data.size != length:
+        raise CheckpointError(f"{tensor.path.name}: ends early, at byte {tensor.offset + start + data.size}")
+    return data
+
+
+@dataclass
+class _Error:
+    signal: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+
+    def add(self, signal: float, noise: float, largest: float) -> None:
+        self.signal, self.noise, self.largest = self.signal + signal, self.noise + noise, max(self.largest, largest)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """None when exact."""
+        if self.noise == 0:
+            return None
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+
+def _compare(found: dict[str, FoundTensor], source: Source, result: Verification, progress: Progress) -> None:
+    plan = plan_build(source, result.build)
+    if not _compare_tables(plan, found, result):
+        return
+    steps = {step.weight: step for step in plan.steps}
+    work = [unit for unit in units(source, SLAB_BYTES) if unit.weight in steps]
+    errors = [_Error() for _ in source.weights]
+    with ThreadPoolExecutor() as pool:
+        measured = pool.map(lambda unit: _unit_error(source, plan, steps[unit.weight], unit, found), work)
+        for done, (unit, error) in enumerate(zip(work, measured, strict=True), 1):
+            errors[unit.weight].add(*error)
+            progress("compare", done, len(work))
+    roles: dict[str, _Error] = {}
+    for index, error in enumerate(errors):
+        if index not in steps:
+            continue
+        weight, storage = source.weights[index], steps[index].storage
+        roles.setdefault(weight.role, _Error()).add(error.signal, error.noise, error.largest)
+        floor = FLOOR_DB.get(storage.name, 10.0)
+        if error.sqnr_db is not None and not error.sqnr_db >= floor:
+            result.problem(
+                f"{weight.name}: SQNR {error.sqnr_db:.1f} dB as {storage.name}, below the floor of {floor} dB"
+            )
+    for role, error in roles.items():
+        sqnr = error.sqnr_db
+        result.roles[role] = {
+            "sqnr_db": None if sqnr is None else round(sqnr, 3),
+            "max_abs_error": error.largest,
+            "exact": sqnr is None,
+        }
+
+
+def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Verification) -> bool:
+    planned = {tensor.name: tensor for tensor in plan.tensors}
+    for name in sorted(planned.keys() - found.keys()):
+        result.problem(f"tensor {name} is missing from the build")
+    for name in sorted(found.keys() - planned.keys()):
+        result.problem(f"tensor {name} belongs to no weight of the source")
+    for name in planned.keys() & found.keys():
+        want, got = planned[name], found[name]
+        if (want.dtype, tuple(want.shape), want.nbytes) != (got.dtype, got.shape, got.nbytes):
+            result.problem(
+                f"tensor {name}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
+            )
+        elif want.constant and not np.array_equal(
+            _read(got, 0, got.nbytes).view("<f4"), np.array(want.constant, "<f4")
+        ):
+            result.problem(f"tensor {name}: its values are not the constants the architecture asks for")
+    return result.ok
+
+
+def _unit_error(
+    source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]
+) -> tuple[float, float, float]:
+    """sum w^2, sum (w' - w)^2 and max |w' - w| over a unit."""
+    rows, columns = weight_matrix(source.weights[unit.weight])
+    parts = [np.empty((unit.rows // part.rows, part.row_bytes), np.uint8) for part in step.parts]
+    for run in runs(step, unit, rows):
+        part, tensor = step.parts[run.part], found[plan.tensors[step.tensors[run.part]].name]
+        stored = _read(tensor, run.target * part.row_bytes, run.count * part.row_bytes)
+        parts[run.part][run.rows] = stored.reshape(run.count, part.row_bytes)
+    slab = read_unit(source, unit)
+    decoded = untransform(step.place, step.storage.decode(tuple(parts), columns, slab.dtype))
+    truth = slab.float32.astype(np.float64)
+    difference = decoded - truth
+    return float((truth**2).sum()), float((difference**2).sum()), float(np.abs(difference).max(initial=0.0))
+
+
+def verification_json(result: Verification) -> dict[str, Any]:
+    """A verification as `ornith-moe verify --json` prints it."""
+    return {
+        "ok": result.ok,
+        "build": result.build,
+        "tensors": result.tensors,
+        "roles": result.roles,
+        "problems": result.problems,
+        "notes": result.notes,
+    }
