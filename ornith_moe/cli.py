@@ -1,0 +1,282 @@
+"""`ornith-moe`: plan, convert, verify, inspect, compare, doctor.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed. A failure is one sentence on stderr, never a
+traceback; `--json` prints one JSON object on stdout and nothing else. Progress goes to stderr, and only to a terminal.
+The quantizing libraries are imported by the commands that need them, so `--help` and `plan` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ornith_moe.quant.errors import OrnithError, VerificationError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Mtp(StrEnum):
+    """What to do with multi-token-prediction tensors."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+To = Annotated[
+    list[str], typer.Option("--to", metavar="BUILD", help="fp8-channel, fp8-block, bf16 or gguf:TYPE; repeat for more.")
+]
+MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hf://org/name[@revision].")]
+MaxShard = Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors shard.")]
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint folder, config .json, preset or hf://org/name.")
+    ],
+    to: To,
+    mtp: MtpOption = None,
+    max_shard_size: MaxShard = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
+    from ornith_moe.quant.builds import iterate_dtypes, plan_build, plan_json
+    from ornith_moe.quant.hub import open_any
+    from ornith_moe.quant.layout import shard_tensors
+
+    opened = open_any(source, mtp=mtp, config_only=True)
+    limit = parse_size(max_shard_size)
+    plans = [plan_build(opened, build) for build in to]
+    files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, limit)) for plan in plans]
+    if as_json:
+        print_json(
+            {"builds": [plan_json(*pair) for pair in zip(plans, files, strict=True)], "notes": list(opened.notes)}
+        )
+        return
+    table = Table(title=opened.name)
+    for column in ("build", "tensors", "bytes", "files", "bits/weight", "max TP"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "build" else "right")
+    table.add_column("stored as")
+    weights = sum(_count(weight.shape) for weight in opened.weights)
+    for plan, count in zip(plans, files, strict=True):
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
+        bits = f"{8 * plan.tensor_bytes / weights:.2f}"
+        ranks = str(plan.max_tensor_parallel or "-")
+        table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+    out.print(table)
+    for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *plan.fallbacks])]:
+        out.print(f"- {note}", highlight=False, markup=False)
+
+
+@app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the builds.")],
+    to: To,
+    jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default all cores.")] = None,
+    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory the process may hold.")] = "2GiB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")] = False,
+    mtp: MtpOption = None,
+    max_shard_size: MaxShard = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write every build in one pass over the checkpoint."""
+    from ornith_moe.quant.convert import convert as run
+    from ornith_moe.quant.hub import open_any
+
+    opened = open_any(source, mtp=mtp)
+    with progress_bar() as progress:
+        report = run(
+            opened,
+            target,
+            to,
+            jobs=jobs,
+            max_memory=parse_size(max_memory),
+            resume=resume,
+            max_shard_bytes=parse_size(max_shard_size),
+            progress=progress,
+        )
+    if as_json:
+        builds = [
+            {
+                "build": build.build,
+                "path": str(build.path),
+                "files": build.files,
+                "tensors": build.tensors,
+                "tensor_bytes": build.tensor_bytes,
+                "seconds": build.seconds,
+            }
+            for build in report.builds
+        ]
+        print_json(
+            {
+                "builds": builds,
+                "bytes_read": report.bytes_read,
+                "peak_rss_bytes": report.peak_rss_bytes,
+                "resumed_units": report.resumed_units,
+                "notes": list(opened.notes),
+            }
+        )
+        return
+    table = Table("build", "path", "tensors", "bytes", title=f"{opened.name}: read {report.bytes_read:,} bytes once")
+    for build in report.builds:
+        table.add_row(build.build, str(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
+    out.print(table)
+    seconds = max(build.seconds for build in report.builds)
+    out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "
+              f"peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")  # fmt: skip
+
+
+@app.command()
+def verify(
+    build: Annotated[str, typer.Argument(metavar="BUILD", help="Folder of safetensors, or .gguf file.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Compare every weight with this checkpoint.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hashes, names, shapes and error per role of a finished build."""
+    from ornith_moe.quant.hub import open_any
+    from ornith_moe.quant.verify import manifest_has_mtp, verification_json
+    from ornith_moe.quant.verify import verify as run
+
+    opened = None
+    if against is not None:
+        opened = open_any(against, mtp=None)
+        if opened.has_mtp and manifest_has_mtp(build) is False:
+            opened = open_any(against, mtp="drop")
+    with progress_bar() as progress:
+        result = run(build, opened, progress=progress)
+    if as_json:
+        print_json(verification_json(result))
+    else:
+        table = Table("role", "SQNR dB", "largest error", title=f"{build}: {result.build}, {result.tensors:,} tensors")
+        for role, error in result.roles.items():
+            table.add_row(
+                role, "exact" if error["exact"] else f"{error['sqnr_db']:.2f}", f"{error['max_abs_error']:.3g}"
+            )
+        if result.roles:
+            out.print(table)
+        for note in result.notes:
+            out.print(f"- {note}", highlight=False, markup=False)
+        if result.ok:
+            compared = (
+                f"{len(result.roles)} roles compared with {against}" if result.roles else "not compared with a source"
+            )
+            out.print(f"ok: {result.tensors:,} tensors, {compared}", highlight=False)
+    if not result.ok:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise VerificationError(f"{build}: {result.problems[0]}{more}")
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="FILE|DIR", help="A checkpoint, a build, a .safetensors or .gguf file.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """What a file or folder holds, from its headers."""
+    from ornith_moe.quant.inspect import inspect as run
+
+    found = run(path)
+    if as_json:
+        print_json(found)
+        return
+    table = Table("dtype", "tensors", "bytes", title=f"{path}: {found['kind']}, {found['tensors']:,} tensors")
+    for dtype, entry in found["dtypes"].items():
+        table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['bytes']:,}")
+    out.print(table)
+    for key, value in found["metadata"].items():
+        out.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and which backend each op will use."""
+    from ornith_moe.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    for title, rows in found.items():
+        table = Table(title=title, show_header=False, title_justify="left")
+        for key, value in rows.items():
+            table.add_row(key, str(value))
+        out.print(table)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {text!r}")
+    unit = (found[2] or "").upper()
+    power = " KMGT".index(unit[0]) if unit else 0
+    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that draws one bar per phase with rate and time left; silent when stderr is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
+    with Progress(
+        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield update
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def main() -> None:
+    """Entry point: turns every expected failure into one sentence and an exit code."""
+    try:
+        app()
+    except OrnithError as error:
+        err.print(f"ornith-moe: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        err.print(
+            f"ornith-moe: {where}{error.strerror or error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+        sys.exit(1)

@@ -1,0 +1,56 @@
+"""What this machine has, told without importing more than is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+LIBRARIES = ("torch", "triton", "numpy", "numba", "safetensors", "gguf")
+CLIENTS = {
+    "transformers": "experts_implementation='ornith', runs BF16 and FP8 builds",
+    "compressed-tensors": "lets transformers read fp8-channel builds",
+    "xllamacpp": "runs GGUF builds",
+    "huggingface_hub": "hf:// sources",
+}
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Machine, libraries, clients, backends of the MoE ops and formats that can be written, each {name: what}."""
+    import torch
+
+    from ornith_moe.backend import backends
+    from ornith_moe.quant.builds import SAFETENSORS_BUILDS
+    from ornith_moe.quant.gguf_codecs import ENCODERS
+    from ornith_moe.quant.gguf_types import FILE_TYPES
+
+    planned = [name for name in FILE_TYPES if name not in ENCODERS]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "cores": os.cpu_count(),
+            "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+            "gpu": device,
+            "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "libraries": {name: _version(name) or "not installed" for name in LIBRARIES},
+        "clients": {name: f"{_version(name) or 'not installed'}: {what}" for name, what in CLIENTS.items()},
+        "MoE backends": {
+            name: ("available" if backend.available else "not available") + f": {backend.reason}"
+            for name, backend in backends().items()
+        },
+        "builds": {
+            "written": ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in ENCODERS)]),
+            "planned only": ", ".join(f"gguf:{name}" for name in planned) or "none",
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "built in" if importlib.util.find_spec(name.replace("-", "_")) else None
