@@ -1,0 +1,222 @@
+"""Everything a GGUF says besides its tensors: identity, hyperparameters, sampling defaults, tokenizer.
+
+    gguf_metadata(config, folder, name="ornith-nano", file_type=0, mtp_layers=0)
+        -> general.*  (architecture, name, file type, sampling)
+         + {arch}.*   (what llama.cpp's loader for qwen35, qwen35moe or gemma4 reads)
+         + tokenizer.* (quant/gguf_tokenizer.py; left out when `folder` is None)
+
+Entries depend on the checkpoint's content alone: no date, no path, no machine, so equal checkpoints give equal bytes.
+Shapes are not interpreted a second time: they come from the architecture's shape model, which plans the tensors too.
+
+Two rules that cost others a file that does not load: `block_count` counts MTP blocks and `nextn_predict_layers` is
+written only when MTP tensors are really there (the loader demands them once announced, and Ornith-1.0 announces an MTP
+layer that it does not ship); `rope.dimension_sections` is required for Qwen3.5 even where a config leaves it out.
+
+Sources: llama.cpp `src/models/{qwen35,qwen35moe,gemma4}.cpp` for what is read, its `conversion/` for what is usual.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gguf import GGUFValueType as Type
+from gguf import Keys
+
+from ornith_moe.quant.architectures import architecture
+from ornith_moe.quant.architectures.weight import Settings
+from ornith_moe.quant.checkpoint import read_json
+from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.gguf_tokenizer import tokenizer_entries
+
+QUANTIZATION_VERSION = 2  # of ggml's block formats
+MROPE_SECTIONS = (11, 11, 10)  # transformers' default for Qwen3.5: rotary pairs for time, height, width
+# generation_config.json key -> GGUF key and type
+_SAMPLING = {
+    "temperature": (Keys.General.SAMPLING_TEMP, Type.FLOAT32),
+    "top_k": (Keys.General.SAMPLING_TOP_K, Type.INT32),
+    "top_p": (Keys.General.SAMPLING_TOP_P, Type.FLOAT32),
+    "min_p": (Keys.General.SAMPLING_MIN_P, Type.FLOAT32),
+}
+
+
+class Entry(NamedTuple):
+    """One key of a GGUF; the fields are the arguments of `gguf.GGUFWriter.add_key_value`."""
+
+    key: str
+    value: Any
+    type: Type
+    sub_type: Type | None = None  # of an array's items
+
+
+def gguf_metadata(
+    config: dict[str, Any],
+    folder: Path | None,
+    *,
+    name: str,
+    file_type: int,
+    mtp_layers: int,
+    pre: str | None = None,
+) -> list[Entry]:
+    """The key-value section of a GGUF for one checkpoint.
+
+    Args:
+        config: parsed config.json, of a text model or of the multimodal wrapper.
+        folder: where tokenizer.json and its companions lie; None leaves the tokenizer out (such a file does not load).
+        name: general.name, a human's name for the model.
+        file_type: llama.cpp's file type number, for instance 0 for F32, 7 for Q8_0, 32 for BF16.
+        mtp_layers: multi-token-prediction blocks that the file holds as tensors, not as the config announces.
+        pre: llama.cpp's name of the pre-tokenizer, when tokenizer.json has one that we do not recognize.
+
+    Returns:
+        Entries in file order, ready for `GGUFWriter.add_key_value(*entry)`.
+
+    Raises:
+        CheckpointError: an unknown architecture, a missing or damaged value or file, a tokenizer unlike its vocabulary.
+        PlanError: a sound checkpoint that the format or llama.cpp cannot express (rope scaling, unknown pre-tokenizer,
+            more tokens than embedding rows).
+
+    Example:
+        >>> entries = gguf_metadata(config, None, name="tiny", file_type=0, mtp_layers=0)  # doctest: +SKIP
+        >>> [entry.value for entry in entries if entry.key == "general.architecture"]  # doctest: +SKIP
+        ['qwen35moe']
+    """
+    shape = architecture(config)
+    text = Settings(config.get("text_config", config), "config.json")
+    hyperparameters = _gemma4(shape, text) if shape.gguf_architecture == "gemma4" else _qwen35(shape, text, mtp_layers)
+    entries = [
+        Entry(Keys.General.ARCHITECTURE, shape.gguf_architecture, Type.STRING),
+        Entry(Keys.General.TYPE, "model", Type.STRING),
+        *(_sampling(folder) if folder else ()),
+        Entry(Keys.General.NAME, name, Type.STRING),
+        *(
+            Entry(key.format(arch=shape.gguf_architecture), value, *types)
+            for key, value, *types in _common(shape, text) + hyperparameters
+        ),
+        Entry(Keys.General.FILE_TYPE, int(file_type), Type.UINT32),
+        Entry(Keys.General.QUANTIZATION_VERSION, QUANTIZATION_VERSION, Type.UINT32),
+    ]
+    if folder:
+        entries += [Entry(*entry) for entry in tokenizer_entries(Path(folder), config, shape.vocabulary, pre=pre)]
+    return entries
+
+
+def _common(shape, text: Settings) -> list[tuple]:
+    return [
+        (Keys.LLM.CONTEXT_LENGTH, text.integer("max_position_embeddings", high=1 << 31), Type.UINT32),
+        (Keys.LLM.EMBEDDING_LENGTH, shape.hidden, Type.UINT32),
+        (Keys.Attention.HEAD_COUNT, shape.heads, Type.UINT32),
+        (Keys.Attention.LAYERNORM_RMS_EPS, _number(text, "rms_norm_eps", 1e-6), Type.FLOAT32),
+    ]
+
+
+def _qwen35(shape, text: Settings, mtp_layers: int) -> list[tuple]:
+    rope = _rope(text, text.section("rope_parameters") or text.section("rope_scaling"), "default")
+    rotary_factor = _number(rope, "partial_rotary_factor", text.values.get("partial_rotary_factor", 0.25))
+    theta = _number(rope, "rope_theta", text.values.get("rope_theta", 10_000_000))
+    sections = rope.values.get("mrope_section") or list(MROPE_SECTIONS)
+    if not (isinstance(sections, list) and len(sections) in (3, 4) and all(type(pairs) is int for pairs in sections)):
+        raise CheckpointError(f"{rope.where}: expected mrope_section to be three integers, got {str(sections)[:80]}")
+    sections = [*sections, 0][:4]  # the fourth is for a position axis that text and images do not have
+    recurrent = [mixer == "linear_attention" for mixer in shape.mixers] + [False] * mtp_layers
+    entries = [
+        (Keys.LLM.BLOCK_COUNT, shape.layers + mtp_layers, Type.UINT32),
+        (Keys.Attention.HEAD_COUNT_KV, shape.kv_heads, Type.UINT32),
+        (Keys.Attention.KEY_LENGTH, shape.head_dim, Type.UINT32),
+        (Keys.Attention.VALUE_LENGTH, shape.head_dim, Type.UINT32),
+        (Keys.Rope.DIMENSION_COUNT, int(shape.head_dim * rotary_factor), Type.UINT32),
+        (Keys.Rope.DIMENSION_SECTIONS, sections, Type.ARRAY, Type.INT32),
+        (Keys.Rope.FREQ_BASE, theta, Type.FLOAT32),
+        (Keys.SSM.CONV_KERNEL, shape.conv_kernel, Type.UINT32),
+        (Keys.SSM.STATE_SIZE, shape.key_head_dim, Type.UINT32),
+        (Keys.SSM.GROUP_COUNT, shape.key_heads, Type.UINT32),
+        (Keys.SSM.TIME_STEP_RANK, shape.value_heads, Type.UINT32),
+        (Keys.SSM.INNER_SIZE, shape.value_heads * shape.value_head_dim, Type.UINT32),
+        # Which blocks are recurrent, twice: the list is exact, the interval is what readers before autumn 2026 know.
+        ("{arch}.attention.recurrent_layers", recurrent, Type.ARRAY, Type.BOOL),
+        (Keys.LLM.FULL_ATTENTION_INTERVAL, _interval(shape.mixers), Type.UINT32),
+    ]
+    if shape.moe:
+        entries += [
+            (Keys.LLM.EXPERT_COUNT, shape.experts, Type.UINT32),
+            (Keys.LLM.EXPERT_USED_COUNT, text.integer("num_experts_per_tok", high=shape.experts), Type.UINT32),
+            (Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, shape.intermediate, Type.UINT32),
+            (Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, shape.shared_intermediate, Type.UINT32),
+        ]
+    else:
+        entries.append((Keys.LLM.FEED_FORWARD_LENGTH, shape.intermediate, Type.UINT32))
+    if mtp_layers:
+        entries.append((Keys.LLM.NEXTN_PREDICT_LAYERS, mtp_layers, Type.UINT32))
+    if shape.key_head_dim != shape.value_head_dim:
+        raise PlanError(
+            f"config.json: linear_key_head_dim {shape.key_head_dim} and linear_value_head_dim {shape.value_head_dim} "
+            "differ; llama.cpp knows one state size for both"
+        )
+    return entries
+
+
+def _gemma4(shape, text: Settings) -> list[tuple]:
+    rope = text.section("rope_parameters") or Settings({}, f"{text.where}.rope_parameters")
+    everywhere = _rope(text, rope.section("full_attention"), "proportional")
+    sliding = _rope(text, rope.section("sliding_attention"), "default")
+    is_sliding = [attention == "sliding_attention" for attention in shape.attentions]
+    kv_heads = [shape.kv_heads if slides else shape.global_kv_heads for slides in is_sliding]
+    entries = [
+        (Keys.LLM.BLOCK_COUNT, shape.layers, Type.UINT32),
+        (Keys.LLM.FEED_FORWARD_LENGTH, shape.intermediate, Type.UINT32),
+        (Keys.Attention.HEAD_COUNT_KV, kv_heads, Type.ARRAY, Type.INT32),
+        (Keys.Attention.KEY_LENGTH, shape.global_head_dim, Type.UINT32),
+        (Keys.Attention.VALUE_LENGTH, shape.global_head_dim, Type.UINT32),
+        (Keys.Attention.KEY_LENGTH_SWA, shape.head_dim, Type.UINT32),
+        (Keys.Attention.VALUE_LENGTH_SWA, shape.head_dim, Type.UINT32),
+        (Keys.Attention.SLIDING_WINDOW, text.integer("sliding_window"), Type.UINT32),
+        (Keys.Attention.SLIDING_WINDOW_PATTERN, is_sliding, Type.ARRAY, Type.BOOL),
+        (Keys.Attention.SHARED_KV_LAYERS, 0, Type.UINT32),
+        (Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, 0, Type.UINT32),
+        (Keys.Rope.DIMENSION_COUNT, shape.global_head_dim, Type.UINT32),  # rope_freqs stops the pairs that rest
+        (Keys.Rope.DIMENSION_COUNT_SWA, shape.head_dim, Type.UINT32),
+        (Keys.Rope.FREQ_BASE, _number(everywhere, "rope_theta", 1e6), Type.FLOAT32),
+        (Keys.Rope.FREQ_BASE_SWA, _number(sliding, "rope_theta", 1e4), Type.FLOAT32),
+    ]
+    if text.values.get("final_logit_softcapping") is not None:
+        softcap = _number(text, "final_logit_softcapping", None)
+        entries.append((Keys.LLM.FINAL_LOGIT_SOFTCAPPING, softcap, Type.FLOAT32))
+    return entries
+
+
+def _interval(mixers: list[str]) -> int:
+    """Every how many layers attention is full. Layers that follow no interval are described by the list alone."""
+    full = [layer for layer, mixer in enumerate(mixers) if mixer == "full_attention"]
+    return full[0] + 1 if full else len(mixers) + 1
+
+
+def _rope(text: Settings, rope: Settings | None, expected: str) -> Settings:
+    rope = rope or Settings({}, f"{text.where}.rope_parameters")
+    kind = rope.values.get("rope_type", expected)
+    if kind != expected:
+        raise PlanError(
+            f"{rope.where}: rope_type {kind!r} is not written to a GGUF, only {expected!r}; convert with the original "
+            "rope_parameters and give llama.cpp the scaling when it runs"
+        )
+    return rope
+
+
+def _number(settings: Settings, key: str, default: Any) -> float:
+    value = settings.values.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise CheckpointError(f"{settings.where}: expected {key} to be a positive number, got {str(value)[:80]}")
+    return float(value)
+
+
+def _sampling(folder: Path) -> list[Entry]:
+    """What the publisher recommends for sampling; llama.cpp uses it where its user says nothing."""
+    path = Path(folder) / "generation_config.json"
+    if not path.exists():
+        return []
+    found = read_json(path, limit=1 << 20)
+    numbers = {key: found[key] for key in _SAMPLING if type(found.get(key)) in (int, float)}
+    return [
+        Entry(_SAMPLING[key][0], int(value) if _SAMPLING[key][1] == Type.INT32 else float(value), _SAMPLING[key][1])
+        for key, value in numbers.items()
+        if abs(value) < 1e9
+    ]
