@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.11+, make and a C compiler; each makes the environment $(VENV) if it is not there.
+
+PYTHON ?= python3
+VENV ?= .venv
+# An editable install sees the two folders through the links in ornith_moe/; a checkout that has lost them installs a copy.
+INSTALL ?= $(if $(wildcard ornith_moe/quant/.),--editable .,.)
+ARGS ?=
+TORCH := $(shell grep '^torch==' requirements.txt)
+TRITON := triton==3.9.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+.PHONY: help demo test test-gpu lint bench wheel clean
+
+help:
+	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
+	@echo 'make test      lint and every test that needs no GPU (ARGS="-k fp8" picks some)'
+	@echo 'make test-gpu  the tests that need a GPU'
+	@echo 'make lint | bench | wheel | clean'
+
+demo: $(VENV)/.installed
+	@$(BIN)/python demo/run.py $(ARGS)
+
+test: lint
+	@$(BIN)/pytest -m 'not gpu' $(ARGS)
+
+test-gpu: $(VENV)/.installed
+	@$(BIN)/pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check --quiet .
+
+bench: $(VENV)/.installed
+	@$(BIN)/pytest bench --benchmark-only -o python_files='bench_*.py' $(ARGS)
+
+wheel: $(VENV)/.installed
+	@rm -rf build
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The pinned dependencies. torch comes first and alone, so that its own triton, where it has one, is the one that stays.
+$(VENV)/.dependencies: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed, $(PYTHON) is older or missing: make PYTHON=/path/to/python3.11'; exit 1; }
+	@echo 'Making $(VENV): $(TORCH), then the rest of requirements.txt; a few minutes, once.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -r requirements.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
+	@touch $@
+
+# build/ may hold files of an earlier version, which a wheel would ship.
+$(VENV)/.installed: $(VENV)/.dependencies setup.py pyproject.toml
+	@rm -rf build
+	@$(PIP) --no-deps --no-build-isolation --force-reinstall $(INSTALL)
+	@rm -rf build
+	@touch $@
