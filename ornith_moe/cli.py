@@ -37,13 +37,26 @@ class Mtp(StrEnum):
     drop = "drop"
 
 
+def parse_size(text: str | int) -> int:
+    """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {text!r}")
+    unit = (found[2] or "").upper()
+    power = " KMGT".index(unit[0]) if unit else 0
+    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 To = Annotated[
     list[str], typer.Option("--to", metavar="BUILD", help="fp8-channel, fp8-block, bf16 or gguf:TYPE; repeat for more.")
 ]
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hf://org/name[@revision].")]
-MaxShard = Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors shard.")]
+MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]
+TokenizerPre = Annotated[
+    str | None, typer.Option(metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
+]
 
 
 @app.command()
@@ -62,9 +75,8 @@ def plan(
     from ornith_moe.quant.layout import shard_tensors
 
     opened = open_any(source, mtp=mtp, config_only=True)
-    limit = parse_size(max_shard_size)
     plans = [plan_build(opened, build) for build in to]
-    files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, limit)) for plan in plans]
+    files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
     if as_json:
         print_json(
             {"builds": [plan_json(*pair) for pair in zip(plans, files, strict=True)], "notes": list(opened.notes)}
@@ -91,10 +103,13 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the builds.")],
     to: To,
     jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default all cores.")] = None,
-    max_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory the process may hold.")] = "2GiB",
+    max_memory: Annotated[
+        int, typer.Option(metavar="SIZE", parser=parse_size, help="Memory the process may hold.")
+    ] = "2GiB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")] = False,
     mtp: MtpOption = None,
     max_shard_size: MaxShard = "5GB",
+    tokenizer_pre: TokenizerPre = None,
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint."""
@@ -108,9 +123,10 @@ def convert(
             target,
             to,
             jobs=jobs,
-            max_memory=parse_size(max_memory),
+            max_memory=max_memory,
             resume=resume,
-            max_shard_bytes=parse_size(max_shard_size),
+            max_shard_bytes=max_shard_size,
+            tokenizer_pre=tokenizer_pre,
             progress=progress,
         )
     if as_json:
@@ -222,16 +238,6 @@ def doctor(as_json: Json = False) -> None:
         for key, value in rows.items():
             table.add_row(key, str(value))
         out.print(table)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
-    if not found:
-        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {text!r}")
-    unit = (found[2] or "").upper()
-    power = " KMGT".index(unit[0]) if unit else 0
-    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
 
 
 def print_json(value: Any) -> None:

@@ -93,6 +93,7 @@ def convert(
     max_memory: int = 2 << 30,
     resume: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    tokenizer_pre: str | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `builds` of `source` into the folder `out`.
@@ -103,6 +104,7 @@ def convert(
         builds: names as in `plan_build`.
         jobs: threads, default all cores. max_memory: bytes the process may hold. max_shard_bytes: size of a shard.
         resume: go on with an unfinished conversion of the same source, builds and options.
+        tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
         progress: called with phase ("convert", "check"), bytes done and bytes in all.
     Returns:
         ConversionReport.
@@ -123,12 +125,12 @@ def convert(
         _check_encoders(plan)
     staging = out / PARTIAL
     _check_out(source, out, staging, resume)
-    placed = _place(source, out, staging, plans, max_shard_bytes)
+    placed = _place(source, out, staging, plans, max_shard_bytes, tokenizer_pre)
 
     began = time.monotonic()
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        identity = [source.checkpoint.fingerprint, list(builds), source.has_mtp, max_shard_bytes]
+        identity = [source.checkpoint.fingerprint, list(builds), source.has_mtp, max_shard_bytes, tokenizer_pre]
         with Journal(staging, _digest_json(identity), slab_bytes, resume=resume) as journal:
             work = units(source, journal.slab_bytes)
             resumed = len(journal.extents)
@@ -152,8 +154,16 @@ def convert(
         BuildReport(b.plan.build, b.final, len(b.plan.tensors), b.plan.tensor_bytes, len(b.layout.files), seconds)
         for b in placed
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return ConversionReport(reports, run.bytes_read, peak, resumed)
+    return ConversionReport(reports, run.bytes_read, peak_rss_bytes(), resumed)
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process has held. Not getrusage's figure on Linux: a child inherits its parent's there."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # Before the first byte
@@ -187,13 +197,17 @@ def _check_out(source: Source, out: Path, staging: Path, resume: bool) -> None:
         raise PlanError(f"{staging}: an unfinished conversion is here; pass --resume to go on, or delete that folder")
 
 
-def _place(source: Source, out: Path, staging: Path, plans: list[BuildPlan], max_shard_bytes: int) -> list[_Build]:
+def _place(
+    source: Source, out: Path, staging: Path, plans: list[BuildPlan], max_shard_bytes: int, tokenizer_pre: str | None
+) -> list[_Build]:
     """Lay out every build, and refuse what would overwrite a file or not fit on the disk."""
     placed, files = [], 0
     for plan in plans:
         if plan.is_gguf:
             final = out / f"{source.name}-{plan.file_type}.gguf"
-            layout = gguf_layout(plan, final.name, source.architecture.gguf_architecture, _metadata(source, plan))
+            layout = gguf_layout(
+                plan, final.name, source.architecture.gguf_architecture, _metadata(source, plan, tokenizer_pre)
+            )
         else:
             final, layout = out / plan.build, safetensors_layout(plan, max_shard_bytes)
         if final.exists():
@@ -211,10 +225,12 @@ def _place(source: Source, out: Path, staging: Path, plans: list[BuildPlan], max
     return placed
 
 
-def _metadata(source: Source, plan: BuildPlan):
+def _metadata(source: Source, plan: BuildPlan, pre: str | None):
     mtp_layers = source.architecture.mtp_layers if source.has_mtp else 0
     file_type = FILE_TYPES[plan.file_type].id
-    return gguf_metadata(source.config, source.folder, name=source.name, file_type=file_type, mtp_layers=mtp_layers)
+    return gguf_metadata(
+        source.config, source.folder, name=source.name, file_type=file_type, mtp_layers=mtp_layers, pre=pre
+    )
 
 
 @contextmanager

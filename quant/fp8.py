@@ -29,7 +29,12 @@ import torch
 E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126
 _TILE_ELEMENTS = 1 << 19  # 2 MiB of fp32; a whole 4096 x 4096 matrix at once is four times slower
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SCALES = {  # name: dtype, the integer that carries it, how far its bits lie below those of fp32
+    "fp32": (torch.float32, torch.int32, 0),
+    "bf16": (torch.bfloat16, torch.int16, 16),
+    "ue8m0": (torch.float8_e8m0fnu, torch.uint8, 23),
+}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -164,17 +169,17 @@ def _quantize(x, bn, bk, kind, through):
     """The rule of the module docstring for blocks of bn x bk (bk None: the whole row) of `x` [..., N, K]."""
     *lead, n, k = x.shape
     q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "ue8m0": torch.float8_e8m0fnu}[kind]
-    scale = torch.empty(*lead, *_grid(n, k, bn, bk), dtype=dtype, device=x.device)
+    dtype, carrier, shift = SCALES[kind]
+    scale = torch.empty(*lead, *_grid(n, k, bn, bk), dtype=carrier, device=x.device)
     for tile, s_rows, q_rows in _row_tiles(bn, x, scale, q):
         blocks = _as_blocks(tile.to(through).float(), s_rows, bn, bk)
         s = _scale_of(blocks.abs().amax(dim=3).amax(dim=1), kind)
-        s_rows.copy_(s)
+        s_rows.copy_(s.view(torch.int32) >> shift)  # exact, NaN included; torch casts NaN to BF16 as 0x7fc0 or 0xffff
         s = s[:, None, :, None]
         q_rows.copy_(_from_blocks(blocks / s, q_rows))
         if s.isnan().any():  # a GPU waits here; a CPU division keeps the sign of a NaN, so the code is set by hand
             q_rows.view(torch.uint8).masked_fill_(_from_blocks(s.isnan().expand(blocks.shape), q_rows), 0x7F)
-    return q, scale
+    return q, scale.view(dtype)
 
 
 def _scale_of(amax, kind):
@@ -233,7 +238,7 @@ def _from_blocks(blocks, like):
 
 
 def _check(name, x, dims):
-    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+    if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a tensor of float32, float16 or bfloat16, got {got}; convert it first")
     if x.dim() < dims:

@@ -83,6 +83,8 @@ def _q8_0(rows, codes, scale):
                 amax = max(amax, abs(rows[r, b * 32 + i]))
             d = amax / np.float32(127)
             inverse = np.float32(1) / d if d != 0 else np.float32(0)
+            if np.isinf(inverse):  # d is subnormal and stored as fp16 zero; C's cast of an infinity gives 0 as well
+                inverse = np.float32(0)
             scale[r, b] = d
             for i in range(32):
                 value = rows[r, b * 32 + i] * inverse

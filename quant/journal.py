@@ -3,8 +3,8 @@
 One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...]]`. The
 first line names what is being converted; a conversion resumes only if it is the same. A line torn by a crash ends the
 journal there. A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every
-extent is read back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents,
-not against an attacker.
+extent is read back and compared before anything gets its final name. Digests are xxh3-128: they guard against
+accidents, not against an attacker.
 """
 
 from __future__ import annotations

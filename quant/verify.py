@@ -267,12 +267,12 @@ def _compare(found: dict[str, FoundTensor], source: Source, result: Verification
     for index, error in enumerate(errors):
         if index not in steps:
             continue
-        weight, storage = source.weights[index], steps[index].storage
+        weight, step = source.weights[index], steps[index]
         roles.setdefault(weight.role, _Error()).add(error.signal, error.noise, error.largest)
-        floor = FLOOR_DB.get(storage.name, 10.0)
+        floor = _floor_db(step, source.dtype(index))
         if error.sqnr_db is not None and not error.sqnr_db >= floor:
             result.problem(
-                f"{weight.name}: SQNR {error.sqnr_db:.1f} dB as {storage.name}, below the floor of {floor} dB"
+                f"{weight.name}: SQNR {error.sqnr_db:.1f} dB as {step.storage.name}, below the floor of {floor} dB"
             )
     for role, error in roles.items():
         sqnr = error.sqnr_db
@@ -281,6 +281,11 @@ def _compare(found: dict[str, FoundTensor], source: Source, result: Verification
             "max_abs_error": error.largest,
             "exact": sqnr is None,
         }
+
+
+def _floor_db(step: Step, dtype: str) -> float:
+    untouched = step.place is None or step.place.values == "same"
+    return math.inf if untouched and step.storage.name == dtype else FLOOR_DB.get(step.storage.name, 10.0)
 
 
 def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Verification) -> bool:

@@ -1,0 +1,185 @@
+"""Plans of builds that exist: tensors and bytes equal to the published ones, skip lists equal to the official configs.
+
+Reference: index totals, file sizes and quantization configs of the official Ornith-1.0 and Qwen3.5 repositories
+(docs/formats.md says which). Not covered: builds of architectures nobody published.
+"""
+
+import json
+from importlib import resources
+
+import pytest
+
+from ornith_moe.quant.builds import compressed_tensors_config, plan_build
+from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape, row_bytes, tensor_types
+from ornith_moe.quant.layout import shard_tensors
+from ornith_moe.quant.source import PRESET_HAS_MTP, open_source, source_from_config
+
+PUBLISHED = [
+    ("ornith-1.0-35b", "fp8-channel", 62_546, 37_667_035_872),
+    ("ornith-1.0-397b", "fp8-channel", 185_811, 405_108_696_032),
+    ("qwen3.5-35b-a3b", "fp8-block", 64_196, 37_454_789_472),
+    ("ornith-1.0-35b", "bf16", 31_666, 70_214_363_872),
+    ("ornith-1.0-397b", "bf16", 93_411, 793_604_721_632),
+    ("ornith-1.0-9b", "bf16", 760, 18_819_627_488),
+    ("ornith-1.0-35b", "gguf:BF16", 733, 69_365_647_872),
+    ("ornith-1.0-35b", "gguf:Q8_0", 733, 36_892_150_272),
+    ("ornith-1.0-35b", "gguf:Q6_K", 733, 28_503_163_392),
+    ("ornith-1.0-35b", "gguf:Q5_K_M", 733, 24_718_141_952),
+    ("ornith-1.0-35b", "gguf:Q4_K_M", 733, 21_155_768_832),
+    ("ornith-1.0-397b", "gguf:BF16", 1_098, 792_950_303_744),
+    ("gemma-4-31b", "gguf:BF16", 833, 61_397_354_736),
+]
+# File sizes as people report them, to three digits: payload plus a header of about 11 MB.
+OFFICIAL_9B_GB = {"BF16": 17.9, "Q8_0": 9.53, "Q6_K": 7.36, "Q5_K_M": 6.47, "Q4_K_M": 5.63}
+LINEAR_ATTENTION_KEPT = ("A_log", "conv1d", "dt_bias", "in_proj_ba", "in_proj_b", "in_proj_a", "norm")
+
+
+@pytest.mark.parametrize(("name", "build", "tensors", "size"), PUBLISHED)
+def test_tensors_and_bytes_of_published_builds(name, build, tensors, size):
+    plan = plan_build(open_source(name), build)
+    assert (len(plan.tensors), plan.tensor_bytes) == (tensors, size)
+    assert len({tensor.name for tensor in plan.tensors}) == tensors
+    assert plan.fallbacks == []
+
+
+@pytest.mark.parametrize(("file_type", "gigabytes"), OFFICIAL_9B_GB.items())
+def test_sizes_of_the_official_9b_files(file_type, gigabytes):
+    plan = plan_build(open_source("ornith-1.0-9b"), f"gguf:{file_type}")
+    assert (plan.tensor_bytes + 11e6) / 1e9 == pytest.approx(gigabytes, rel=0.0015)
+
+
+def test_ignore_list_is_the_official_ornith_one():
+    config = plan_build(open_source("ornith-1.0-35b"), "fp8-channel").config
+    assert config["ignore"] == [
+        "lm_head",
+        "re:.*embed_tokens.*",
+        "re:.*\\.mlp\\.gate$",
+        "re:.*shared_expert_gate$",
+        "re:.*linear_attn.*",
+        "re:model\\.visual\\..*",
+    ]
+    assert config == compressed_tensors_config(config["ignore"])
+
+
+def test_skip_list_covers_the_official_qwen_one():
+    """Every module of the official list is in ours, and ours skips nothing that is quantized."""
+    plan = plan_build(open_source("qwen3.5-35b-a3b"), "fp8-block")
+    skipped = set(plan.config["modules_to_not_convert"])
+    layer = "model.language_model.layers.{}."
+    official = {"lm_head", "model.embed_tokens", "visual", "model.visual", "mtp.fc", "mtp.norm"}
+    official |= {"mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"}
+    for index in range(40):
+        names = ["input_layernorm", "post_attention_layernorm", "mlp.gate", "mlp.shared_expert_gate"]
+        names += (
+            ["self_attn.q_norm", "self_attn.k_norm"]
+            if index % 4 == 3
+            else [
+                f"linear_attn.{n}"
+                for n in ("A_log", "conv1d", "dt_bias", "in_proj_ba", "in_proj_b", "in_proj_a", "norm")
+            ]
+        )
+        official |= {layer.format(index) + name for name in names}
+    official |= {f"mtp.layers.0.{n}" for n in ("input_layernorm", "mlp.gate", "self_attn.q_norm")}
+    for prefix in ("model.visual.", "visual."):
+        official |= {prefix + n for n in ("patch_embed.proj", "pos_embed", "merger.linear_fc1", "merger.norm")}
+    official |= {f"model.visual.blocks.26.{n}" for n in ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2")}
+    assert official <= skipped
+    quantized = {tensor.name.removesuffix(".weight") for tensor in plan.tensors if tensor.dtype == "F8_E4M3"}
+    assert not quantized & skipped
+    assert len(quantized) == 31_745
+
+
+def test_mtp_of_a_config_alone():
+    """A config announces MTP and cannot say whether it exists: known presets do, others ask."""
+    path = resources.files("ornith_moe.quant").joinpath("presets/qwen3.5-35b-a3b.json")
+    config = json.loads(path.read_bytes())
+    known = source_from_config(config, name="qwen3.5-35b-a3b")
+    unknown = source_from_config(config, name="mine")
+    assert known.has_mtp and not unknown.has_mtp and "--mtp keep" in unknown.notes[0]
+    assert source_from_config(config, name="mine", mtp="keep").weights == known.weights
+    assert len(plan_build(known, "gguf:BF16").tensors) == 753
+
+
+def test_channel_build_keeps_and_names_mtp():
+    """vllm#41994: an ignore list that omits BF16 MTP experts crashes the loader."""
+    plan = plan_build(open_source("qwen3.5-35b-a3b"), "fp8-channel")
+    assert plan.config["ignore"][-1] == r"re:^mtp\..*"
+    assert all(tensor.dtype == "BF16" for tensor in plan.tensors if tensor.name.startswith("mtp."))
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "ranks"),
+    [
+        ("ornith-1.0-35b", "fp8-block", 4),  # vLLM: width 512 over 8 ranks is half a block
+        ("ornith-1.0-397b", "fp8-block", 8),
+        ("ornith-1.0-35b", "fp8-channel", 16),
+        ("ornith-1.0-35b", "gguf:Q8_0", None),
+    ],
+)
+def test_max_tensor_parallel(name, build, ranks):
+    assert plan_build(open_source(name), build).max_tensor_parallel == ranks
+
+
+def small(**changes):
+    config = json.loads(resources.files("ornith_moe.quant").joinpath("presets/ornith-1.0-9b.json").read_bytes())
+    config["text_config"] |= {"num_hidden_layers": 4, "layer_types": None} | changes
+    config.pop("vision_config")
+    return source_from_config(config, name="small")
+
+
+def test_partial_blocks_keep_their_fused_group():
+    """A matrix that is not whole blocks stays BF16 with all it is fused with, is listed, and can be loaded."""
+    plan = plan_build(small(intermediate_size=12288 + 64), "fp8-block")
+    dtypes = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    for layer in range(4):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = f"model.language_model.layers.{layer}.mlp.{name}"
+            assert dtypes[f"{weight}.weight"] == "BF16" and weight in plan.config["modules_to_not_convert"]
+    assert len(plan.fallbacks) == 12 and "12352x4096" in plan.fallbacks[0]
+    # qkv has 2 * 16 * 18 + 4096 rows, which is no whole number of blocks; z has 4096 and must stay BF16 with it
+    odd = plan_build(small(linear_key_head_dim=18), "fp8-block")
+    dtypes = {tensor.name.split("layers.0.")[-1]: tensor.dtype for tensor in odd.tensors}
+    assert dtypes["linear_attn.in_proj_z.weight"] == dtypes["linear_attn.in_proj_qkv.weight"] == "BF16"
+    assert dtypes["linear_attn.out_proj.weight"] == "F8_E4M3"
+
+
+def test_gguf_types_that_do_not_divide_give_way():
+    shapes = [("blk.0.ffn_up.weight", (8, 512)), ("blk.0.ffn_gate.weight", (8, 288)), ("blk.0.ffn_up2.weight", (8, 48))]
+    types, fallbacks = tensor_types(shapes, FILE_TYPES["Q4_K_M"], layers=1, experts=0)
+    assert types == {
+        "blk.0.ffn_up.weight": "Q4_K",
+        "blk.0.ffn_gate.weight": "Q5_0",
+        "blk.0.ffn_up2.weight": "F16",
+    }
+    assert len(fallbacks) == 2
+
+
+def test_block_shapes():
+    assert block_shape("Q4_K") == (256, 144) and row_bytes("Q8_0", 64) == 68
+    with pytest.raises(ValueError, match="blocks of 32"):
+        row_bytes("Q8_0", 33)
+    with pytest.raises(ValueError, match="Q9_Z"):
+        block_shape("Q9_Z")
+
+
+def test_shards_hold_what_fits():
+    plan = plan_build(open_source("ornith-1.0-35b"), "fp8-channel")
+    shards = shard_tensors(plan.tensors, 5_000_000_000)
+    assert [i for shard in shards for i in shard] == list(range(len(plan.tensors)))
+    sizes = [sum(plan.tensors[i].nbytes for i in shard) for shard in shards]
+    assert max(sizes) <= 5_000_000_000 and len(shards) == 8
+    assert len(shard_tensors(plan.tensors[:3], 1)) == 3
+
+
+@pytest.mark.parametrize("build", ["fp8", "gguf:", "gguf:Q4_K", "gguf:IQ9", ""])
+def test_unknown_builds_are_refused(build):
+    with pytest.raises(PlanError, match="expected one of fp8-channel"):
+        plan_build(small(), build)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESET_HAS_MTP if "397b" not in name])
+def test_every_preset_can_be_planned(name):
+    source = open_source(name)
+    for build in ("fp8-channel", "fp8-block", "gguf:Q4_K_M"):
+        assert 0.2 < plan_build(source, build).tensor_bytes / plan_build(source, "bf16").tensor_bytes < 0.75

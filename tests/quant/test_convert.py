@@ -1,0 +1,337 @@
+"""Conversion as a stream: same bytes however it is cut, nothing under a final name before it is whole.
+
+Reference: the quantizers applied to whole tensors, and an undisturbed conversion. Crashes are real: a process killed
+with SIGKILL, a disk that is full, bytes lost after the journal had them. Not covered: power loss of a real disk.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fixtures
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ornith_moe.quant.convert as convert_module
+from ornith_moe.quant.convert import MANIFEST, PARTIAL, convert
+from ornith_moe.quant.errors import ConversionError, PlanError
+from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block, quantize_fp8_channel
+from ornith_moe.quant.source import open_source
+
+BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:Q8_0"]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return fixtures.qwen35moe(tmp_path_factory.mktemp("src") / "moe", experts=6, mtp=True, vision=True)
+
+
+@pytest.fixture(scope="module")
+def done(moe, tmp_path_factory):
+    """An undisturbed conversion: folder and report."""
+    out = tmp_path_factory.mktemp("done")
+    return out, convert(open_source(moe), out, BUILDS)
+
+
+def contents(folder):
+    """{relative name: bytes} of every file below `folder`."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def whole(folder):
+    """All weights of the source with experts one by one."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items()}
+
+
+def test_stored_weights_are_the_quantizers_own(moe, done):
+    """One quantizer: the file holds what om.quantize_fp8_* gives for the whole tensor."""
+    source = whole(moe)
+    channel, block = (load_file(done[0] / name / "model.safetensors") for name in ("fp8-channel", "fp8-block"))
+    quantized = 0
+    for name, tensor in source.items():
+        if f"{name}_scale" in channel:
+            q, scale = quantize_fp8_channel(tensor)
+            assert torch.equal(channel[name].view(torch.uint8), q.view(torch.uint8)), name
+            assert torch.equal(channel[f"{name}_scale"], scale)
+            quantized += 1
+        else:
+            assert torch.equal(channel[name], tensor), name
+        if f"{name}_scale_inv" in block:
+            q, scale = quantize_fp8_block(tensor, scale="bf16")
+            assert torch.equal(block[name].view(torch.uint8), q.view(torch.uint8)), name
+            assert torch.equal(block[f"{name}_scale_inv"], scale)
+            back = dequantize_fp8(q, scale, block=(128, 128), dtype=torch.float32)
+            assert 10 * torch.log10(tensor.float().square().sum() / (back - tensor).square().sum()) > 31
+        else:
+            assert torch.equal(block[name], tensor), name
+    assert quantized == 4 * (6 * 3 + 3) + 4
+
+
+def test_every_layout_of_the_source_gives_the_same_builds(tmp_path, done):
+    """Experts fused, mixed or one by one, in one file or three: bytes of the builds are equal."""
+    for number, options in enumerate(({"experts_layout": "fused"}, {"experts_layout": "mixed", "shards": 3})):
+        folder = fixtures.qwen35moe(tmp_path / str(number) / "moe", experts=6, mtp=True, vision=True, **options)
+        convert(open_source(folder), tmp_path / f"out{number}", BUILDS)
+        assert contents(tmp_path / f"out{number}") == contents(done[0])
+
+
+@pytest.mark.parametrize(("jobs", "slab"), [(1, 1 << 14), (3, 100_000), (2, 1 << 25)])
+def test_bytes_do_not_depend_on_slabs_or_jobs(tmp_path, monkeypatch, moe, done, jobs, slab):
+    monkeypatch.setattr(convert_module, "_slab_bytes", lambda max_memory, jobs: slab)
+    report = convert(open_source(moe), tmp_path / "out", BUILDS, jobs=jobs)
+    assert contents(tmp_path / "out") == contents(done[0])
+    assert report.bytes_read == done[1].bytes_read
+
+
+def test_source_is_read_once(moe, done):
+    assert done[1].bytes_read == sum(info.nbytes for info in open_source(moe).checkpoint.tensors.values())
+
+
+def test_report_and_manifest_tell_the_same(done):
+    for build in done[1].builds:
+        path = build.path / MANIFEST if build.path.is_dir() else Path(f"{build.path}.manifest.json")
+        manifest = json.loads(path.read_bytes())
+        assert (manifest["build"], manifest["tensors"], manifest["tensor_bytes"]) == (
+            build.build, build.tensors, build.tensor_bytes,
+        )  # fmt: skip
+    assert not (done[0] / PARTIAL).exists()
+
+
+def test_nothing_of_this_machine_is_in_a_build(moe, done):
+    """Equal sources give equal bytes everywhere: no path, no date."""
+    for name, payload in contents(done[0]).items():
+        for word in (str(done[0]), str(moe), time.strftime("%Y-%m-%d")):
+            assert word.encode() not in payload, (name, word)
+
+
+def test_shards_and_index(tmp_path, moe):
+    report = convert(open_source(moe), tmp_path / "out", ["fp8-block"], max_shard_bytes=5_000_000)
+    folder = report.builds[0].path
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    assert report.builds[0].files == len(set(index["weight_map"].values())) > 1
+    found = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    assert found == index["weight_map"]
+    assert index["metadata"]["total_size"] == report.builds[0].tensor_bytes
+
+
+def test_dropped_mtp_is_not_announced(tmp_path, moe):
+    convert(open_source(moe, mtp="drop"), tmp_path / "out", ["bf16"])
+    config = json.loads((tmp_path / "out/bf16/config.json").read_bytes())
+    assert config["text_config"]["mtp_num_hidden_layers"] == 0
+    assert not any(name.startswith("mtp.") for name in load_file(tmp_path / "out/bf16/model.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_source_dtypes(tmp_path, dtype):
+    """F32 and F16 sources: FP8 of the BF16-rounded weight, BF16 by rounding to nearest."""
+    folder = fixtures.qwen35(tmp_path / "src", dtype=dtype)
+    convert(open_source(folder), tmp_path / "out", ["fp8-channel", "bf16", "gguf:F16"])
+    source = whole(folder)
+    channel, bf16 = (load_file(tmp_path / "out" / n / "model.safetensors") for n in ("fp8-channel", "bf16"))
+    for name, tensor in source.items():
+        assert torch.equal(bf16[name], tensor.bfloat16()), name
+        if f"{name}_scale" in channel:
+            q, _ = quantize_fp8_channel(tensor.bfloat16())
+            assert torch.equal(channel[name].view(torch.uint8), q.view(torch.uint8)), name
+    assert json.loads((tmp_path / "out/bf16/config.json").read_bytes())["dtype"] == "bfloat16"
+
+
+# Crashes
+
+
+def start(moe, out, *options):
+    """The command as a process of its own, with small slabs so that it can be interrupted."""
+    code = (
+        "import sys; import ornith_moe.quant.convert as c; c._slab_bytes = lambda m, j: 1 << 14;"
+        "import os, time; write = c._write_all;"
+        "c._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
+        "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
+    )
+    builds = [word for build in BUILDS for word in ("--to", build)]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "convert", str(moe), str(out), *builds, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture
+def killed(tmp_path, moe):
+    """A conversion killed with SIGKILL after at least forty units."""
+    out = tmp_path / "out"
+    process = start(moe, out)
+    journal = out / PARTIAL / "journal"
+    while lines(journal) < 40 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
+    return out
+
+
+def test_a_killed_conversion_shows_nothing_and_resumes(killed, moe, done):
+    assert [path.name for path in killed.iterdir()] == [PARTIAL]
+    with open(killed / PARTIAL / "journal", "ab") as journal:
+        journal.write(b"[999999,[[0,1")  # a line torn by the crash
+    report = convert(open_source(moe), killed, BUILDS, resume=True)
+    assert report.resumed_units >= 40 - 1
+    assert report.bytes_read < done[1].bytes_read
+    assert contents(killed) == contents(done[0])
+
+
+def test_bytes_lost_after_the_journal_are_mended(killed, moe, done):
+    """A power cut may lose written pages and keep the journal: every byte is read back before the rename."""
+    for path in (killed / PARTIAL).rglob("*"):
+        if path.suffix in (".safetensors", ".gguf"):
+            with open(path, "r+b") as file:
+                file.seek(path.stat().st_size // 8)
+                file.write(bytes(200_000))
+    convert(open_source(moe), killed, BUILDS, resume=True)
+    assert contents(killed) == contents(done[0])
+
+
+def test_a_disk_that_loses_bytes_is_an_error(tmp_path, monkeypatch, moe):
+    write = convert_module._write_all
+    monkeypatch.setattr(convert_module, "_write_all", lambda d, view, o: write(d, memoryview(bytes(len(view))), o))
+    with pytest.raises(ConversionError, match="does not give back"):
+        convert(open_source(moe), tmp_path / "out", ["bf16"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
+
+
+def test_an_unfinished_conversion_is_not_overwritten_or_mixed(killed, moe, tmp_path):
+    with pytest.raises(PlanError, match="--resume"):
+        convert(open_source(moe), killed, BUILDS)
+    with pytest.raises(ConversionError, match="another source, other builds"):
+        convert(open_source(moe), killed, ["bf16"], resume=True)
+    with pytest.raises(PlanError, match="no unfinished conversion"):
+        convert(open_source(moe), tmp_path / "new", BUILDS, resume=True)
+
+
+def test_two_conversions_do_not_share_a_folder(tmp_path, moe):
+    out = tmp_path / "out"
+    process = start(moe, out)
+    try:
+        while lines(out / PARTIAL / "journal") < 2 and process.poll() is None:
+            time.sleep(0.005)
+        with pytest.raises(ConversionError, match="another conversion is writing here"):
+            convert(open_source(moe), out, BUILDS, resume=True)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_finished_builds_are_not_overwritten(moe, done):
+    with pytest.raises(PlanError, match="exists already"):
+        convert(open_source(moe), done[0], ["bf16"])
+
+
+def test_full_disk_is_told_before_the_first_byte(tmp_path, monkeypatch, moe):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(ConversionError, match=r"take \d+ bytes and 1000000 are free; free \d+ more"):
+        convert(open_source(moe), tmp_path / "out", BUILDS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root; the full disk is also tested without one")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_disk_that_fills_up_on_the_way(small_disk, monkeypatch, moe):
+    usage = shutil.disk_usage(small_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # somebody else took the space
+    with pytest.raises(ConversionError, match="the disk is full; free space and pass --resume"):
+        convert(open_source(moe), small_disk / "out", BUILDS)
+    assert [path.name for path in (small_disk / "out").iterdir()] == [PARTIAL]
+
+
+def test_source_changed_on_the_way(tmp_path, monkeypatch):
+    folder = fixtures.qwen35(tmp_path / "src")
+    source = open_source(folder)
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(ConversionError, match="changed while it was converted"):
+        convert(source, tmp_path / "out", ["bf16"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_weights_are_found(tmp_path, value):
+    folder = fixtures.qwen35moe(tmp_path / "src", experts=3, experts_layout="fused")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.experts.gate_up_proj"))
+    tensors[name][2, 256 + 7, 19] = value  # expert 2, row 7 of up
+    save_file(tensors, folder / "model.safetensors")
+    where = rf"layers\.1\.mlp\.experts\.2\.up_proj\.weight: row 7, column 19 is {value!s}"
+    with pytest.raises(ConversionError, match=where):
+        convert(open_source(folder), tmp_path / "out", ["fp8-block"])
+
+
+def test_fp16_overflow_names_the_weight(tmp_path):
+    folder = fixtures.qwen35(tmp_path / "src")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.2.mlp.up_proj.weight"))
+    tensors[name][3, 4] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"layers\.2\.mlp\.up_proj.*beyond fp16.*gguf:F16"):
+        convert(open_source(folder), tmp_path / "out", ["gguf:F16"])
+
+
+def test_what_cannot_be_made_is_told_before_work(tmp_path, moe):
+    for builds, word in ((["gguf:Q4_K_M"], "can plan but not encode"), ([], "at least one"), (["bf16"] * 2, "once")):
+        with pytest.raises(PlanError, match=word):
+            convert(open_source(moe), tmp_path / "out", builds)
+    with pytest.raises(PlanError, match="config without weights"):
+        convert(open_source("ornith-1.0-9b"), tmp_path / "out", ["bf16"])
+    with pytest.raises(PlanError, match="is the source itself"):
+        convert(open_source(moe), moe, ["bf16"])
+    with pytest.raises(PlanError, match="max_memory"):
+        convert(open_source(moe), tmp_path / "out", ["bf16"], max_memory=1 << 20)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    """One fused tensor of 268 MB, four builds, at most 900 MiB for everything, libraries included."""
+    folder = fixtures.qwen35moe(tmp_path / "src", experts=2, experts_layout="fused")
+    config = json.loads((folder / "config.json").read_bytes())
+    text = config.get("text_config", config)
+    experts = 1024
+    text |= {"num_experts": experts}
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if ".experts." in n or n.endswith("mlp.gate.weight")]:
+        first = tensors[name]
+        count = experts if ".layers.0." in name or name.endswith("gate.weight") else 1
+        tensors[name] = first[:1].repeat(count, *[1] * (first.ndim - 1))
+    keep = {n: t for n, t in tensors.items() if ".layers." not in n or ".layers.0." in n}
+    text |= {"num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    save_file(keep, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    largest = max(t.nbytes for t in keep.values())
+    del tensors, keep
+    command = [sys.executable, "-m", "ornith_moe", "convert", str(folder), str(tmp_path / "out"), "--json"]
+    command += ["--max-memory", "900MiB", *[w for b in BUILDS for w in ("--to", b)]]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert largest == 1024 * 512 * 256 * 2
+    assert report["peak_rss_bytes"] < 900 * 2**20
+    assert np.isclose(report["bytes_read"], 1.5 * largest, rtol=0.02)

@@ -1,0 +1,201 @@
+"""Verification: sound builds pass with the error their format has, and every kind of damage is found.
+
+Reference: the error computed from whole tensors in float64. Damage is done to real builds, one kind at a time. Not
+covered: a wrong transform that its own inverse undoes; test_gguf_logits.py is for that.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import fixtures
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ornith_moe.quant.convert import MANIFEST, convert
+from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.inspect import inspect
+from ornith_moe.quant.source import open_source
+from ornith_moe.quant.verify import verify
+
+BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_source(fixtures.qwen35moe(tmp_path_factory.mktemp("src") / "moe", experts=4, mtp=True, vision=True))
+
+
+@pytest.fixture(scope="module")
+def paths(source, tmp_path_factory):
+    report = convert(source, tmp_path_factory.mktemp("out"), BUILDS)
+    return {build.build: build.path for build in report.builds}
+
+
+@pytest.fixture
+def build(paths, tmp_path, request):
+    """A copy of a build that a test may damage, with its manifest."""
+    path = paths[request.param]
+    if path.is_dir():
+        return Path(shutil.copytree(path, tmp_path / path.name))
+    shutil.copy(f"{path}.manifest.json", tmp_path)
+    return Path(shutil.copy(path, tmp_path))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_sound_builds_pass(paths, source, name):
+    result = verify(paths[name], source)
+    assert result.ok and result.build == name and not result.notes, result.problems
+    roles = {weight.role for weight in source.weights if name.startswith("gguf") is False or weight.role != "vision"}
+    assert result.roles.keys() == roles
+    low, high = {"fp8-channel": (31, 33), "fp8-block": (31, 33), "gguf:Q8_0": (44, 47)}.get(name, (None, None))
+    if low:
+        assert low < result.roles["expert"]["sqnr_db"] < high
+    elif name != "gguf:F16":
+        assert result.roles["expert"] == {"sqnr_db": None, "max_abs_error": 0.0, "exact": True}
+    assert result.roles["router"]["exact"]
+    assert verify(paths[name]).ok, "without a source"
+
+
+def test_error_is_the_error(paths, source):
+    """SQNR and largest error of a role against the same figures from whole tensors."""
+    stored = load_file(paths["fp8-channel"] / "model.safetensors")
+    signal = noise = largest = 0.0
+    for name, tensor in load_file(source.folder / "model.safetensors").items():
+        if ".self_attn." in name and "norm" not in name and not name.startswith("mtp"):
+            back = stored[name].double() * stored[f"{name}_scale"].double()
+            signal, noise = signal + tensor.double().square().sum(), noise + (back - tensor.double()).square().sum()
+            largest = max(largest, (back - tensor.double()).abs().max().item())
+    found = verify(paths["fp8-channel"], source).roles["attention"]
+    assert found["sqnr_db"] == pytest.approx(10 * torch.log10(signal / noise).item(), abs=1e-3)
+    assert found["max_abs_error"] == pytest.approx(largest, rel=1e-6)
+
+
+def edit(folder, change, *, forge=True):
+    """Rewrite the one shard of a safetensors build; `forge` brings the manifest along, as a forger would."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    if forge:
+        (folder / MANIFEST).unlink()
+
+
+def some(tensors, ending):
+    return next(name for name in sorted(tensors) if name.endswith(ending))
+
+
+def flip_bit(path, offset):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+def weights_file(build):
+    return build / "model.safetensors" if build.is_dir() else build
+
+
+@pytest.mark.parametrize("build", BUILDS, indirect=True)
+def test_one_flipped_bit_is_found(build):
+    flip_bit(weights_file(build), weights_file(build).stat().st_size // 2)
+    assert any("sha256" in problem for problem in verify(build).problems)
+
+
+@pytest.mark.parametrize("build", BUILDS, indirect=True)
+def test_truncation_is_found(build):
+    os.truncate(weights_file(build), weights_file(build).stat().st_size - 100)
+    result = verify(build)
+    assert not result.ok and "\n" not in result.problems[0]
+
+
+@pytest.mark.parametrize("build", ["fp8-block", "gguf:Q8_0"], indirect=True)
+@pytest.mark.parametrize("size", [0, 3, 8, 1000])
+def test_what_is_left_of_a_build_is_found(build, size):
+    os.truncate(weights_file(build), size)
+    assert not verify(build).ok
+
+
+@pytest.mark.parametrize(
+    ("build", "ending", "change", "word"),
+    [
+        ("fp8-block", "gate_proj.weight_scale_inv", lambda t: t * 2, "SQNR"),
+        ("fp8-block", "gate_proj.weight_scale_inv", lambda t: t * 0, "not positive"),
+        ("fp8-block", "gate_proj.weight_scale_inv", lambda t: t[:1].clone(), "needs a scale"),
+        ("fp8-channel", "k_proj.weight_scale", lambda t: t.flip(0), "SQNR"),
+        ("fp8-channel", "k_proj.weight_scale", lambda t: t * float("nan"), "not positive"),
+        ("fp8-channel", "k_proj.weight", lambda t: torch.full_like(t.float(), float("nan")).to(t.dtype), "NaN"),
+        ("fp8-channel", "experts.1.up_proj.weight", lambda t: t.flip(0), "experts.1.up_proj.weight: SQNR"),
+        ("fp8-channel", "conv1d.weight", lambda t: t + 0.01, "conv1d.weight: SQNR"),
+        ("bf16", "A_log", lambda t: t * 1.01, "A_log: SQNR"),
+        ("bf16", "norm.weight", lambda t: t * float("inf"), "NaN or an infinity"),
+        ("bf16", "lm_head.weight", lambda t: t[:-1].clone(), "expected BF16 [520, 256], got BF16 [519, 256]"),
+    ],
+    indirect=["build"],
+)
+def test_wrong_values_are_found(build, source, ending, change, word):
+    edit(build, lambda tensors: tensors.update({some(tensors, ending): change(tensors[some(tensors, ending)])}))
+    result = verify(build, source)
+    assert any(word in problem for problem in result.problems), result.problems
+    assert "no manifest" in result.notes[0]
+
+
+@pytest.mark.parametrize("build", ["fp8-channel"], indirect=True)
+def test_missing_extra_and_scaleless_tensors_are_found(build, source):
+    edit(build, lambda tensors: tensors.pop(some(tensors, "layers.0.mlp.gate.weight")))
+    assert "layers.0.mlp.gate.weight is missing" in verify(build, source).problems[0]
+    edit(build, lambda tensors: tensors.update(more=torch.zeros(2)), forge=False)
+    assert any("tensor more belongs to no weight" in problem for problem in verify(build, source).problems)
+    edit(build, lambda tensors: tensors.pop(some(tensors, "k_proj.weight_scale")), forge=False)
+    assert "needs a scale" in verify(build).problems[0]
+
+
+@pytest.mark.parametrize("build", ["gguf:F32", "gguf:Q8_0"], indirect=True)
+def test_wrong_values_in_a_gguf_are_found(build, source):
+    """Two heads exchanged, as a wrong transform would: hashes forged, only the comparison can tell."""
+    os.unlink(f"{build}.manifest.json")
+    reader = gguf.GGUFReader(build, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.attn_gate.weight")
+    tensor.data[:256] = np.concatenate([tensor.data[128:256], tensor.data[:128]])
+    reader.data.flush()
+    del reader, tensor
+    result = verify(build, source)
+    assert result.build == f"gguf:{build.stem.rsplit('-', 1)[1]}"
+    assert "in_proj_z.weight: SQNR" in result.problems[0]
+
+
+@pytest.mark.parametrize("build", ["gguf:Q8_0"], indirect=True)
+def test_a_gguf_of_another_source_is_found(build, tmp_path):
+    other = open_source(fixtures.qwen35moe(tmp_path / "moe", experts=4, mtp=True, vision=True, seed=5))
+    assert "SQNR" in verify(build, other).problems[0]
+    fewer = open_source(fixtures.qwen35moe(tmp_path / "few" / "moe", experts=3, mtp=True, vision=True))
+    assert "expected" in verify(build, fewer).problems[0]
+
+
+@pytest.mark.parametrize("build", ["bf16"], indirect=True)
+def test_a_lost_file_is_found(build):
+    (build / "tokenizer.json").unlink()
+    assert "tokenizer.json: expected" in verify(build).problems[0]
+
+
+def test_no_build_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="no build here"):
+        verify(tmp_path / "nothing")
+
+
+def test_inspect_tells_what_is_there(paths, source):
+    for name, path in paths.items():
+        found = inspect(path)
+        assert found["tensors"] == verify(path).tensors
+        assert sum(entry["bytes"] for entry in found["dtypes"].values()) == found["tensor_bytes"], name
+    assert inspect(paths["fp8-block"])["metadata"]["quant_method"] == "fp8"
+    assert inspect(paths["gguf:Q8_0"])["metadata"]["general.architecture"] == "qwen35moe"
+    assert inspect(paths["bf16"] / "model.safetensors")["kind"] == "safetensors file"
+    json.dumps(inspect(paths["gguf:F32"]))
+    with pytest.raises(CheckpointError, match="expected a folder"):
+        inspect("setup.py")
