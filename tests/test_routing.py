@@ -1,0 +1,205 @@
+"""Routing against a token-by-token computation in Python floats, and against transformers' routers.
+
+Not covered: speed, and devices other than the CPU.
+"""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from numeric import assert_close, assert_same_bits, relative_rms
+
+import ornith_moe as om
+
+
+def softmax_row(row):
+    top = max(row)
+    exps = [math.exp(v - top) for v in row]
+    return [e / sum(exps) for e in exps]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_softmax_topk_equals_python(data):
+    experts = data.draw(st.integers(1, 19))
+    top_k = data.draw(st.integers(1, experts))
+    rows = data.draw(st.lists(st.lists(st.integers(-6, 6), min_size=experts, max_size=experts), min_size=1, max_size=4))
+    routing = om.route(torch.tensor(rows, dtype=torch.float32), top_k)
+    for row, indices, weights in zip(rows, routing.indices.tolist(), routing.weights.tolist(), strict=True):
+        expected = sorted(range(experts), key=lambda e: (-row[e], e))[:top_k]  # ties: lowest index first
+        assert indices == expected
+        scores = softmax_row(row)
+        total = sum(scores[e] for e in expected)
+        assert weights == pytest.approx([scores[e] / total for e in expected], rel=1e-5)
+    assert routing.counts.tolist() == [routing.indices.flatten().tolist().count(e) for e in range(experts)]
+
+
+def test_outputs_have_the_pinned_dtypes():
+    routing = om.route(torch.randn(5, 7, dtype=torch.bfloat16), 3)
+    assert (routing.indices.dtype, routing.weights.dtype, routing.counts.dtype) == (
+        torch.int32,
+        torch.float32,
+        torch.int32,
+    )
+    assert routing.counts.sum() == 15
+
+
+@pytest.mark.parametrize("experts", [100, 512])
+def test_equal_logits_choose_the_lowest_experts(experts):
+    assert om.route(torch.zeros(3, experts), 5).indices.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+def test_all_negative_and_huge_logits():
+    """Where scores underflow to zero they tie, and the lowest index wins although its logit is smaller."""
+    logits = torch.tensor([[-2e4, -1e4 - 1, -1e4], [1e4, -1e4, 0.0]])
+    routing = om.route(logits, 2)
+    assert routing.indices.tolist() == [[2, 1], [0, 1]]
+    assert_close("weights", routing.weights, torch.tensor([[0.7310586, 0.2689414], [1.0, 0.0]]), 1e-6)
+
+
+def test_empty_batch_stays_in_the_graph():
+    logits = torch.randn(0, 6, requires_grad=True)
+    routing = om.route(logits, 2)
+    routing.weights.sum().backward()
+    assert routing.indices.shape == (0, 2) and routing.counts.tolist() == [0] * 6 and logits.grad.shape == (0, 6)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradient_of_the_logits(score, norm):
+    logits = torch.randn(63, 11)
+    dweights = torch.randn(63, 3)
+    mine = logits.clone().requires_grad_()
+    routing = om.route(mine, 3, score=score, norm_topk_prob=norm, scaling=2.5)
+    routing.weights.backward(dweights)
+    truth = logits.double().requires_grad_()
+    scores = truth.softmax(-1) if score == "softmax" else truth.sigmoid()
+    chosen = scores.gather(-1, routing.indices.long())
+    weights = 2.5 * (chosen / chosen.sum(-1, keepdim=True) if norm else chosen)
+    weights.backward(dweights.double())
+    assert_close("weights", routing.weights, weights, 1e-6)
+    assert_close("dlogits", mine.grad, truth.grad, 1e-6)
+
+
+def test_bias_selects_but_does_not_weigh():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    routing = om.route(logits, 2, score="sigmoid", bias=torch.tensor([0.0, 0.0, 0.0, 5.0]))
+    assert routing.indices.tolist() == [[3, 0]]
+    chosen = logits.sigmoid()[0, [3, 0]]
+    assert_close("weights", routing.weights[0], chosen / chosen.sum(), 1e-6)
+
+
+def test_groups_equal_deepseek_v3():
+    from transformers.models.deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=24, n_routed_experts=32, num_experts_per_tok=4, n_group=8, topk_group=3, routed_scaling_factor=2.5
+    )
+    router = DeepseekV3TopkRouter(config)
+    torch.nn.init.normal_(router.weight)
+    router.e_score_correction_bias.uniform_(0, 0.2)
+    x = torch.randn(100, 24)
+    logits, weights, indices = router(x)
+    mine = om.route(
+        logits, 4, score="sigmoid", bias=router.e_score_correction_bias, n_group=8, topk_group=3, scaling=2.5
+    )
+    order, my_order = indices.sort(-1), mine.indices.sort(-1)
+    assert order.values.tolist() == my_order.values.tolist()
+    assert_close("weights", mine.weights.gather(-1, my_order.indices), weights.gather(-1, order.indices), 1e-6)
+
+
+def test_group_without_bias_is_worth_its_best_expert():
+    logits = torch.tensor([[3.0, 0.0, 2.0, 2.0]])
+    assert om.route(logits, 2, n_group=2, topk_group=1).indices.tolist() == [[0, 1]]
+    assert om.route(logits, 2, n_group=2, topk_group=1, bias=torch.zeros(4)).indices.tolist() == [[0, 1]]
+    logits = torch.tensor([[1.5, -9.0, 1.4, 1.4]])
+    assert om.route(logits, 2, n_group=2, topk_group=1).indices.tolist() == [[0, 1]]
+    assert om.route(logits, 2, n_group=2, topk_group=1, bias=torch.zeros(4)).indices.tolist() == [[2, 3]]
+
+
+def test_equals_the_qwen_router():
+    from transformers import Qwen3_5MoeTextConfig
+    from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKRouter
+
+    router = Qwen3_5MoeTopKRouter(Qwen3_5MoeTextConfig(hidden_size=40, num_experts=12, num_experts_per_tok=5))
+    torch.nn.init.normal_(router.weight)
+    logits, weights, indices = router(torch.randn(63, 40))
+    mine = om.route(logits, 5)
+    assert_same_bits("indices", mine.indices, indices.int())
+    assert relative_rms(mine.weights, weights) < 1e-7
+
+
+class TestReplay:
+    def test_keeps_the_record_and_routes_the_rest(self):
+        logits = torch.randn(4, 9)
+        replay = torch.tensor([[8, 0], [-1, -1], [3, 5], [-1, -1]])
+        routing = om.route(logits, 2, replay=replay)
+        fresh = om.route(logits, 2)
+        assert routing.indices[[0, 2]].tolist() == [[8, 0], [3, 5]]
+        assert_same_bits("unrecorded", routing.indices[[1, 3]], fresh.indices[[1, 3]])
+        assert_same_bits("unrecorded", routing.weights[[1, 3]], fresh.weights[[1, 3]])
+        scores = logits.double().softmax(-1).gather(-1, routing.indices.long())
+        assert_close("weights", routing.weights, scores / scores.sum(-1, keepdim=True), 1e-6)
+
+    def test_of_its_own_choice_changes_nothing(self):
+        logits = torch.randn(63, 9)
+        first = om.route(logits, 4)
+        second = om.route(logits, 4, replay=first.indices)
+        for name in ("indices", "weights", "counts"):
+            assert_same_bits(name, getattr(second, name), getattr(first, name))
+
+    def test_gradient_reaches_the_router(self):
+        logits = torch.randn(5, 9, requires_grad=True)
+        om.route(logits, 2, replay=torch.tensor([[8, 0]] * 5)).weights[:, 0].sum().backward()
+        assert (logits.grad[:, 8] > 0).all()
+
+    def test_underflow_gives_zero_weights_not_nan(self):
+        logits = torch.tensor([[0.0, -500.0, -500.0]], requires_grad=True)
+        routing = om.route(logits, 2, replay=torch.tensor([[1, 2]]))
+        routing.weights.sum().backward()
+        assert routing.weights.tolist() == [[0.0, 0.0]] and logits.grad.isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("replay", "error", "says"),
+        [
+            ([[0, 1, 2]] * 2, ValueError, r"replay: expected shape \[T, top_k\] = \[2, 2\], got \[2, 3\]"),
+            ([[0, 1], [9, 2]], ValueError, r"replay\[1, 0\]: expected an expert id in \[0, 9\)"),
+            ([[0, 1], [-2, 2]], ValueError, r"replay\[1, 0\]"),
+            ([[0, 1], [-1, 2]], ValueError, r"replay\[1, 0\].*whole row of -1"),
+            ([[0, 1], [4, 4]], ValueError, r"replay\[1\]: expected 2 different experts, got \[4, 4\]"),
+            ([[0.0, 1.0]] * 2, TypeError, "replay: expected an integer tensor"),
+        ],
+        ids=["shape", "too-large", "too-small", "half-a-record", "twice", "float"],
+    )
+    def test_refuses_a_wrong_record(self, replay, error, says):
+        with pytest.raises(error, match=says):
+            om.route(torch.randn(2, 9), 2, replay=torch.tensor(replay))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_k": 0}, "top_k: expected 1 to 8"),
+        ({"top_k": 9}, "top_k: expected 1 to 8"),
+        ({"score": "relu"}, "score: expected 'softmax' or 'sigmoid'"),
+        ({"bias": torch.zeros(7)}, r"bias: expected shape \[E\] = \[8\]"),
+        ({"n_group": 4}, "go together"),
+        ({"n_group": 3, "topk_group": 1}, "n_group: expected a divisor"),
+        ({"n_group": 4, "topk_group": 5}, "topk_group: expected 1 to n_group = 4"),
+        ({"top_k": 3, "n_group": 4, "topk_group": 1}, "cannot supply top_k = 3"),
+    ],
+    ids=str,
+)
+def test_refuses_wrong_options(options, says):
+    with pytest.raises(ValueError, match=says):
+        om.route(torch.randn(2, 8), **{"top_k": 2, **options})
+
+
+def test_refuses_wrong_logits():
+    with pytest.raises(ValueError, match=r"logits: expected shape \[T, E\]"):
+        om.route(torch.randn(8), 2)
+    with pytest.raises(TypeError, match="logits: expected a floating-point tensor"):
+        om.route(torch.ones(2, 8, dtype=torch.int64), 2)
