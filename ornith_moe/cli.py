@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ornith_moe.quant.errors import OrnithError, VerificationError
+from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
@@ -222,6 +222,39 @@ def inspect(
     out.print(table)
     for key, value in found["metadata"].items():
         out.print(f"{key}: {value}", highlight=False, markup=False)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference: a folder, usually the BF16 source.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="A build of it: a folder, or a .gguf file.")],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to compare on; default: Python's help.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, max=10_000, help="Windows of 256 tokens, 16 positions in each.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """KL divergence, top-1 agreement and perplexity of B against A, each run by its own client."""
+    from dataclasses import asdict
+
+    from ornith_moe.compare import compare as run
+    from ornith_moe.compare import encode, held_out_windows, open_client, read_text
+
+    folder = next((path for path in (a, b) if Path(path).is_dir()), None)
+    if folder is None:
+        raise CheckpointError(f"{a}: expected A or B to be a Hugging Face folder, whose tokenizer cuts the text")
+    tokens = held_out_windows(encode(folder, read_text(text)), windows=windows)
+    with open_client(a) as first, open_client(b) as second:
+        found = run(first, second, tokens)
+    if as_json:
+        print_json(asdict(found))
+        return
+    table = Table("", "A", "B", title=f"{a} and {b}")
+    table.add_row("client", found.client_a, found.client_b)
+    table.add_row("perplexity", f"{found.perplexity_a:.3f}", f"{found.perplexity_b:.3f}")
+    table.add_row("KL(A || B), nats per token", "", f"{found.kl_mean:.6f} (largest {found.kl_max:.4f})")
+    table.add_row("same likeliest token", "", f"{found.top1:.1%} of {found.positions} positions")
+    out.print(table)
 
 
 @app.command()

@@ -194,6 +194,18 @@ def encode(folder: str | Path, text: str) -> list[int]:
         raise CheckpointError(f"{path}: not a tokenizer that can be loaded: {error}") from None
 
 
+def read_text(path: str | Path | None) -> str:
+    """The text in a UTF-8 file; without one, the language reference in Python's own help, which every machine has."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[name] for name in sorted(topics))
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: expected a text file in UTF-8: {_one_line(error)}") from None
+
+
 def open_client(path: str | Path) -> Client:
     """The client that runs `path`: llama.cpp for a .gguf file, transformers for a folder with a config.json."""
     path = Path(path)

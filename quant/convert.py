@@ -49,7 +49,10 @@ MANIFEST = "ornith_manifest.json"
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba, headers: what a conversion holds besides slabs
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 32 << 20
 COPIES_OF_A_SLAB = 8  # raw, fp32, transformed, and encoded for several builds
-SIDE_FILES = (".json", ".jinja", ".txt", ".model")  # tokenizer, generation config, chat template
+SIDE_FILES = (  # what a served model needs besides weights and config
+    "*token*.json", "vocab.json", "merges.txt", "*.model", "generation_config.json", "chat_template.*",
+    "*processor_config.json", "LICENSE*",
+)  # fmt: skip
 MAX_SIDE_FILE_BYTES = 64 << 20
 
 Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
@@ -441,7 +444,7 @@ def _side_files(source: Source, build: _Build) -> dict[str, bytes]:
     """config.json with the build's quantization, the index of its shards, and the source's tokenizer files."""
     sides = {}
     for path in sorted(source.folder.iterdir()):
-        wanted = path.suffix in SIDE_FILES and not path.name.endswith(".index.json") and path.name != MANIFEST
+        wanted = any(path.match(pattern) for pattern in SIDE_FILES)
         if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
             sides[path.name] = inside(source.folder, path.name).read_bytes()
     config = json.loads(json.dumps(source.config))

@@ -78,6 +78,20 @@ def test_convert_verify_inspect(moe, converted):
         assert "ok" in ornith_moe("verify", build["path"]).stdout
 
 
+def test_compare_runs_both(moe, converted, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("A router reads each token once and names the experts that will work on it. " * 8)
+    for build in converted["builds"]:
+        done = ornith_moe("compare", moe, build["path"], "--text", text, "--windows", 1, "--json")
+        found = json.loads(done.stdout)
+        assert found["positions"] == 16 and 0 < found["kl_mean"] < found["kl_max"] and 0 <= found["top1"] <= 1
+        assert done.stderr == ""
+    gguf = converted["builds"][1]["path"]
+    assert "expected A or B to be" in ornith_moe("compare", gguf, gguf, code=1).stderr
+    (tmp_path / "binary").write_bytes(b"\xff")
+    assert "UTF-8" in ornith_moe("compare", moe, gguf, "--text", tmp_path / "binary", code=1).stderr
+
+
 def test_damage_is_exit_code_3(converted, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(open(converted["builds"][1]["path"], "rb").read()[:-5000])

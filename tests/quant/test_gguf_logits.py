@@ -11,10 +11,12 @@ import json
 import fixtures
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ornith_moe.compare import compare, log_probs, open_client
 from ornith_moe.quant.convert import convert
+from ornith_moe.quant.fp8 import dequantize_fp8
 from ornith_moe.quant.source import open_source
 
 TOKENS = np.random.default_rng(0).integers(0, 230, 48)  # ids every fixture's tokenizer has
@@ -76,3 +78,18 @@ def test_transformers_loads_every_safetensors_build(tmp_path, kind, build):
         found = compare(truth, client, TOKENS, POSITIONS)
     assert found.kl_mean < 1 and (build == "bf16") == (found.kl_mean == 0)
     assert json.loads((path / "config.json").read_bytes())["model_type"].startswith(("qwen3_5", "gemma4"))
+
+
+def test_compressed_tensors_decompresses_the_channel_build(tmp_path):
+    """The library behind the format makes every weight dense, from our config and names, to our own values."""
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+
+    folder = fixtures.qwen35moe(tmp_path / "model", mtp=True, vision=True)
+    path = convert(open_source(folder), tmp_path / "out", ["fp8-channel"]).builds[0].path
+    stored = load_file(path / "model.safetensors")
+    dense = CompressedTensorsDequantizer(path).validate(dict(stored))
+    assert dense.keys() == load_file(folder / "model.safetensors").keys()
+    for name, tensor in dense.items():
+        scale = stored.get(f"{name}_scale")
+        expected = stored[name] if scale is None else dequantize_fp8(stored[name], scale)
+        assert torch.equal(tensor, expected), name

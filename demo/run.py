@@ -1,0 +1,214 @@
+"""The main job, end to end, on real input: `make demo`.
+
+    train ornith-nano -> convert it to four builds in one pass -> verify each -> run each in a client we did not write
+
+The commands are the ones a user types; this script only calls them, measures and prints one table. Each build runs in
+transformers or llama.cpp, unmodified, on held-out text that training never saw:
+
+    KL          mean over positions of KL(P_bf16 || P_build), nats per token, P_bf16 the checkpoint in transformers
+    top-1       share of positions where both have the same likeliest token
+    perplexity  exp of the mean negative log-probability of the true next token
+
+The row of the BF16 GGUF tells what the other client alone costs: the same weights, computed by llama.cpp. FP8 builds
+run with dequantized weights and unquantized activations, since no CPU here has FP8 arithmetic: their figures tell what
+the stored weights lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import transformers
+from nano import Settings, heldout_tokens, make_nano
+from rich.console import Console
+from rich.table import Table
+
+from ornith_moe.compare import (
+    default_positions,
+    held_out_windows,
+    kl_divergence,
+    log_probs,
+    open_client,
+    perplexity,
+    top1_agreement,
+)
+from ornith_moe.quant.convert import PARTIAL
+from ornith_moe.quant.source import open_source
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", "gguf:Q8_0")
+PROMPT = "def __init__(self, "
+WINDOWS, WINDOW_TOKENS, POSITIONS = 10, 128, 16
+
+err = Console(stderr=True)
+
+
+def ornith_moe(*arguments: str) -> dict[str, Any]:
+    """Run the command as a user would; its JSON."""
+    err.print("$ ornith-moe", *arguments[:-1], style="dim", highlight=False, soft_wrap=True)
+    done = subprocess.run([sys.executable, "-m", "ornith_moe", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def remove_builds(out: Path, name: str) -> None:
+    """Remove what an earlier run of this script made in `out`, and nothing else."""
+    for build in BUILDS:
+        shutil.rmtree(out / build, ignore_errors=True)
+        for path in out.glob(f"{name}-{build.removeprefix('gguf:')}.gguf*"):
+            path.unlink()
+    shutil.rmtree(out / PARTIAL, ignore_errors=True)
+
+
+class Measured:
+    """What a client says of the held-out windows: log-probabilities, and a completion as a sign of life."""
+
+    def __init__(self, path: Path, windows):
+        positions = default_positions(WINDOW_TOKENS, POSITIONS)
+        began = time.monotonic()
+        with open_client(path) as client:
+            self.client = client.name
+            self.log_probs = log_probs(client, windows, positions)
+            self.completion = client.complete(PROMPT, 12)
+        self.targets = windows[:, [position + 1 for position in positions]].reshape(-1)
+        self.perplexity = perplexity(self.log_probs, self.targets)
+        self.seconds = time.monotonic() - began
+
+    def kl(self, reference: Measured) -> float:
+        return float(kl_divergence(reference.log_probs, self.log_probs).mean())
+
+    def top1(self, reference: Measured) -> float:
+        return top1_agreement(reference.log_probs, self.log_probs)
+
+
+def decompressed_by_its_library(folder: Path) -> int:
+    """Weights that compressed-tensors' own dequantizer makes dense; it raises if one of the build is left over."""
+    from compressed_tensors.entrypoints.convert import CompressedTensorsDequantizer
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    quantized = {name.removesuffix("_scale") for name in stored if name.endswith("_scale")}
+    dense = CompressedTensorsDequantizer(folder).validate(stored)
+    return sum(dense[name].is_floating_point() and dense[name].element_size() > 1 for name in quantized)
+
+
+def run(folder: Path, steps: int) -> dict[str, Any]:
+    """The whole demo in `folder`; returns what `--json` prints."""
+    nano = folder / "ornith-nano"
+    trained = make_nano(nano, steps=steps)
+    err.print(
+        f"ornith-nano: {trained['parameters'] / 1e6:.1f} M parameters, held-out perplexity "
+        f"{trained['ppl_before']:.0f} -> {trained['ppl_after']:.1f} in {trained['steps']} steps",
+        highlight=False,
+    )
+    began = time.monotonic()
+    out = folder / "builds"
+    remove_builds(out, nano.name)
+    to = [word for build in BUILDS for word in ("--to", build)]
+    report = ornith_moe("convert", str(nano), str(out), *to, "--json")
+    windows = held_out_windows(heldout_tokens(nano, WINDOWS * WINDOW_TOKENS), windows=WINDOWS, length=WINDOW_TOKENS)
+    weights = sum(math.prod(weight.shape) for weight in open_source(nano).weights)
+
+    source = Measured(nano, windows)
+    rows = [
+        {
+            "build": "bf16 source",
+            "files": 1,
+            "tensor_bytes": report["bytes_read"],
+            "bits_per_weight": 8 * report["bytes_read"] / weights,
+            "perplexity": source.perplexity,
+            "client": source.client,
+            "completion": source.completion,
+        }
+    ]
+    for build in report["builds"]:
+        path = Path(build["path"])
+        verified = ornith_moe("verify", str(path), "--against", str(nano), "--json")
+        measured = Measured(path, windows)
+        rows.append(
+            {
+                "build": build["build"],
+                "files": build["files"],
+                "tensors": build["tensors"],
+                "tensor_bytes": build["tensor_bytes"],
+                "bits_per_weight": 8 * build["tensor_bytes"] / weights,
+                "expert_sqnr_db": verified["roles"]["expert"]["sqnr_db"],
+                "kl": measured.kl(source),
+                "top1": measured.top1(source),
+                "perplexity": measured.perplexity,
+                "client": measured.client,
+                "client_seconds": round(measured.seconds, 1),
+                "completion": measured.completion,
+            }
+        )
+        if build["build"] == "fp8-channel":
+            rows[-1]["decompressed_by_compressed_tensors"] = decompressed_by_its_library(path)
+    return {
+        "nano": trained,
+        "positions": WINDOWS * POSITIONS,
+        "builds": rows,
+        "convert": {key: report[key] for key in ("bytes_read", "peak_rss_bytes")},
+        "seconds_after_training": round(time.monotonic() - began, 1),
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    table = Table(title=f"ornith-nano: every build in a foreign client, {result['positions']} held-out positions")
+    names = ("build", "files", "bytes", "bits/weight", "expert SQNR", "KL", "top-1", "perplexity")
+    for name in names:
+        table.add_column(name, justify="left" if name == "build" else "right", no_wrap=True)
+    table.add_column("client that ran it")
+
+    def cell(row: dict[str, Any], key: str, form: str) -> str:
+        return form.format(row[key]) if row.get(key) is not None else "exact" if key == "expert_sqnr_db" else "-"
+
+    for row in result["builds"]:
+        table.add_row(
+            row["build"],
+            str(row["files"]),
+            f"{row['tensor_bytes']:,}",
+            f"{row['bits_per_weight']:.2f}",
+            cell(row, "expert_sqnr_db", "{:.1f} dB"),
+            cell(row, "kl", "{:.6f}"),
+            cell(row, "top1", "{:.1%}"),
+            f"{row['perplexity']:.2f}",
+            row["client"] + (", weights dequantized" if row["build"].startswith("fp8") else ""),
+        )
+    out = Console(width=None if sys.stdout.isatty() else 160)
+    out.print(table)
+    for row in result["builds"]:
+        out.print(f"{row['build']:12} {PROMPT!r} -> {row['completion']!r}", highlight=False, markup=False)
+    count = next(row["decompressed_by_compressed_tensors"] for row in result["builds"] if row["build"] == "fp8-channel")
+    out.print(
+        f"fp8-channel: compressed-tensors' own dequantizer reads all {count} quantized weights; transformers runs the "
+        f"build with dequantized weights. After training: {result['seconds_after_training']:.0f} s.",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a small Ornith, convert it, run its builds in foreign clients.")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="where nano and its builds live")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of nano")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # that torch code replaces the kernels of packages not installed here
+    transformers.logging.disable_progress_bar()
+    result = run(arguments.folder, arguments.steps)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+
+
+if __name__ == "__main__":
+    main()
