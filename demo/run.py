@@ -26,8 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import transformers
-from nano import Settings, heldout_tokens, make_nano
+from nano import Settings, heldout_tokens, make_nano, quiet
 from rich.console import Console
 from rich.table import Table
 
@@ -201,8 +200,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of nano")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()  # that torch code replaces the kernels of packages not installed here
-    transformers.logging.disable_progress_bar()
+    quiet()
     result = run(arguments.folder, arguments.steps)
     if arguments.json:
         print(json.dumps(result, indent=2))

@@ -25,7 +25,7 @@ def backends() -> dict[str, Backend]:
         True
     """
     listed = (
-        Backend("triton", False, "this version contains no Triton kernels yet; they come with the next release"),
+        Backend("triton", False, "this version has no Triton kernel for the experts yet, only for FP8 casts"),
         Backend("cpu", True, "tensors in main memory; the default there"),
         Backend("reference", True, "any device, float32 or float64; a loop over experts for comparison, not for speed"),
     )

@@ -5,7 +5,7 @@
     bf16          the checkpoint in BF16 with experts one by one
     gguf:TYPE     a text GGUF of a file type of llama.cpp
 
-Safetensors builds name experts one by one and keep the vision tower in BF16; a text GGUF stacks experts and leaves the
+Safetensors builds name experts one by one and keep the vision tower as it is; a text GGUF stacks experts and leaves the
 vision tower out. A linear layer of a fused group (q k v; gate up; in_proj_qkv in_proj_z) is quantized with all of its
 group or not at all, because the engines concatenate them at load. Sources: facts of the published builds, by header and
 byte count; vLLM and SGLang loaders for the fused groups.

@@ -41,12 +41,14 @@ from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.journal import Extent, Journal
 from ornith_moe.quant.layout import DEFAULT_MAX_SHARD_BYTES, Layout, gguf_layout, safetensors_index, safetensors_layout
 from ornith_moe.quant.source import Source, weight_matrix
-from ornith_moe.quant.storage import Gguf, Slab
+from ornith_moe.quant.storage import FP8_BLOCK, Gguf, Slab
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform, units
 
+ENCODING = 1  # raised when a storage gives other bytes, so that two versions never share a conversion
 PARTIAL = ".ornith-partial"
 MANIFEST = "ornith_manifest.json"
-LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba, headers: what a conversion holds besides slabs
+LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
+STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 32 << 20
 COPIES_OF_A_SLAB = 8  # raw, fp32, transformed, and encoded for several builds
 SIDE_FILES = (  # what a served model needs besides weights and config
@@ -122,34 +124,38 @@ def convert(
     if len(set(builds)) != len(builds) or not builds:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
     jobs = jobs or os.cpu_count() or 1
-    slab_bytes = _slab_bytes(max_memory, jobs)
+    slab_bytes = _slab_bytes(source, len(builds), max_memory, jobs)
     plans = [plan_build(source, name) for name in builds]
     for plan in plans:
         _check_encoders(plan)
     staging = out / PARTIAL
     _check_out(source, out, staging, resume)
-    placed = _place(source, out, staging, plans, max_shard_bytes, tokenizer_pre)
+    placed = _place(source, out, staging, plans, max_shard_bytes, tokenizer_pre, resume)
 
     began = time.monotonic()
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        identity = [source.checkpoint.fingerprint, list(builds), source.has_mtp, max_shard_bytes, tokenizer_pre]
+        headers = [xxhash.xxh3_128_hexdigest(file.header) for build in placed for file in build.layout.files]
+        identity = [ENCODING, source.checkpoint.fingerprint, list(builds), headers]
         with Journal(staging, _digest_json(identity), slab_bytes, resume=resume) as journal:
-            work = units(source, journal.slab_bytes)
-            resumed = len(journal.extents)
-            with _reserved(placed, fresh=not resumed) as files:
-                run = _Run(source, placed, work, files, journal, jobs, progress)
-                run.write()
-                digests = run.check()
-            if source.checkpoint.changed():
-                raise ConversionError(
-                    f"{source.folder}: changed while it was converted; convert it again from the start"
-                )
+            resumed, bytes_read = len(journal.extents), 0
+            if not journal.checked:
+                with _reserved(placed, fresh=not resumed) as files, _one_thread_each():
+                    work = units(source, journal.slab_bytes)
+                    run = _Run(source, placed, work, files, journal, jobs, progress)
+                    run.write()
+                    digests = run.check()
+                    bytes_read = run.bytes_read
+                if source.checkpoint.changed():
+                    raise ConversionError(
+                        f"{source.folder}: changed while it was converted; delete {staging} and convert again"
+                    )
+                for build in placed:
+                    _finish(source, build, digests)
+                journal.record_checked()
             for build in placed:
-                _finish(source, build, digests)
-        for build in placed:
-            _publish(build)
-        shutil.rmtree(staging)
+                _publish(build)
+            shutil.rmtree(staging)
     except OSError as error:
         raise ConversionError(_disk_sentence(error, out, staging)) from error
     seconds = round(time.monotonic() - began, 3)
@@ -157,7 +163,7 @@ def convert(
         BuildReport(b.plan.build, b.final, len(b.plan.tensors), b.plan.tensor_bytes, len(b.layout.files), seconds)
         for b in placed
     )
-    return ConversionReport(reports, run.bytes_read, peak_rss_bytes(), resumed)
+    return ConversionReport(reports, bytes_read, peak_rss_bytes(), resumed)
 
 
 def peak_rss_bytes() -> int:
@@ -172,10 +178,15 @@ def peak_rss_bytes() -> int:
 # Before the first byte
 
 
-def _slab_bytes(max_memory: int, jobs: int) -> int:
-    slab = (max_memory - LIBRARIES_BYTES) // (jobs * COPIES_OF_A_SLAB)
-    if slab < MIN_SLAB_BYTES:
-        least = (LIBRARIES_BYTES + MIN_SLAB_BYTES * COPIES_OF_A_SLAB * jobs) / 2**30
+def _slab_bytes(source: Source, builds: int, max_memory: int, jobs: int) -> int:
+    """Source bytes per unit that keep `jobs` threads within `max_memory`; PlanError if even the smallest do not."""
+    matrices = zip(source.weights, range(len(source.weights)), strict=True)
+    widest = max(weight_matrix(weight)[1] * ITEM_BYTES[source.dtype(index)] for weight, index in matrices)
+    smallest = max(MIN_SLAB_BYTES, FP8_BLOCK * widest)
+    fixed = LIBRARIES_BYTES + STEP_BYTES * len(source.weights) * builds
+    slab = (max_memory - fixed) // (jobs * COPIES_OF_A_SLAB)
+    if slab < smallest:
+        least = (fixed + smallest * COPIES_OF_A_SLAB * jobs) / 2**30
         raise PlanError(f"max_memory: {jobs} jobs need at least {least:.2f} GiB, got {max_memory / 2**30:.2f} GiB")
     return min(slab, MAX_SLAB_BYTES)
 
@@ -201,7 +212,13 @@ def _check_out(source: Source, out: Path, staging: Path, resume: bool) -> None:
 
 
 def _place(
-    source: Source, out: Path, staging: Path, plans: list[BuildPlan], max_shard_bytes: int, tokenizer_pre: str | None
+    source: Source,
+    out: Path,
+    staging: Path,
+    plans: list[BuildPlan],
+    max_shard_bytes: int,
+    tokenizer_pre: str | None,
+    resume: bool,
 ) -> list[_Build]:
     """Lay out every build, and refuse what would overwrite a file or not fit on the disk."""
     placed, files = [], 0
@@ -213,9 +230,11 @@ def _place(
             )
         else:
             final, layout = out / plan.build, safetensors_layout(plan, max_shard_bytes)
-        if final.exists():
+        staged = staging / plan.build.replace(":", "-")
+        published = resume and not (staged / final.name if plan.is_gguf else staged).exists()
+        if final.exists() and not published:
             raise PlanError(f"{final}: exists already; move it away or choose another folder")
-        placed.append(_Build(plan, layout, staging / plan.build.replace(":", "-"), final, files))
+        placed.append(_Build(plan, layout, staged, final, files))
         files += len(layout.files)
     needed = sum(file.size for build in placed for file in build.layout.files)
     present = sum(f.stat().st_blocks * 512 for f in staging.rglob("*") if f.is_file()) if staging.exists() else 0
@@ -262,6 +281,19 @@ def _reserved(placed: list[_Build], *, fresh: bool):
 
 
 # The pass
+
+
+@contextmanager
+def _one_thread_each():
+    """torch on one thread per worker: the workers are the parallelism, and pools of their own would fight for cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Run:
@@ -463,13 +495,14 @@ def _side_files(source: Source, build: _Build) -> dict[str, bytes]:
 
 
 def _publish(build: _Build) -> None:
-    """Give a checked build its final name, in one rename."""
-    if build.plan.is_gguf:
+    """Give a checked build its final name in one rename, unless a run that died has done so."""
+    moves = [(build.staging, build.final)]
+    if build.plan.is_gguf:  # the manifest first: without the file it promises nothing
         manifest = build.final.with_name(build.final.name + ".manifest.json")
-        os.replace(build.staging / MANIFEST, manifest)
-        os.rename(build.staging / build.final.name, build.final)
-    else:
-        os.rename(build.staging, build.final)
+        moves = [(build.staging / MANIFEST, manifest), (build.staging / build.final.name, build.final)]
+    for staged, final in moves:
+        if staged.exists():
+            os.rename(staged, final)
     _sync_folder(build.final.parent)
 
 

@@ -1,7 +1,7 @@
 """GGUF types: what a row costs, and which tensor of a model gets which type in a file type ("mixture").
 
 The mixture rules are llama-quantize's, as far as the file types below need them; they reproduce the five official
-Ornith-1.0-35B files to the byte (tests/quant/test_plan.py). In the order in which they apply:
+Ornith-1.0-35B files to the byte (tests/quant/test_builds.py). In the order in which they apply:
 
 1. F32: vectors, norms, the router (`ffn_gate_inp`), the DeltaNet convolution, names that do not end in `.weight`.
 2. The output head, or the embedding where the two are tied: Q6_K in a K mixture, Q8_0 in Q8_0.
@@ -9,7 +9,7 @@ Ornith-1.0-35B files to the byte (tests/quant/test_plan.py). In the order in whi
    more bits: the first and last eighth, and every third between. Value tensors are counted in file order; the layer of
    an expert's `ffn_down` is read from its name.
 4. Everything else gets the type the file is named after.
-5. A type whose block does not divide the columns gives way: K-quants to Q5_0, Q5_1, Q8_0, Q4_0, then to F16.
+5. A type whose block does not divide the columns gives way: Q4_K to Q5_0, Q5_K to Q5_1, Q6_K to Q8_0, then to F16.
 
 Source: llama.cpp, src/llama-quant.cpp.
 """

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ornith_moe.quant.checkpoint import read_json, refuse_quantized
+from ornith_moe.quant.checkpoint import open_checkpoint, read_json, refuse_quantized
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.source import Source, open_source, source_from_config
+from ornith_moe.quant.source import Source, open_source, source_from_checkpoint, source_from_config
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 INDEX = "model.safetensors.index.json"
@@ -28,6 +28,7 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
     if not str(source).startswith("hf://"):
         return open_source(source, mtp=mtp)
     repository, revision = _parse(str(source))
+    name = repository.split("/")[1]
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -35,7 +36,8 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
         raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
     try:
         if not config_only:
-            return open_source(snapshot_download(repository, revision=revision, allow_patterns=list(WANTED)), mtp=mtp)
+            folder = snapshot_download(repository, revision=revision, allow_patterns=list(WANTED))
+            return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
         config = read_json(path)
         refuse_quantized(config, path)
@@ -44,8 +46,8 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
             known = "keep" if any(name.startswith("mtp.") for name in names) else "drop"
         except EntryNotFoundError:
             known = None
-        return source_from_config(config, name=repository.split("/")[1], mtp=mtp or known)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return source_from_config(config, name=name, mtp=mtp or known)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,22 +1,25 @@
 """The journal of a conversion: which units are written, and a digest of every extent they left.
 
 One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...]]`. The
-first line names what is being converted; a conversion resumes only if it is the same. A line torn by a crash ends the
-journal there. A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every
-extent is read back and compared before anything gets its final name. Digests are xxh3-128: they guard against
-accidents, not against an attacker.
+first line names what is being converted; a conversion resumes only if it is the same. The last one says that everything
+was read back and may get its final name. A line torn by a crash ends the journal there.
+
+A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every extent is read
+back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents, not attacks.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from threading import Lock
 
 from ornith_moe.quant.errors import ConversionError
 
 Extent = tuple[int, int, int, str]  # file, offset, length, digest
+CHECKED = {"checked": True}
 
 
 class Journal:
@@ -25,6 +28,7 @@ class Journal:
     def __init__(self, folder: Path, identity: str, slab_bytes: int, *, resume: bool):
         self.path = folder / "journal"
         self.extents: dict[int, list[Extent]] = {}
+        self.checked = False  # every byte was read back; what is left to do is to rename
         self.slab_bytes = slab_bytes  # cuts the units; a resumed conversion keeps the cut it began with
         self._mutex = Lock()
         self._file = open(self.path, "a+b")
@@ -57,6 +61,8 @@ class Journal:
                         "delete that folder to begin anew"
                     )
                 self.slab_bytes = entry["slab_bytes"]
+            elif entry == CHECKED:
+                self.checked = True
             else:
                 unit, extents = entry
                 self.extents[unit] = [tuple(extent) for extent in extents]
@@ -67,6 +73,11 @@ class Journal:
         with self._mutex:
             self.extents[unit] = extents
             self._write([unit, extents])
+
+    def record_checked(self) -> None:
+        self.checked = True
+        self._write(CHECKED)
+        os.fsync(self._file.fileno())
 
     def _write(self, entry: object) -> None:
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")

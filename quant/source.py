@@ -110,9 +110,12 @@ def source_from_config(config: dict[str, Any], *, name: str, mtp: str | None = N
     return Source(name, config, model, weights, has_mtp, tuple(notes))
 
 
-def source_from_checkpoint(checkpoint: Checkpoint, *, mtp: str | None = None) -> Source:
+def source_from_checkpoint(checkpoint: Checkpoint, *, name: str | None = None, mtp: str | None = None) -> Source:
     """Tie every weight of the checkpoint's architecture to its rows, and account for every tensor.
 
+    Args:
+        name: of the model, in file names and metadata; default the folder's.
+        mtp: as `open_source`.
     Raises:
         CheckpointError: a weight missing, twice or of the wrong shape; a tensor that is no weight.
     """
@@ -126,7 +129,7 @@ def source_from_checkpoint(checkpoint: Checkpoint, *, mtp: str | None = None) ->
     if found_mtp and not model.mtp_layers:
         raise CheckpointError(f"{folder}: holds mtp.* tensors, but config.json says mtp_num_hidden_layers 0")
     if model.mtp_layers and not found_mtp:
-        notes.append("the config announces an MTP layer, but no mtp.* tensor exists: builds will not announce it")
+        notes.append("the config announces an MTP layer, but no mtp.* tensor exists: a GGUF will not announce it")
     vision = any(name.startswith(model.VISION_PREFIX) for name in tensors)
     if vision and model.vision is None:
         raise CheckpointError(f"{folder}: holds vision tensors, but config.json has no vision_config")
@@ -150,7 +153,7 @@ def source_from_checkpoint(checkpoint: Checkpoint, *, mtp: str | None = None) ->
         keep = [i for i in keep if weights[i].role != "mtp"]
         notes.append("MTP tensors are left out as asked")
     return Source(
-        folder.resolve().name,
+        name or folder.resolve().name,
         checkpoint.config,
         model,
         tuple(weights[i] for i in keep),

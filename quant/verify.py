@@ -30,7 +30,7 @@ import numpy as np
 from ornith_moe.quant.builds import BuildPlan, Step, plan_build
 from ornith_moe.quant.checkpoint import matrix_shape, read_json, read_tables
 from ornith_moe.quant.convert import MANIFEST
-from ornith_moe.quant.errors import CheckpointError, OrnithError
+from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import to_float32
@@ -38,7 +38,7 @@ from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
 
 SLAB_BYTES = 8 << 20
 MAX_PROBLEMS = 50
-# Far below what a sound encoding reaches on any weights worth keeping (FP8 31, Q8_0 43, BF16 54 dB on normal weights).
+# Far below what a sound encoding reaches on normal weights: FP8 31, Q8_0 45, BF16 55 dB.
 FLOOR_DB = {"keep": math.inf, "F32": 100.0, "BF16": 40.0, "F16": 40.0, "Q8_0": 30.0}
 FLOOR_DB |= {"F8_E4M3 per channel": 20.0, "F8_E4M3 per 128x128 block": 20.0}
 Progress = Callable[[str, int, int], None]
@@ -89,10 +89,11 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     try:
         found = read_gguf_tensors(path) if path.is_file() else read_safetensors_build(path)
     except OrnithError as error:
-        result = Verification((manifest or {}).get("build", "unknown"))
+        result = Verification(str((manifest or {}).get("build", "unknown")))
         result.problem(str(error))
         return result
-    result = Verification((manifest or {}).get("build") or _guess(path), len(found))
+    named = (manifest or {}).get("build")
+    result = Verification(named if isinstance(named, str) else _guess(path), len(found))
     if manifest is None:
         result.notes.append("no manifest beside it: nothing to hold its bytes against")
     else:
@@ -144,7 +145,8 @@ def manifest_has_mtp(build: str | Path) -> bool | None:
 def _guess(path: Path) -> str:
     """The build a path holds, by its own description."""
     if path.is_dir():
-        method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+        quantization = read_json(path / "config.json").get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         return {"compressed-tensors": "fp8-channel", "fp8": "fp8-block"}.get(method, "bf16")
     field_ = gguf.GGUFReader(path).get_field("general.file_type")
     number = int(field_.contents()) if field_ else -1
@@ -154,14 +156,22 @@ def _guess(path: Path) -> str:
 def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, progress: Progress) -> None:
     folder = path if path.is_dir() else path.parent
     files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("tensors") != result.tensors:
+    listed = isinstance(files, dict) and all(_is_file_entry(*item) for item in files.items())
+    if not listed or not isinstance(manifest.get("build"), str):
+        result.problem(f"{path.name}: the manifest does not name a build with bytes and sha256 of its files")
+        return
+    held = [p.name for p in folder.iterdir() if p.suffix == ".safetensors"] if path.is_dir() else [path.name]
+    unlisted = sorted(set(held) - files.keys())
+    if unlisted:
+        result.problem(f"{path.name}: the manifest does not list {unlisted[0]}; it is not of this build")
+    if manifest.get("tensors") != result.tensors:
         result.problem(
             f"{path.name}: the manifest counts {manifest.get('tensors')} tensors, the files {result.tensors}"
         )
         return
     total, done = sum(entry["bytes"] for entry in files.values()), 0
     for name, entry in files.items():
-        file = folder / Path(name).name
+        file = folder / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             size = file.stat().st_size if file.is_file() else "no"
             result.problem(f"{name}: expected {entry['bytes']} bytes by the manifest, got {size}; convert again")
@@ -171,6 +181,13 @@ def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, 
                 result.problem(f"{name}: its sha256 is not the manifest's; the file was changed or damaged")
         done += entry["bytes"]
         progress("hash", done, total)
+
+
+def _is_file_entry(name: str, entry: Any) -> bool:
+    """A plain file name with its size and digest."""
+    if Path(name).name != name or not isinstance(entry, dict):
+        return False
+    return type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 
 
 def _check_values(found: dict[str, FoundTensor], result: Verification, progress: Progress) -> None:
@@ -252,7 +269,11 @@ class _Error:
 
 
 def _compare(found: dict[str, FoundTensor], source: Source, result: Verification, progress: Progress) -> None:
-    plan = plan_build(source, result.build)
+    try:
+        plan = plan_build(source, result.build)
+    except PlanError as error:
+        result.problem(str(error))
+        return
     if not _compare_tables(plan, found, result):
         return
     steps = {step.weight: step for step in plan.steps}

@@ -68,9 +68,10 @@ class Gemma4:
         self.heads = text.integer("num_attention_heads")
         self.kv_heads = text.integer("num_key_value_heads")
         self.head_dim = text.integer("head_dim")
-        self.global_head_dim = text.integer("global_head_dim")
         self.k_eq_v = bool(text.values.get("attention_k_eq_v"))
-        self.global_kv_heads = text.integer("num_global_key_value_heads") if self.k_eq_v else self.kv_heads
+        everywhere = _full_attention(text, self.attentions)
+        self.global_head_dim = everywhere.integer("global_head_dim")
+        self.global_kv_heads = everywhere.integer("num_global_key_value_heads") if self.k_eq_v else self.kv_heads
         rope = (text.values.get("rope_parameters") or {}).get("full_attention") or {}
         self.rotary_factor = float(rope.get("partial_rotary_factor", 1.0))
         self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", True)))
@@ -169,3 +170,27 @@ class Gemma4:
         pairs = self.global_head_dim // 2
         rotated = int(self.rotary_factor * pairs)
         return {"rope_freqs.weight": [1.0] * rotated + [1e30] * (pairs - rotated)}
+
+
+def _full_attention(text: Settings, attentions: list[str]) -> Settings:
+    """Settings of the full-attention layers under Google's keys, which transformers 5.23 rewrites when it saves.
+
+    It drops `global_head_dim` and `num_global_key_value_heads` and writes, for each of these layers,
+    `per_layer_config: {"05": {"head_dim": 512, "num_key_value_heads": 4}}`.
+    """
+    per_layer = text.values.get("per_layer_config")
+    if "global_head_dim" in text.values or not isinstance(per_layer, dict):
+        return text
+    try:
+        found = {int(key): (value["head_dim"], value["num_key_value_heads"]) for key, value in per_layer.items()}
+    except (TypeError, ValueError, KeyError):
+        found = {}
+    full = {index for index, attention in enumerate(attentions) if attention == "full_attention"}
+    if found.keys() != full or len(set(found.values())) != 1:
+        raise CheckpointError(
+            f"{text.where}: expected per_layer_config to give head_dim and num_key_value_heads of every full-attention "
+            f"layer, the same for all, got {str(per_layer)[:120]}"
+        )
+    head_dim, kv_heads = next(iter(found.values()))
+    values = text.values | {"global_head_dim": head_dim, "num_global_key_value_heads": kv_heads}
+    return Settings(values, f"{text.where}.per_layer_config")

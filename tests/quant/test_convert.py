@@ -85,7 +85,7 @@ def test_every_layout_of_the_source_gives_the_same_builds(tmp_path, done):
 
 @pytest.mark.parametrize(("jobs", "slab"), [(1, 1 << 14), (3, 100_000), (2, 1 << 25)])
 def test_bytes_do_not_depend_on_slabs_or_jobs(tmp_path, monkeypatch, moe, done, jobs, slab):
-    monkeypatch.setattr(convert_module, "_slab_bytes", lambda max_memory, jobs: slab)
+    monkeypatch.setattr(convert_module, "_slab_bytes", lambda *limits: slab)
     report = convert(open_source(moe), tmp_path / "out", BUILDS, jobs=jobs)
     assert contents(tmp_path / "out") == contents(done[0])
     assert report.bytes_read == done[1].bytes_read
@@ -150,7 +150,7 @@ def test_other_source_dtypes(tmp_path, dtype):
 def start(moe, out, *options):
     """The command as a process of its own, with small slabs so that it can be interrupted."""
     code = (
-        "import sys; import ornith_moe.quant.convert as c; c._slab_bytes = lambda m, j: 1 << 14;"
+        "import sys; import ornith_moe.quant.convert as c; c._slab_bytes = lambda *limits: 1 << 14;"
         "import os, time; write = c._write_all;"
         "c._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
         "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
@@ -218,6 +218,41 @@ def test_an_unfinished_conversion_is_not_overwritten_or_mixed(killed, moe, tmp_p
         convert(open_source(moe), killed, ["bf16"], resume=True)
     with pytest.raises(PlanError, match="no unfinished conversion"):
         convert(open_source(moe), tmp_path / "new", BUILDS, resume=True)
+
+
+@pytest.mark.parametrize("survived", range(6))
+def test_killed_between_the_final_names(tmp_path, monkeypatch, moe, done, survived):
+    """Builds get their names one after the other; a run that dies among them is finished by --resume."""
+    moved, remove = [], shutil.rmtree
+
+    def rename(source, target):
+        if len(moved) == survived:
+            raise KeyboardInterrupt
+        moved.append(target)
+        os.replace(source, target)
+
+    def rmtree(folder, *options, **more):
+        if Path(folder).name == PARTIAL:
+            raise KeyboardInterrupt
+        remove(folder, *options, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            convert(open_source(moe), tmp_path / "out", BUILDS)
+    report = convert(open_source(moe), tmp_path / "out", BUILDS, resume=True)
+    assert report.bytes_read == 0
+    assert contents(tmp_path / "out") == contents(done[0])
+
+
+def test_a_changed_tokenizer_is_another_conversion(killed, moe, tmp_path):
+    folder = Path(shutil.copytree(moe, tmp_path / "moe", copy_function=shutil.copy2))
+    text = (folder / "tokenizer_config.json").read_text()
+    (folder / "chat_template.jinja").write_text("other")
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConversionError, match="another source, other builds"):
+        convert(open_source(folder), killed, BUILDS, resume=True)
 
 
 def test_two_conversions_do_not_share_a_folder(tmp_path, moe):

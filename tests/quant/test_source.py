@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source import open_source, weight_matrix
@@ -129,6 +130,20 @@ def test_gemma_variants_we_do_not_know_are_refused(tmp_path, key):
     folder = fixtures.gemma4(tmp_path / "g")
     with pytest.raises(CheckpointError, match=key):
         open_source(edit(folder, tmp_path / "x", lambda t, c: text(c).update({key: 7})))
+
+
+def test_gemma_config_saved_again_by_transformers(tmp_path):
+    """transformers 5.23 saves the settings of full-attention layers per layer; the model is the same."""
+    folder = fixtures.gemma4(tmp_path / "g")
+    before = open_source(folder).weights
+    AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    assert "global_head_dim" not in text(config) and text(config)["per_layer_config"]
+    assert open_source(folder).weights == before
+    text(config)["per_layer_config"] = {"00": {"head_dim": 7}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="per_layer_config"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "ornith-2.0", "README.md"])

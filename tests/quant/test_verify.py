@@ -178,6 +178,21 @@ def test_a_gguf_of_another_source_is_found(build, tmp_path):
 
 
 @pytest.mark.parametrize("build", ["bf16"], indirect=True)
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {}, {"files": []}, {"files": {"a": 1}}, {"files": {"model.safetensors": {"bytes": "1", "sha256": 2}}},
+        {"files": {"../config.json": {"bytes": 1, "sha256": ""}}}, {"files": {}}, {"build": 7}, {"build": "gguf:Q9"},
+        {"tensors": "many"}, {"tensors": float("nan")},
+    ],
+)  # fmt: skip
+def test_forged_manifests_are_problems(build, source, manifest):
+    text = json.loads((build / MANIFEST).read_bytes())
+    (build / MANIFEST).write_text(json.dumps(text | manifest if manifest else {}))
+    assert not verify(build, source).ok
+
+
+@pytest.mark.parametrize("build", ["bf16"], indirect=True)
 def test_a_lost_file_is_found(build):
     (build / "tokenizer.json").unlink()
     assert "tokenizer.json: expected" in verify(build).problems[0]
