@@ -32,8 +32,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# Read when torch loads its OpenMP. By default waiting threads spin for long, and beside one other busy process that made
-# a step take 20 s; without spinning it took 0.8 s, with a short spin 0.4 s (4 x 128 tokens, 2 cores).
+# Read when torch loads its OpenMP. By default waiting threads spin for long, and beside one other busy process a step
+# then took 20 s; without spinning it took 0.8 s, with a short spin 0.4 s (4 x 128 tokens, 2 cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -388,7 +388,7 @@ def _save(out: Path, model, tokenizer, record: dict):
 
 
 def quiet():
-    """No word of transformers' that torch code replaces the kernels of packages not installed here, and no bars of its."""
+    """Silence transformers' bars, and its warnings that torch replaces kernels of packages not installed here."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
