@@ -97,7 +97,7 @@ class Checkpoint:
 
     def changed(self) -> bool:
         """Whether a file of the source was replaced or written to since it was opened."""
-        return _fingerprint(self.config, self.files, self.tensors) != self.fingerprint
+        return _fingerprint(self.folder, self.config, self.files, self.tensors) != self.fingerprint
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -123,7 +123,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 f"{info.path.name}: tensor {info.name} is {info.dtype}; expected BF16, F16 or F32 "
                 "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
             )
-    return Checkpoint(folder, config, tensors, files, _fingerprint(config, files, tensors))
+    return Checkpoint(folder, config, tensors, files, _fingerprint(folder, config, files, tensors))
 
 
 def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
@@ -249,7 +249,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused if its target lies elsewhere; the links of a Hub cache to its ../../blobs are fine."""
-    root, target = folder.resolve(), (folder / name).resolve()
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        raise CheckpointError(f"{folder}: {name} is a link that leads nowhere") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
         raise CheckpointError(f"{folder}: {name} is a link that leaves the folder; copy the file into it")
@@ -271,7 +274,7 @@ def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise bad("a JSON object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _KNOWN_BYTES:
+    if not isinstance(dtype, str) or dtype not in _KNOWN_BYTES:
         raise bad("a known dtype")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
         raise bad("a shape of at most 8 sizes")
@@ -290,7 +293,10 @@ def _parse_json(raw: bytes, where: str) -> Any:
         return value
 
     try:
-        return json.loads(raw, object_pairs_hook=no_duplicates)
+        value = json.loads(raw, object_pairs_hook=no_duplicates)
+        if b"\\u" in raw or b"\xed" in raw:  # JSON can hold half a surrogate pair, which no file can be written with
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not JSON ({str(error)[:100]})") from None
 
@@ -300,11 +306,13 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return text if isinstance(text, dict) else {}
 
 
-def _fingerprint(config: Mapping[str, Any], files: tuple[Path, ...], tensors: Mapping[str, TensorInfo]) -> str:
+def _fingerprint(
+    folder: Path, config: Mapping[str, Any], files: tuple[Path, ...], tensors: Mapping[str, TensorInfo]
+) -> str:
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
-    for path in files:
+    for path in (folder / "config.json", *files):
         state = path.stat()
-        digest.update(f"{path.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(path.name) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     for info in tensors.values():
         digest.update(f"{info.name}\0{info.dtype}\0{info.shape}\0{info.offset}\n".encode())
     return digest.hexdigest()

@@ -74,7 +74,15 @@ class Q8_0(GgufCodec):
         return codes.reshape(rows.shape[0], blocks * 34)
 
 
-@njit(nogil=True, cache=True, fastmath=False)
+def _compiled(function):
+    """numba, cached on disk where there is a writable place for it (a read-only container has none)."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def _q8_0(rows, codes, scale):
     for r in range(rows.shape[0]):
         for b in range(rows.shape[1] // 32):

@@ -24,7 +24,7 @@ from gguf import GGUFValueType as Type
 from gguf import Keys
 
 from ornith_moe.quant.architectures import architecture
-from ornith_moe.quant.architectures.weight import Settings
+from ornith_moe.quant.architectures.weight import Settings, text_settings
 from ornith_moe.quant.checkpoint import read_json
 from ornith_moe.quant.errors import CheckpointError, PlanError
 from ornith_moe.quant.gguf_tokenizer import tokenizer_entries
@@ -82,7 +82,7 @@ def gguf_metadata(
         ['qwen35moe']
     """
     shape = architecture(config)
-    text = Settings(config.get("text_config", config), "config.json")
+    text = text_settings(config)
     hyperparameters = _gemma4(shape, text) if shape.gguf_architecture == "gemma4" else _qwen35(shape, text, mtp_layers)
     entries = [
         Entry(Keys.General.ARCHITECTURE, shape.gguf_architecture, Type.STRING),
@@ -112,11 +112,16 @@ def _common(shape, text: Settings) -> list[tuple]:
 
 def _qwen35(shape, text: Settings, mtp_layers: int) -> list[tuple]:
     rope = _rope(text, text.section("rope_parameters") or text.section("rope_scaling"), "default")
-    rotary_factor = _number(rope, "partial_rotary_factor", text.values.get("partial_rotary_factor", 0.25))
+    rotary_factor = rope.fraction("partial_rotary_factor", text.fraction("partial_rotary_factor", 0.25))
     theta = _number(rope, "rope_theta", text.values.get("rope_theta", 10_000_000))
     sections = rope.values.get("mrope_section") or list(MROPE_SECTIONS)
-    if not (isinstance(sections, list) and len(sections) in (3, 4) and all(type(pairs) is int for pairs in sections)):
-        raise CheckpointError(f"{rope.where}: expected mrope_section to be three integers, got {str(sections)[:80]}")
+    pairs = range(shape.head_dim // 2 + 1)
+    if not (
+        isinstance(sections, list) and len(sections) in (3, 4) and all(type(n) is int and n in pairs for n in sections)
+    ):
+        raise CheckpointError(
+            f"{rope.where}: expected mrope_section to be three integers from 0 to {pairs[-1]}, got {str(sections)[:80]}"
+        )
     sections = [*sections, 0][:4]  # the fourth is for a position axis that text and images do not have
     recurrent = [mixer == "linear_attention" for mixer in shape.mixers] + [False] * mtp_layers
     entries = [
@@ -192,8 +197,8 @@ def _interval(mixers: list[str]) -> int:
 
 def _rope(text: Settings, rope: Settings | None, expected: str) -> Settings:
     rope = rope or Settings({}, f"{text.where}.rope_parameters")
-    kind = rope.values.get("rope_type", expected)
-    if kind != expected:
+    kind = rope.values.get("rope_type", rope.values.get("type", expected))  # older configs say `type`
+    if kind != expected and (kind, expected) != ("mrope", "default"):
         raise PlanError(
             f"{rope.where}: rope_type {kind!r} is not written to a GGUF, only {expected!r}; convert with the original "
             "rope_parameters and give llama.cpp the scaling when it runs"

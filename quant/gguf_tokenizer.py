@@ -168,7 +168,7 @@ def _pre_name(tokenizer: dict, path: Path) -> str:
         shown = " then ".join(str(pattern)[:200] for pattern in patterns) or "none"
         raise PlanError(
             f"{path}: llama.cpp's name for the pre-tokenizer {shown} is not known here; "
-            "give the name of an equal one with pre=, for instance pre='qwen35'"
+            "give the name of an equal one, for instance --tokenizer-pre qwen35"
         )
     return name
 
@@ -248,8 +248,8 @@ def _chat_template(folder: Path) -> list[tuple]:
         raise CheckpointError(f"{path}: cannot be read as text: {error}") from None
     template = _optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # named templates; llama.cpp's users pick the default one
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        named = [item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"]
+        template = named[0] if named else None
     return [(Keys.Tokenizer.CHAT_TEMPLATE, template, Type.STRING)] if isinstance(template, str) else []
 
 

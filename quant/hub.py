@@ -31,7 +31,7 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
     name = repository.split("/")[1]
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
     try:
@@ -42,9 +42,11 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
         config = read_json(path)
         refuse_quantized(config, path)
         try:
-            names = read_json(Path(hf_hub_download(repository, INDEX, revision=revision))).get("weight_map", {})
-            known = "keep" if any(name.startswith("mtp.") for name in names) else "drop"
-        except EntryNotFoundError:
+            names = read_json(Path(hf_hub_download(repository, INDEX, revision=revision))).get("weight_map")
+            known = "keep" if any(str(name).startswith("mtp.") for name in names or ()) else "drop"
+        except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
+            raise
+        except EntryNotFoundError:  # one file, no index
             known = None
         return source_from_config(config, name=name, mtp=mtp or known)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:

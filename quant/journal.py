@@ -20,13 +20,14 @@ from ornith_moe.quant.errors import ConversionError
 
 Extent = tuple[int, int, int, str]  # file, offset, length, digest
 CHECKED = {"checked": True}
+JOURNAL = "journal"
 
 
 class Journal:
     """Append-only record in `folder`; holds a lock that dies with the process."""
 
     def __init__(self, folder: Path, identity: str, slab_bytes: int, *, resume: bool):
-        self.path = folder / "journal"
+        self.path = folder / JOURNAL
         self.extents: dict[int, list[Extent]] = {}
         self.checked = False  # every byte was read back; what is left to do is to rename
         self.slab_bytes = slab_bytes  # cuts the units; a resumed conversion keeps the cut it began with
@@ -34,7 +35,7 @@ class Journal:
         self._file = open(self.path, "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConversionError(
                 f"{folder}: another conversion is writing here; wait for it or choose another OUT"
             ) from None
@@ -44,30 +45,37 @@ class Journal:
             self._write({"identity": identity, "slab_bytes": slab_bytes})
 
     def _read(self, identity: str) -> int:
-        """Load whole lines; returns the length of what is kept."""
+        """Load lines up to the first damaged one; returns the length of what is kept."""
         self._file.seek(0)
         kept = 0
         for number, line in enumerate(self._file):
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            if entry is None:
+                if number == 0:
+                    begun, self.slab_bytes = entry["identity"], int(entry["slab_bytes"])
+                elif entry == CHECKED:
+                    self.checked = True
+                else:
+                    unit, extents = entry
+                    self.extents[int(unit)] = [(int(f), int(o), int(n), str(d)) for f, o, n, d in extents]
+            except (ValueError, TypeError, KeyError):
                 break
-            if number == 0:
-                if entry["identity"] != identity:
-                    raise ConversionError(
-                        f"{self.path.parent}: was begun from another source, other builds or other options; "
-                        "delete that folder to begin anew"
-                    )
-                self.slab_bytes = entry["slab_bytes"]
-            elif entry == CHECKED:
-                self.checked = True
-            else:
-                unit, extents = entry
-                self.extents[unit] = [tuple(extent) for extent in extents]
+            if begun != identity:
+                raise ConversionError(
+                    f"{self.path.parent}: was begun from another source, other builds or other options; "
+                    "delete that folder to begin anew"
+                )
             kept += len(line)
         return kept
+
+    def forget_all_beyond(self, units: int, sizes: list[int]) -> None:
+        """Drop what a damaged journal says of units and bytes that do not exist; they are written again."""
+
+        def sound(unit: int, extents: list[Extent]) -> bool:
+            inside = (0 <= f < len(sizes) and 0 <= o and 0 < n <= sizes[f] - o for f, o, n, _ in extents)
+            return 0 <= unit < units and all(inside)
+
+        self.extents = {unit: extents for unit, extents in self.extents.items() if sound(unit, extents)}
 
     def record(self, unit: int, extents: list[Extent]) -> None:
         with self._mutex:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ornith_moe.quant.architectures.weight import GgufPlace, Settings, Weight
+from ornith_moe.quant.architectures.weight import GgufPlace, Settings, Weight, text_settings
 from ornith_moe.quant.errors import CheckpointError
 
 ATTENTIONS = ("sliding_attention", "full_attention")
@@ -54,7 +54,7 @@ class Gemma4:
     moe, experts, mtp_layers = False, 0, 0
 
     def __init__(self, config: dict[str, Any]):
-        text = Settings(config.get("text_config", config), "config.json")
+        text = text_settings(config)
         for key, plain in _PLAIN.items():
             if text.values.get(key) not in plain:
                 raise CheckpointError(
@@ -70,10 +70,11 @@ class Gemma4:
         self.head_dim = text.integer("head_dim")
         self.k_eq_v = bool(text.values.get("attention_k_eq_v"))
         everywhere = _full_attention(text, self.attentions)
-        self.global_head_dim = everywhere.integer("global_head_dim")
-        self.global_kv_heads = everywhere.integer("num_global_key_value_heads") if self.k_eq_v else self.kv_heads
-        rope = (text.values.get("rope_parameters") or {}).get("full_attention") or {}
-        self.rotary_factor = float(rope.get("partial_rotary_factor", 1.0))
+        self.global_head_dim = everywhere.integer("head_dim")
+        self.global_kv_heads = everywhere.integer("num_key_value_heads")
+        rope = text.section("rope_parameters")
+        full = rope.section("full_attention") if rope else None
+        self.rotary_factor = full.fraction("partial_rotary_factor", 1.0) if full else 1.0
         self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", True)))
         self.vision = Settings(config, "config.json").section("vision_config")
 
@@ -173,24 +174,25 @@ class Gemma4:
 
 
 def _full_attention(text: Settings, attentions: list[str]) -> Settings:
-    """Settings of the full-attention layers under Google's keys, which transformers 5.23 rewrites when it saves.
+    """head_dim and num_key_value_heads of the full-attention layers, however config.json spells them.
 
-    It drops `global_head_dim` and `num_global_key_value_heads` and writes, for each of these layers,
-    `per_layer_config: {"05": {"head_dim": 512, "num_key_value_heads": 4}}`.
+    Google writes `global_head_dim` and `num_global_key_value_heads`, the latter null or idle without
+    `attention_k_eq_v`; transformers 5.23 saves `per_layer_config` instead: {layer, zero-padded: what differs there}.
     """
     per_layer = text.values.get("per_layer_config")
-    if "global_head_dim" in text.values or not isinstance(per_layer, dict):
-        return text
-    try:
-        found = {int(key): (value["head_dim"], value["num_key_value_heads"]) for key, value in per_layer.items()}
-    except (TypeError, ValueError, KeyError):
-        found = {}
-    full = {index for index, attention in enumerate(attentions) if attention == "full_attention"}
-    if found.keys() != full or len(set(found.values())) != 1:
+    if per_layer is None:
+        kv_heads = text.values.get("num_global_key_value_heads") if text.values.get("attention_k_eq_v") else None
+        own = {"head_dim": text.values.get("global_head_dim", 512)}
+        own |= {"num_key_value_heads": kv_heads} if kv_heads is not None else {}
+        return Settings(text.values | own, text.where)
+    full = {layer for layer, attention in enumerate(attentions) if attention == "full_attention"}
+    sound = isinstance(per_layer, dict) and all(str(key).isdecimal() for key in per_layer)
+    by_layer = {int(layer): own for layer, own in per_layer.items()} if sound else {-1: None}
+    own = next(iter(by_layer.values()), {})
+    known = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
+    if not known or (own and by_layer.keys() != full) or any(other != own for other in by_layer.values()):
         raise CheckpointError(
-            f"{text.where}: expected per_layer_config to give head_dim and num_key_value_heads of every full-attention "
-            f"layer, the same for all, got {str(per_layer)[:120]}"
+            f"{text.where}: expected per_layer_config to give all full-attention layers, and only them, the same "
+            f"head_dim and num_key_value_heads, got {str(per_layer)[:120]}"
         )
-    head_dim, kv_heads = next(iter(found.values()))
-    values = text.values | {"global_head_dim": head_dim, "num_global_key_value_heads": kv_heads}
-    return Settings(values, f"{text.where}.per_layer_config")
+    return Settings(text.values | own, f"{text.where}.per_layer_config")

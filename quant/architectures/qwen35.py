@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ornith_moe.quant.architectures.weight import GgufPlace, HeadSwap, Packed, Settings, Weight
+from ornith_moe.quant.architectures.weight import GgufPlace, HeadSwap, Packed, Settings, Weight, text_settings
 from ornith_moe.quant.errors import CheckpointError, PlanError
 
+MAX_EXPERTS = 1 << 18  # of all layers; the 397B has 30,720
 MIXERS = ("linear_attention", "full_attention")
 
 # Module names below a layer -> GGUF names below a block.
@@ -78,7 +79,7 @@ class Qwen35:
     BLOCK_SKIP = ("in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc", "conv1d", "lm_head", "embed_tokens")
 
     def __init__(self, config: dict[str, Any]):
-        text = Settings(config.get("text_config", config), "config.json")
+        text = text_settings(config)
         self.moe = "moe" in str(config.get("model_type"))
         self.gguf_architecture = "qwen35moe" if self.moe else "qwen35"
         self.hidden = text.integer("hidden_size")
@@ -104,6 +105,11 @@ class Qwen35:
             )
         if self.moe:
             self.experts = text.integer("num_experts", high=1 << 14)
+            if self.experts * self.layers > MAX_EXPERTS:
+                raise CheckpointError(
+                    f"config.json: {self.layers} layers of {self.experts} experts are more than the {MAX_EXPERTS} "
+                    "in all that this version plans"
+                )
             self.intermediate = text.integer("moe_intermediate_size")
             self.shared_intermediate = text.integer("shared_expert_intermediate_size")
         else:

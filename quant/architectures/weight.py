@@ -80,6 +80,14 @@ class GgufPlace:
     columns: HeadSwap | None = None
 
 
+def text_settings(config: dict[str, Any]) -> Settings:
+    """Settings of the language model: `text_config` of a wrapper, or the config itself."""
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise CheckpointError(f"config.json: expected text_config to be an object, got {str(text)[:80]}")
+    return Settings(text, "config.json")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Checked access to a config.json section; every failure names the file's key."""
@@ -92,6 +100,12 @@ class Settings:
         if type(value) is not int or not low <= value <= high:
             raise CheckpointError(f"{self.where}: expected {key} to be an integer from {low} to {high}, got {value!r}")
         return value
+
+    def fraction(self, key: str, default: float) -> float:
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise CheckpointError(f"{self.where}: expected {key} to be a number from 0 to 1, got {value!r}")
+        return float(value)
 
     def strings(self, key: str, count: int, allowed: tuple[str, ...]) -> list[str]:
         value = self.values.get(key)

@@ -131,6 +131,10 @@ def break_folder(folder, how):
         case "index names another kind of file":
             write_index(folder, names | {"c": "weights.bin"})
             return ["weights.bin"]
+        case "config is a loop of links":
+            (folder / "config.json").unlink()
+            (folder / "config.json").symlink_to("config.json")
+            return ["config.json"]
         case "link leaves the folder":
             outside = folder.parent / "x.safetensors"
             second.rename(outside)
@@ -167,6 +171,7 @@ def break_folder(folder, how):
         "quantized text config", "fp8 tensor", "missing shard", "truncated shard", "trailing bytes",
         "cut inside the header", "empty shard", "git lfs pointer", "index leaves the folder",
         "index names an absolute path", "index names another kind of file", "link leaves the folder",
+        "config is a loop of links",
         "index of another model", "shard holds more than the index", "empty index", "index without weight_map",
         "index maps to a number", "two files, no index", "only a pickle",
     ],
@@ -200,6 +205,8 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
         ({"a": entry(offsets=(4, 12))}, 12, "hole"),
         ({"a": entry(offsets=(0, 7))}, 7, "8 bytes"),
         ({"a": entry(dtype="F4")}, 8, "known dtype"),
+        ({"a": entry(dtype=[])}, 8, "known dtype"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', 8, "not JSON"),
         ({"a": entry(shape=(-2,))}, 8, "shape"),
         ({"a": entry(shape=(1 << 60,) * 4)}, 8, "shape"),
         ({"a": entry(shape=(2.0,))}, 8, "shape"),

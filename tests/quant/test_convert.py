@@ -20,9 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.convert as convert_module
-from ornith_moe.quant.convert import MANIFEST, PARTIAL, convert
-from ornith_moe.quant.errors import ConversionError, PlanError
+from ornith_moe.quant import pipeline
+from ornith_moe.quant.convert import PARTIAL, convert
+from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block, quantize_fp8_channel
+from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import open_source
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:Q8_0"]
@@ -85,7 +87,7 @@ def test_every_layout_of_the_source_gives_the_same_builds(tmp_path, done):
 
 @pytest.mark.parametrize(("jobs", "slab"), [(1, 1 << 14), (3, 100_000), (2, 1 << 25)])
 def test_bytes_do_not_depend_on_slabs_or_jobs(tmp_path, monkeypatch, moe, done, jobs, slab):
-    monkeypatch.setattr(convert_module, "_slab_bytes", lambda *limits: slab)
+    monkeypatch.setattr(convert_module, "_slabs", lambda *limits: (jobs, slab))
     report = convert(open_source(moe), tmp_path / "out", BUILDS, jobs=jobs)
     assert contents(tmp_path / "out") == contents(done[0])
     assert report.bytes_read == done[1].bytes_read
@@ -150,9 +152,9 @@ def test_other_source_dtypes(tmp_path, dtype):
 def start(moe, out, *options):
     """The command as a process of its own, with small slabs so that it can be interrupted."""
     code = (
-        "import sys; import ornith_moe.quant.convert as c; c._slab_bytes = lambda *limits: 1 << 14;"
-        "import os, time; write = c._write_all;"
-        "c._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
+        "import sys; import ornith_moe.quant.convert as c; c._slabs = lambda *limits: (2, 1 << 14);"
+        "import os, time, ornith_moe.quant.pipeline as p; write = p._write_all;"
+        "p._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
         "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
     )
     builds = [word for build in BUILDS for word in ("--to", build)]
@@ -204,8 +206,8 @@ def test_bytes_lost_after_the_journal_are_mended(killed, moe, done):
 
 
 def test_a_disk_that_loses_bytes_is_an_error(tmp_path, monkeypatch, moe):
-    write = convert_module._write_all
-    monkeypatch.setattr(convert_module, "_write_all", lambda d, view, o: write(d, memoryview(bytes(len(view))), o))
+    write = pipeline._write_all
+    monkeypatch.setattr(pipeline, "_write_all", lambda d, view, o: write(d, memoryview(bytes(len(view))), o))
     with pytest.raises(ConversionError, match="does not give back"):
         convert(open_source(moe), tmp_path / "out", ["bf16"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
@@ -273,6 +275,86 @@ def test_finished_builds_are_not_overwritten(moe, done):
         convert(open_source(moe), done[0], ["bf16"])
 
 
+@pytest.mark.parametrize("name", ["moe-Q8_0.gguf", "moe-Q8_0.gguf.manifest.json", "bf16"])
+@pytest.mark.parametrize("link", [False, True])
+def test_nothing_that_exists_is_replaced(tmp_path, monkeypatch, moe, name, link):
+    """A file, or a link that leads nowhere, under a final name: refused before work, and if it appears during it."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def occupy():
+        (out / name).symlink_to("nowhere") if link else (out / name).write_text("mine")
+
+    occupy()
+    with pytest.raises(PlanError, match=f"{name}: exists already"):
+        convert(open_source(moe), out, BUILDS)
+    (out / name).unlink()
+    record = convert_module.Journal.record_checked
+    monkeypatch.setattr(convert_module.Journal, "record_checked", lambda self: (record(self), occupy()))
+    with pytest.raises(ConversionError, match=f"{name}: exists already; move it away and pass --resume"):
+        convert(open_source(moe), out, BUILDS)
+    assert os.readlink(out / name) == "nowhere" if link else (out / name).read_text() == "mine"
+    (out / name).unlink()
+    convert(open_source(moe), out, BUILDS, resume=True)
+    assert not (out / PARTIAL).exists() and (out / "bf16").is_dir()
+
+
+def test_a_staged_build_that_was_taken_away_is_told(tmp_path, monkeypatch, moe):
+    record = convert_module.Journal.record_checked
+
+    def lose(self):
+        record(self)
+        shutil.rmtree(tmp_path / "out" / PARTIAL / "bf16")
+
+    monkeypatch.setattr(convert_module.Journal, "record_checked", lose)
+    with pytest.raises(ConversionError, match="bf16: is neither there nor in"):
+        convert(open_source(moe), tmp_path / "out", BUILDS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b'[99999,[[0,1,2,"x"]]]', b"{}", b"5", b'[1,[[9,0,1,"x"]]]', b'[1,[[0,0,1,"x"]]]', b"[1,[]]", b"\xff"],
+)
+def test_a_damaged_journal_is_mended_or_told(killed, moe, done, line):
+    journal = killed / PARTIAL / "journal"
+    journal.write_bytes(journal.read_bytes() + line + b"\n")
+    try:
+        convert(open_source(moe), killed, BUILDS, resume=True)
+        assert contents(killed) == contents(done[0])
+    except ConversionError as error:
+        assert "journal" in str(error)
+
+
+def test_what_is_left_without_a_journal_is_told(tmp_path, moe):
+    (tmp_path / "out" / PARTIAL).mkdir(parents=True)
+    for resume in (False, True):
+        with pytest.raises(PlanError, match="wrote nothing; delete that folder"):
+            convert(open_source(moe), tmp_path / "out", BUILDS, resume=resume)
+
+
+def test_jobs_are_those_that_memory_allows(moe):
+    """The default fits every machine; what is asked for is kept or refused."""
+    source = open_source(moe)
+    jobs, _ = convert_module._slabs(source, 4, 2 << 30, None)
+    assert jobs >= 1 and convert_module._slabs(source, 4, 800 << 20, None)[0] <= jobs
+    assert convert_module._slabs(source, 4, 2 << 30, 3)[0] == 3
+    assert convert_module._slabs(open_source("gemma-4-31b"), 4, 2 << 30, None)[0] <= os.cpu_count()
+    with pytest.raises(PlanError, match="500 jobs need at least"):
+        convert_module._slabs(source, 4, 2 << 30, 500)
+    with pytest.raises(ValueError, match="jobs"):
+        convert_module._slabs(source, 4, 2 << 30, 0)
+
+
+def test_a_link_that_leaves_the_source_is_told_before_work(tmp_path, moe):
+    folder = Path(shutil.copytree(moe, tmp_path / "moe"))
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to(tmp_path / "other.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="link that leaves"):
+        convert(open_source(folder), tmp_path / "out", ["bf16"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_disk_is_told_before_the_first_byte(tmp_path, monkeypatch, moe):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
@@ -308,6 +390,9 @@ def test_source_changed_on_the_way(tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="changed while it was converted"):
         convert(source, tmp_path / "out", ["bf16"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
+    source = open_source(folder)
+    (folder / "config.json").write_text("{}")
+    assert source.checkpoint.changed(), "config.json is part of the source"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -112,6 +112,8 @@ def text(config):
         (lambda t, c: t.update({"model.extra.weight": torch.zeros(2)}), "model.extra.weight"),
         (lambda t, c: c.update(model_type="llama"), "model_type 'llama'"),
         (lambda t, c: c.pop("model_type"), "model_type None"),
+        (lambda t, c: c.update(text_config=[]), "text_config to be an object"),
+        (lambda t, c: text(c).update(num_experts=1 << 14, num_hidden_layers=4096, layer_types=None), "more than the"),
         (lambda t, c: text(c).update(hidden_size="256"), "hidden_size"),
         (lambda t, c: text(c).update(num_hidden_layers=10**9), "num_hidden_layers"),
         (lambda t, c: text(c).update(layer_types=["full_attention"]), "layer_types"),

@@ -1,0 +1,262 @@
+"""The pass of a conversion: reserve the files, write every unit in its place, read every byte back.
+
+Files exist at their final size before the first weight is read, so units may be written in any order by any number of
+threads. Each unit is read once, encoded for every build, written, and journalled with a digest per extent. The check
+then reads each file once from front to back: extents must be what was encoded and must cover all that weights own; what
+a power cut has lost is encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ornith_moe.quant.architectures.weight import Weight
+from ornith_moe.quant.builds import BuildPlan, Step
+from ornith_moe.quant.checkpoint import ITEM_BYTES
+from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
+from ornith_moe.quant.journal import Extent, Journal
+from ornith_moe.quant.layout import Layout
+from ornith_moe.quant.source import Source, weight_matrix
+from ornith_moe.quant.storage import Slab
+from ornith_moe.quant.stream import Unit, read_unit, runs, transform
+
+SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
+Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class PlacedBuild:
+    """A planned build with its place: staging folder, final path, first of its files in the list of all files."""
+
+    plan: BuildPlan
+    layout: Layout
+    staging: Path
+    final: Path
+    first_file: int
+
+
+@contextmanager
+def reserved(placed: list[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
+    """File descriptors of all output files, at their final size with header and constants written."""
+    _allow_descriptors(sum(len(build.layout.files) for build in placed) + SPARE_DESCRIPTORS)
+    descriptors: list[int] = []
+    try:
+        for build in placed:
+            build.staging.mkdir(exist_ok=True)
+            for file in build.layout.files:
+                descriptor = os.open(build.staging / file.name, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptors.append(descriptor)
+                if fresh or os.fstat(descriptor).st_size != file.size:
+                    os.ftruncate(descriptor, 0)
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(descriptor, 0, file.size)  # a full disk fails here, not hours later
+                    os.ftruncate(descriptor, file.size)
+                os.pwrite(descriptor, file.header, 0)
+            for tensor, (file, offset) in zip(build.plan.tensors, build.layout.places, strict=True):
+                if tensor.constant:
+                    payload = np.array(tensor.constant, "<f4").tobytes()
+                    os.pwrite(descriptors[build.first_file + file], payload, offset)
+        yield descriptors
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _allow_descriptors(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise PlanError(
+            f"the builds have {needed - SPARE_DESCRIPTORS} files and this process may open {hard}; "
+            "raise 'ulimit -n' or pass a larger --max-shard-size"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch on one thread per worker: the workers are the parallelism, and pools of their own would fight for cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Pass:
+    """One pass over the source: units are encoded by a few threads, each extent goes straight to its place."""
+
+    def __init__(
+        self,
+        source: Source,
+        placed: list[PlacedBuild],
+        work: list[Unit],
+        files: list[int],
+        journal: Journal,
+        jobs: int,
+        progress: Progress | None,
+    ):
+        self.source, self.placed, self.work, self.files = source, placed, work, files
+        self.journal, self.jobs = journal, jobs
+        self.progress: Progress = progress or (lambda phase, done, total: None)
+        self.bytes_read = 0
+        self.steps: list[list[tuple[PlacedBuild, Step]]] = [[] for _ in source.weights]
+        for build in placed:
+            for step in build.plan.steps:
+                self.steps[step.weight].append((build, step))
+        sizes = [file.size for build in placed for file in build.layout.files]
+        journal.forget_all_beyond(len(work), sizes)
+
+    def write(self) -> None:
+        """Write every unit that the journal does not know."""
+        done = sum(self._size(self.work[index]) for index in self.journal.extents)
+        total = sum(map(self._size, self.work))
+        missing = [index for index in range(len(self.work)) if index not in self.journal.extents]
+        for index, extents in self._map(self._convert, missing):
+            self.journal.record(index, extents)
+            done += self._size(self.work[index])
+            self.bytes_read += self._size(self.work[index])
+            self.progress("convert", done, total)
+
+    def check(self) -> list[str]:
+        """Read every file back, compare with the digests, mend what a power cut lost; returns sha256 of each file."""
+        digests, damaged = self._read_back()
+        if damaged:
+            for index in damaged:
+                del self.journal.extents[index]
+            self.write()
+            digests, damaged = self._read_back()
+        if damaged:
+            weight = self.source.weights[self.work[min(damaged)].weight]
+            raise ConversionError(f"{weight.name}: the disk does not give back what was written to it; check the disk")
+        return digests
+
+    def _read_back(self) -> tuple[list[str], set[int]]:
+        """sha256 of each file, and the units whose bytes are not there or not what was encoded."""
+        for descriptor in self.files:
+            os.fsync(descriptor)
+        extents: list[list[tuple[int, int, str, int]]] = [[] for _ in self.files]
+        for unit, written in self.journal.extents.items():
+            for file, offset, length, digest in written:
+                extents[file].append((offset, length, digest, unit))
+        sizes = [file.size for build in self.placed for file in build.layout.files]
+        owned = self._owned_bytes()
+        digests, damaged, done = [""] * len(self.files), set(), 0
+
+        def read(index: int) -> tuple[str, set[int], int]:
+            return _digest_file(self.files[index], sorted(extents[index]), sizes[index])
+
+        for index, (digest, bad, covered) in self._map(read, range(len(self.files))):
+            if covered != owned[index] and not bad:
+                raise ConversionError(
+                    f"the journal covers {covered} bytes of file {index} and its weights own {owned[index]}; it is "
+                    "damaged, so delete the partial folder and convert again"
+                )
+            digests[index] = digest
+            damaged |= bad
+            done += sizes[index]
+            self.progress("check", done, sum(sizes))
+        return digests, damaged
+
+    def _owned_bytes(self) -> list[int]:
+        """Bytes of each file that weights own: all but header, alignment and constants."""
+        owned = [0] * len(self.files)
+        for build in self.placed:
+            for tensor, (file, _) in zip(build.plan.tensors, build.layout.places, strict=True):
+                owned[build.first_file + file] += 0 if tensor.constant else tensor.nbytes
+        return owned
+
+    def _convert(self, index: int) -> list[Extent]:
+        unit = self.work[index]
+        weight = self.source.weights[unit.weight]
+        slab = read_unit(self.source, unit)
+        _refuse_non_finite(weight, unit, slab)
+        extents = []
+        for build, step in self.steps[unit.weight]:
+            try:
+                encoded = step.storage.encode(transform(step.place, slab))
+            except OrnithError as error:
+                raise ConversionError(
+                    f"{weight.name}, from row {unit.start}: {error} (build {build.plan.build})"
+                ) from None
+            for run in runs(step, unit, weight_matrix(weight)[0]):
+                part = step.parts[run.part]
+                payload = np.ascontiguousarray(encoded[run.part][run.rows])
+                file, offset = build.layout.places[step.tensors[run.part]]
+                file, offset = build.first_file + file, offset + run.target * part.row_bytes
+                view = memoryview(payload).cast("B")
+                assert len(view) == run.count * part.row_bytes
+                _write_all(self.files[file], view, offset)
+                extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))
+        return extents
+
+    def _size(self, unit: Unit) -> int:
+        columns = weight_matrix(self.source.weights[unit.weight])[1]
+        return unit.rows * columns * ITEM_BYTES[self.source.dtype(unit.weight)]
+
+    def _map(self, function: Callable[[int], Any], indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
+        """(index, function(index)) for all indices, a few at a time; the first failure stops the rest."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            pending: deque[tuple[int, Future]] = deque()
+            try:
+                for index in indices:
+                    pending.append((index, pool.submit(function, index)))
+                    if len(pending) >= 2 * self.jobs:
+                        done, future = pending.popleft()
+                        yield done, future.result()
+                while pending:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+
+def _refuse_non_finite(weight: Weight, unit: Unit, slab: Slab) -> None:
+    found = slab.first_non_finite()
+    if found:
+        row, column, value = found
+        raise ConversionError(
+            f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
+            "so mend the checkpoint first"
+        )
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _digest_file(descriptor: int, extents: list, size: int) -> tuple[str, set[int], int]:
+    """sha256 of a file, units whose bytes are not what was written, and bytes that extents cover; one reading."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)  # ask the disk, not the page cache
+    sha256, damaged, position, covered = hashlib.sha256(), set(), 0, 0
+    for offset, length, digest, unit in [*extents, (size, 0, "", -1)]:
+        if offset < position:  # two units claim a byte: the journal lies of one of them
+            damaged.add(unit)
+            continue
+        sha256.update(os.pread(descriptor, offset - position, position))
+        payload = os.pread(descriptor, length, offset)
+        sha256.update(payload)
+        if unit >= 0 and xxhash.xxh3_128_hexdigest(payload) != digest:
+            damaged.add(unit)
+        position, covered = offset + length, covered + length
+    return sha256.hexdigest(), damaged, covered

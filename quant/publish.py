@@ -1,0 +1,120 @@
+"""The end of a conversion: side files, manifest, and the one rename that gives a checked build its final name.
+
+A build of safetensors is a folder and appears in one rename. A GGUF is one file beside its manifest, which goes first:
+without the file it promises nothing. Nothing that exists is ever replaced, and a run that died between two renames is
+finished by the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from ornith_moe.quant.checkpoint import inside
+from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.layout import safetensors_index
+from ornith_moe.quant.pipeline import PlacedBuild
+from ornith_moe.quant.source import Source
+
+MANIFEST = "ornith_manifest.json"
+SIDE_FILES = (  # what a served model needs besides weights and config
+    "*token*.json", "vocab.json", "merges.txt", "*.model", "generation_config.json", "chat_template.*",
+    "*processor_config.json", "LICENSE*",
+)  # fmt: skip
+MAX_SIDE_FILE_BYTES = 64 << 20
+
+
+def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
+    """What lies beside the weights of a safetensors build: config with its quantization, index, tokenizer. {} for GGUF.
+
+    Raises:
+        CheckpointError: one of the source's files is a link that leaves its folder.
+    """
+    if build.plan.is_gguf:
+        return {}
+    sides = {}
+    for path in sorted(source.folder.iterdir()):
+        wanted = any(path.match(pattern) for pattern in SIDE_FILES)
+        if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
+            sides[path.name] = inside(source.folder, path.name).read_bytes()
+    config = json.loads(json.dumps(source.config))
+    text = config.get("text_config", config)
+    if build.plan.config:
+        config["quantization_config"] = build.plan.config
+    elif build.plan.build == "bf16":
+        config["dtype"] = text["dtype"] = "bfloat16"
+    if not source.has_mtp and any(name.startswith("mtp.") for name in source.checkpoint.tensors):
+        text["mtp_num_hidden_layers"] = 0  # dropped on request: do not announce it
+    sides["config.json"] = _json_bytes(config)
+    index = safetensors_index(build.plan, build.layout)
+    if index:
+        sides["model.safetensors.index.json"] = _json_bytes(index)
+    return sides
+
+
+def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests: list[str]) -> None:
+    """Write side files and the manifest of a checked build, still in its staging folder."""
+    files = {
+        file.name: {"bytes": file.size, "sha256": digests[build.first_file + i]}
+        for i, file in enumerate(build.layout.files)
+    }
+    for name, payload in sides.items():
+        _write_file(build.staging / name, payload)
+        files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
+    manifest = {
+        "build": build.plan.build,
+        "source": source.name,
+        "mtp": source.has_mtp,
+        "tensors": len(build.plan.tensors),
+        "tensor_bytes": build.plan.tensor_bytes,
+        "files": files,
+    }
+    _write_file(build.staging / MANIFEST, _json_bytes(manifest))
+    sync_folder(build.staging)
+
+
+def final_paths(build: PlacedBuild) -> list[tuple[Path, Path]]:
+    """(staged, final) of what a build is made of, in the order in which it gets its names."""
+    if not build.plan.is_gguf:
+        return [(build.staging, build.final)]
+    manifest = build.final.with_name(build.final.name + ".manifest.json")
+    return [(build.staging / MANIFEST, manifest), (build.staging / build.final.name, build.final)]
+
+
+def publish(build: PlacedBuild) -> None:
+    """Give a checked build its final name, unless a run that died has done so.
+
+    Raises:
+        ConversionError: something else has that name, or the build is in neither place.
+    """
+    for staged, final in final_paths(build):
+        if staged.exists():
+            if os.path.lexists(final):
+                raise ConversionError(f"{final}: exists already; move it away and pass --resume")
+            os.rename(staged, final)
+        elif not final.exists():
+            partial = build.staging.parent
+            raise ConversionError(f"{final}: is neither there nor in {partial}; delete that folder and convert again")
+    sync_folder(build.final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json_bytes(value: object) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _write_file(path: Path, payload: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
