@@ -1,0 +1,142 @@
+"""The routed-experts MLP on the CPU, all threads, against transformers' implementations on the same weights.
+
+Forward without autograd; forward + backward with the gradients of x, weights, gate_up_proj and down_proj. Routing is
+uniform and random, every token with `top_k` different experts.
+
+Peers: `grouped_mm` always, `eager` where its backward is not absurd (it adds a zero gradient of all experts for each
+active one), `batched_mm` where the weights it gathers per token are not.
+
+FLOP: 6 T top_k H I forward, three times that with backward. Bytes: the active experts' weights once, with backward
+twice, and then the dense gradient of all experts. A case whose GEMMs alone would take longer than LONGEST_S at the rate
+that torch.mm reaches for the dtype is skipped and says so: that happens to BF16 on a CPU without BF16 instructions.
+
+Every row is checked first, output and all gradients, against `backend="reference"` in FP32, one expert at a time, so
+that the truth for 256 experts needs the memory of one.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from numeric import TOLERANCE, assert_close
+from shapes import EXPERTS, SLOW_EXPERTS, TOKENS
+from transformers import Qwen3_5MoeTextConfig
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
+
+import ornith_moe as om
+
+LONGEST_S = 0.5
+LARGEST_GATHER_BYTES = 256 << 20  # batched_mm copies an expert per routed row
+LARGEST_EAGER_BYTES = 64 << 20  # eager's backward fills a gradient of all experts per active expert
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+pytestmark = pytest.mark.benchmark(max_time=0.3)
+
+
+class Case(NamedTuple):
+    x: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    dy: torch.Tensor
+
+    @property
+    def leaves(self):
+        return self.x, self.weights, self.gate_up_proj, self.down_proj
+
+
+def normal(dtype, *size, std=1.0):
+    return torch.randn(*size, dtype=dtype).mul_(std)
+
+
+@lru_cache(maxsize=1)  # up to 3 GB
+def make_experts(shape, dtype):
+    hidden, inner, experts, _ = EXPERTS[shape]
+    gate_up_proj = normal(dtype, experts, 2 * inner, hidden, std=hidden**-0.5)
+    return gate_up_proj.requires_grad_(), normal(dtype, experts, hidden, inner, std=inner**-0.5).requires_grad_()
+
+
+@lru_cache(maxsize=1)  # the rows of a group follow one another and share one case
+def make_case(shape, dtype, tokens):
+    hidden, _, experts, top_k = EXPERTS[shape]
+    x, dy = (normal(dtype, tokens, hidden) for _ in range(2))
+    indices = torch.rand(tokens, experts).topk(top_k).indices
+    weights = torch.rand(tokens, top_k).add_(0.1).to(dtype)
+    return Case(x.requires_grad_(), indices, weights.requires_grad_(), *make_experts(shape, dtype), dy)
+
+
+def forward_of(implementation, case):
+    """A function of no arguments that computes y."""
+    if implementation == "ours":
+        return lambda: om.moe_mlp(*case[:5], backend="cpu")
+    experts, hidden, inner = case.down_proj.shape
+    config = Qwen3_5MoeTextConfig(num_experts=experts, hidden_size=hidden, moe_intermediate_size=inner)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module = Qwen3_5MoeExperts(config)
+    del module.gate_up_proj, module.down_proj
+    module.gate_up_proj, module.down_proj = case.gate_up_proj, case.down_proj  # the very same tensors
+    return lambda: module(case.x, case.indices, case.weights)
+
+
+def check(case, y, gradients):
+    tolerance = TOLERANCE[case.x.dtype]
+    total_y, total_dx, total_dweights = (torch.zeros(t.shape) for t in (case.x, case.x, case.weights))
+    for e in range(case.down_proj.shape[0]):
+        w13, w2 = case.gate_up_proj[e : e + 1], case.down_proj[e : e + 1]
+        leaves = [t.detach().float().requires_grad_() for t in (case.x, case.weights, w13, w2)]
+        only_e = torch.where(case.indices == e, 0, -1)
+        y_e = om.moe_mlp(leaves[0], only_e, *leaves[1:], backend="reference")
+        total_y += y_e.detach()
+        if gradients:
+            dx, dweights, dw13, dw2 = torch.autograd.grad(y_e, leaves, case.dy.float())
+            total_dx += dx
+            total_dweights += dweights
+            assert_close(f"dgate_up[{e}]", gradients[2][e], dw13[0], tolerance)
+            assert_close(f"ddown[{e}]", gradients[3][e], dw2[0], tolerance)
+    assert_close("y", y, total_y, tolerance)
+    if gradients:
+        assert_close("dx", gradients[0], total_dx, tolerance)
+        assert_close("dweights", gradients[1], total_dweights, tolerance)
+
+
+def absurd(implementation, case, backward):
+    weight_bytes = case.gate_up_proj.nbytes + case.down_proj.nbytes
+    if implementation == "batched_mm":
+        return backward or case.indices.numel() * weight_bytes // len(case.down_proj) > LARGEST_GATHER_BYTES
+    return implementation == "eager" and backward and weight_bytes > LARGEST_EAGER_BYTES
+
+
+@pytest.mark.parametrize("implementation", ["ours", "grouped_mm", "eager", "batched_mm"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=pytest.mark.slow if s in SLOW_EXPERTS else ()) for s in EXPERTS]
+)
+def test_moe_mlp(measure, limits, shape, dtype, tokens, backward, implementation):
+    hidden, inner, _, top_k = EXPERTS[shape]
+    flops = 6 * tokens * top_k * hidden * inner * (3 if backward else 1)
+    seconds = flops / limits.gemm_gflop_s(DTYPES[dtype]) / 1e9
+    if seconds > LONGEST_S:
+        pytest.skip(f"its GEMMs alone would take {seconds:.1f} s at {dtype} here, more than {LONGEST_S} s")
+    case = make_case(shape, DTYPES[dtype], tokens)
+    if absurd(implementation, case, backward):
+        pytest.skip(f"{implementation}: out of proportion here, see the module")
+    forward = forward_of(implementation, case)
+
+    def step():
+        with torch.set_grad_enabled(backward):
+            y = forward()
+            return y.detach(), torch.autograd.grad(y, case.leaves, case.dy) if backward else None
+
+    check(case, *step())
+    weight_bytes = sum(t[0].nbytes for t in (case.gate_up_proj, case.down_proj)) * case.indices.unique().numel()
+    nbytes = weight_bytes * (2 if backward else 1) + 2 * case.x.nbytes
+    if backward:
+        nbytes += case.gate_up_proj.nbytes + case.down_proj.nbytes
+    group = f"moe_mlp {shape} {dtype}, T = {tokens}, {'forward + backward' if backward else 'forward'}"
+    peer = implementation != "ours"
+    measure(group, implementation, step, peer=peer, nbytes=nbytes, flops=flops, dtype=DTYPES[dtype])
