@@ -1,21 +1,25 @@
 """`ornith-moe`: plan, convert, verify, inspect, compare, doctor.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed. A failure is one sentence on stderr, never a
-traceback; `--json` prints one JSON object on stdout and nothing else. Progress goes to stderr, and only to a terminal.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
+it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
+and nothing else. Progress goes to stderr, and only to a terminal. What comes from files is printed as `shown`: a name
+can neither move the cursor nor forge a line. A reader that stops reading, as `| head` does, is no failure.
 The quantizing libraries are imported by the commands that need them, so `--help` and `plan` start at once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,8 +30,22 @@ from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationEr
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
 )
-out = Console()
-err = Console(stderr=True)
+WIDEST = 1 << 16  # columns of a table where no terminal limits them
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM; not KeyboardInterrupt, which typer ends without a word."""
+
+
+class _Out(Console):
+    """stdout as plain text: no markup, no emoji, no truncation where it is no terminal."""
+
+    def on_broken_pipe(self) -> None:
+        _reader_gone()
+
+
+out = _Out(markup=False, emoji=False, highlight=False, width=None if os.isatty(1) else WIDEST)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
 class Mtp(StrEnum):
@@ -39,9 +57,9 @@ class Mtp(StrEnum):
 
 def parse_size(text: str | int) -> int:
     """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
     if not found:
-        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {text!r}")
+        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {str(text)[:64]!r}")
     unit = (found[2] or "").upper()
     power = " KMGT".index(unit[0]) if unit else 0
     return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
@@ -82,19 +100,20 @@ def plan(
             {"builds": [plan_json(*pair) for pair in zip(plans, files, strict=True)], "notes": list(opened.notes)}
         )
         return
-    table = Table(title=opened.name)
+    table = Table()
     for column in ("build", "tensors", "bytes", "files", "bits/weight", "max TP"):
         table.add_column(column, no_wrap=True, justify="left" if column == "build" else "right")
     table.add_column("stored as")
-    weights = sum(_count(weight.shape) for weight in opened.weights)
+    weights = sum(math.prod(weight.shape) for weight in opened.weights)
     for plan, count in zip(plans, files, strict=True):
         kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
         bits = f"{8 * plan.tensor_bytes / weights:.2f}"
         ranks = str(plan.max_tensor_parallel or "-")
         table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+    say(opened.name)
     out.print(table)
     for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *plan.fallbacks])]:
-        out.print(f"- {note}", highlight=False, markup=False)
+        say(f"- {note}")
 
 
 @app.command()
@@ -113,11 +132,12 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint."""
+    from ornith_moe.quant.convert import PARTIAL
     from ornith_moe.quant.convert import convert as run
     from ornith_moe.quant.hub import open_any
 
     opened = open_any(source, mtp=mtp)
-    with progress_bar() as progress:
+    with _resumable(target / PARTIAL), progress_bar() as progress:
         report = run(
             opened,
             target,
@@ -151,9 +171,10 @@ def convert(
             }
         )
         return
-    table = Table("build", "path", "tensors", "bytes", title=f"{opened.name}: read {report.bytes_read:,} bytes once")
+    say(f"{opened.name}: read {report.bytes_read:,} bytes once")
+    table = Table("build", "path", "tensors", "bytes")
     for build in report.builds:
-        table.add_row(build.build, str(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
+        table.add_row(build.build, shown(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
     out.print(table)
     seconds = max(build.seconds for build in report.builds)
     out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "
@@ -170,36 +191,38 @@ def verify(
 ) -> None:
     """Hashes, names, shapes and error per role of a finished build."""
     from ornith_moe.quant.hub import open_any
-    from ornith_moe.quant.verify import manifest_has_mtp, verification_json
+    from ornith_moe.quant.verify import build_has_mtp, verification_json
     from ornith_moe.quant.verify import verify as run
 
     opened = None
     if against is not None:
         opened = open_any(against, mtp=None)
-        if opened.has_mtp and manifest_has_mtp(build) is False:
+        if opened.has_mtp and not build_has_mtp(build):
             opened = open_any(against, mtp="drop")
     with progress_bar() as progress:
         result = run(build, opened, progress=progress)
     if as_json:
         print_json(verification_json(result))
     else:
-        table = Table("role", "SQNR dB", "largest error", title=f"{build}: {result.build}, {result.tensors:,} tensors")
+        table = Table("role", "SQNR dB", "largest error")
         for role, error in result.roles.items():
-            table.add_row(
-                role, "exact" if error["exact"] else f"{error['sqnr_db']:.2f}", f"{error['max_abs_error']:.3g}"
-            )
+            sqnr = "none" if error["sqnr_db"] is None else f"{error['sqnr_db']:.2f}"
+            table.add_row(role, "exact" if error["exact"] else sqnr, f"{error['max_abs_error']:.3g}")
+        say(f"{build}: {result.build}, {result.tensors:,} tensors")
         if result.roles:
             out.print(table)
         for note in result.notes:
-            out.print(f"- {note}", highlight=False, markup=False)
+            say(f"- {note}")
         if result.ok:
             compared = (
                 f"{len(result.roles)} roles compared with {against}" if result.roles else "not compared with a source"
             )
-            out.print(f"ok: {result.tensors:,} tensors, {compared}", highlight=False)
+            say(f"ok: {result.tensors:,} tensors, {compared}")
     if not result.ok:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
-        raise VerificationError(f"{build}: {result.problems[0]}{more}")
+        problem = result.problems[0].removeprefix(f"{Path(build).name}: ")
+        where = "" if problem.startswith((f"{Path(build)}: ", f"{Path(build)}{os.sep}")) else f"{build}: "
+        raise VerificationError(f"{where}{problem}{more}")
 
 
 @app.command()
@@ -216,12 +239,13 @@ def inspect(
     if as_json:
         print_json(found)
         return
-    table = Table("dtype", "tensors", "bytes", title=f"{path}: {found['kind']}, {found['tensors']:,} tensors")
+    say(f"{path}: {found['kind']}, {found['tensors']:,} tensors")
+    table = Table("dtype", "tensors", "bytes")
     for dtype, entry in found["dtypes"].items():
         table.add_row(dtype, f"{entry['tensors']:,}", f"{entry['bytes']:,}")
     out.print(table)
     for key, value in found["metadata"].items():
-        out.print(f"{key}: {value}", highlight=False, markup=False)
+        say(f"{key}: {value}")
 
 
 @app.command()
@@ -243,14 +267,18 @@ def compare(
     folder = next((path for path in (a, b) if Path(path).is_dir()), None)
     if folder is None:
         raise CheckpointError(f"{a}: expected A or B to be a Hugging Face folder, whose tokenizer cuts the text")
-    tokens = held_out_windows(encode(folder, read_text(text)), windows=windows)
-    with open_client(a) as first, open_client(b) as second:
-        found = run(first, second, tokens)
+    try:
+        tokens = held_out_windows(encode(folder, read_text(text)), windows=windows)
+        with open_client(a) as first, open_client(b) as second:
+            found = run(first, second, tokens)
+    except ValueError as error:  # a text too short, or a tokenizer that knows more tokens than the model
+        raise CheckpointError(f"{a} and {b} on {text or 'the default text'}: {error}") from None
     if as_json:
         print_json(asdict(found))
         return
-    table = Table("", "A", "B", title=f"{a} and {b}")
-    table.add_row("client", found.client_a, found.client_b)
+    say(f"{a} and {b}")
+    table = Table("", "A", "B")
+    table.add_row("client", shown(found.client_a), shown(found.client_b))
     table.add_row("perplexity", f"{found.perplexity_a:.3f}", f"{found.perplexity_b:.3f}")
     table.add_row("KL(A || B), nats per token", "", f"{found.kl_mean:.6f} (largest {found.kl_max:.4f})")
     table.add_row("same likeliest token", "", f"{found.top1:.1%} of {found.positions} positions")
@@ -269,12 +297,49 @@ def doctor(as_json: Json = False) -> None:
     for title, rows in found.items():
         table = Table(title=title, show_header=False, title_justify="left")
         for key, value in rows.items():
-            table.add_row(key, str(value))
+            table.add_row(key, shown(value))
         out.print(table)
 
 
+def shown(value: object) -> str:
+    """`value` as one line that cannot move the cursor."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+
+
+def say(text: str) -> None:
+    """One line of text, never wrapped: a word that begins a line could pass for one of ours."""
+    out.print(shown(text), soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """One object of strict JSON; an infinity or a NaN, which JSON lacks, becomes its name."""
+    try:
+        sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _reader_gone()
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _reader_gone() -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must not fail at exit
+    sys.exit(0)
+
+
+@contextmanager
+def _resumable(partial: Path) -> Iterator[None]:
+    """A conversion that is stopped once it has begun to write says how to go on."""
+    try:
+        yield
+    except Stopped:
+        raise Stopped("stopped; --resume goes on" if partial.is_dir() else "stopped") from None
 
 
 @contextmanager
@@ -296,26 +361,26 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _stop(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise Stopped("stopped")
 
 
 def main() -> None:
     """Entry point: turns every expected failure into one sentence and an exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+            signal.signal(number, _stop)
     try:
         app()
     except OrnithError as error:
-        err.print(f"ornith-moe: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _fail(error, error.exit_code)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        err.print(
-            f"ornith-moe: {where}{error.strerror or error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
-        sys.exit(1)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, 1)
+    except Stopped as stopped:
+        _fail(stopped, 130)
+
+
+def _fail(reason: object, code: int) -> NoReturn:
+    err.print(shown(f"ornith-moe: {reason}"), style="red", soft_wrap=True)
+    sys.exit(code)

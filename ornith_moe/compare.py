@@ -34,6 +34,7 @@ import numpy as np
 from ornith_moe.quant.checkpoint import read_json
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 
+MAX_TEXT_BYTES = 64 << 20
 LISTED_SUM_ERROR = 1e-6  # llama.cpp's fp32 probabilities sum to one within this
 
 
@@ -200,8 +201,11 @@ def read_text(path: str | Path | None) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path}: expected a text file in UTF-8 of at most {MAX_TEXT_BYTES} bytes")
     try:
-        return Path(path).read_text("utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: expected a text file in UTF-8: {_one_line(error)}") from None
 
@@ -238,6 +242,7 @@ class Transformers:
                     output_loading_info=True,
                     local_files_only=True,
                     trust_remote_code=False,
+                    use_safetensors=True,  # a folder without them may hold pickles
                     quantization_config=_dequantizing(transformers, self.folder),
                 )
             except ImportError as error:  # accelerate for block FP8, compressed-tensors for channel FP8
@@ -367,7 +372,7 @@ def _dequantizing(transformers: Any, folder: Path) -> Any:
     found = read_json(folder / "config.json").get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     kinds = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
-    return getattr(transformers, kinds[method])(dequantize=True) if method in kinds else None
+    return getattr(transformers, kinds[method])(dequantize=True) if str(method) in kinds else None
 
 
 @contextlib.contextmanager

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
+import numpy as np
 
 from ornith_moe.quant.checkpoint import inside, read_header, read_json
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.verify import FoundTensor, read_gguf_tensors, read_safetensors_build
 
 CONFIG_KEYS = (
@@ -21,6 +22,7 @@ CONFIG_KEYS = (
     "dtype",
 )
 LONGEST_VALUE = 120
+MOST_ITEMS = 16
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -69,14 +71,13 @@ def _config_summary(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gguf_summary(path: Path) -> dict[str, Any]:
-    summary = {}
-    for name, entry in gguf.GGUFReader(path).fields.items():
-        if name.startswith("GGUF."):
-            continue
-        if entry.types[0] == gguf.GGUFValueType.ARRAY and len(entry.data) > 16:
-            summary[name] = f"[{len(entry.data)} values]"
-            continue
-        value = entry.contents()
-        short = isinstance(value, str) and len(value) > LONGEST_VALUE
-        summary[name] = value[:LONGEST_VALUE] + "..." if short else value
-    return summary
+    return {name: _short(value) for name, value in read_gguf_header(path)[0].items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= LONGEST_VALUE else value[:LONGEST_VALUE] + "..."
+    if isinstance(value, np.ndarray | list):
+        items = value.tolist() if isinstance(value, np.ndarray) else value
+        return [_short(item) for item in items] if len(items) <= MOST_ITEMS else f"[{len(items)} values]"
+    return value

@@ -1,6 +1,7 @@
 """Verify a build: is it whole, is it what its manifest says, and how far is it from its source.
 
     SQNR = 10 log10( sum w^2 / sum (w' - w)^2 ) in dB, w the source's weight, w' what the build decodes to
+    (above the line (w + 1)^2 where w + 1 is what a GGUF stores, and 1 where it is -exp(w))
 
 Three questions, each answerable without the one after it:
 
@@ -27,11 +28,13 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.builds import BuildPlan, Step, plan_build
 from ornith_moe.quant.checkpoint import matrix_shape, read_json, read_tables
-from ornith_moe.quant.convert import MANIFEST
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
-from ornith_moe.quant.gguf_types import FILE_TYPES
+from ornith_moe.quant.gguf_reader import read_gguf_header
+from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape
+from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import to_float32
 from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
@@ -71,6 +74,10 @@ class Verification:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(text)
 
+    def note(self, text: str) -> None:
+        if len(self.notes) < MAX_PROBLEMS:
+            self.notes.append(text)
+
 
 def verify(build: str | Path, source: Source | None = None, *, progress: Progress | None = None) -> Verification:
     """Verify the build at `build`, a folder of safetensors or a `.gguf` file, against `source` if given.
@@ -87,7 +94,7 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     path, progress = Path(build), progress or (lambda phase, done, total: None)
     manifest = _manifest(path)
     try:
-        found = read_gguf_tensors(path) if path.is_file() else read_safetensors_build(path)
+        found = _read_tensors(path)
     except OrnithError as error:
         result = Verification(str((manifest or {}).get("build", "unknown")))
         result.problem(str(error))
@@ -95,7 +102,7 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     named = (manifest or {}).get("build")
     result = Verification(named if isinstance(named, str) else _guess(path), len(found))
     if manifest is None:
-        result.notes.append("no manifest beside it: nothing to hold its bytes against")
+        result.note("no manifest beside it: nothing to hold its bytes against")
     else:
         _check_manifest(path, manifest, result, progress)
     _check_values(found, result, progress)
@@ -112,34 +119,29 @@ def read_safetensors_build(folder: Path) -> dict[str, FoundTensor]:
 
 def read_gguf_tensors(path: Path) -> dict[str, FoundTensor]:
     """Tensors of a GGUF; CheckpointError if it is none or not whole."""
+    _, tensors = read_gguf_header(path)
+    return {t.name: FoundTensor(t.dtype, t.shape, path, t.offset, t.nbytes) for t in tensors}
+
+
+def build_has_mtp(build: str | Path) -> bool:
+    """Whether a build holds MTP tensors, by their names; True of one that cannot be read, as `verify` says why."""
     try:
-        reader = gguf.GGUFReader(path)
-        tensors = {
-            t.name: FoundTensor(
-                t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes)
-            )
-            for t in reader.tensors
-        }
-    except Exception as error:  # the reader indexes a mapped file and may raise anything on a damaged one
-        raise CheckpointError(f"{path.name}: not a whole GGUF ({type(error).__name__}: {str(error)[:100]})") from None
-    size = path.stat().st_size
-    for name, tensor in tensors.items():
-        if tensor.offset + tensor.nbytes > size:
-            raise CheckpointError(f"{path.name}: truncated, tensor {name} ends beyond its {size} bytes")
-    return tensors
+        names = _read_tensors(Path(build))
+    except OrnithError:
+        return True
+    return any(name.startswith("mtp.") or ".nextn." in name for name in names)
+
+
+def _read_tensors(path: Path) -> dict[str, FoundTensor]:
+    return read_gguf_tensors(path) if path.is_file() else read_safetensors_build(path)
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no build here; expected a folder of safetensors or a .gguf file")
+    if not (path.is_dir() or path.is_file()):
+        found = "something that is neither" if path.exists() else "nothing"
+        raise CheckpointError(f"{path}: no build here; expected a folder of safetensors or a .gguf file, found {found}")
     manifest = path / MANIFEST if path.is_dir() else path.with_name(path.name + ".manifest.json")
     return read_json(manifest) if manifest.is_file() else None
-
-
-def manifest_has_mtp(build: str | Path) -> bool | None:
-    """Whether a build was made with MTP tensors, by its manifest; None without one."""
-    manifest = _manifest(Path(build))
-    return None if manifest is None else bool(manifest.get("mtp"))
 
 
 def _guess(path: Path) -> str:
@@ -147,10 +149,10 @@ def _guess(path: Path) -> str:
     if path.is_dir():
         quantization = read_json(path / "config.json").get("quantization_config")
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        return {"compressed-tensors": "fp8-channel", "fp8": "fp8-block"}.get(method, "bf16")
-    field_ = gguf.GGUFReader(path).get_field("general.file_type")
-    number = int(field_.contents()) if field_ else -1
-    return "gguf:" + next((name for name, kind in FILE_TYPES.items() if kind.id == number), "unknown")
+        return {"compressed-tensors": "fp8-channel", "fp8": "fp8-block"}.get(str(method), "bf16")
+    number = read_gguf_header(path)[0].get("general.file_type")
+    names = {kind.id: name for name, kind in FILE_TYPES.items()}
+    return "gguf:" + (names.get(number, "unknown") if type(number) is int else "unknown")
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, progress: Progress) -> None:
@@ -196,11 +198,15 @@ def _check_values(found: dict[str, FoundTensor], result: Verification, progress:
     for name, tensor in found.items():
         if tensor.dtype == "F8_E4M3":
             _check_scale(name, tensor, found, result)
-        for start, codes in _slabs(tensor):
-            row = _first_bad_row(codes, tensor.dtype)
-            if row is not None:
-                result.problem(f"{tensor.path.name}: tensor {name}, row {start + row} holds a NaN or an infinity")
-                break
+        if _is_decoded(tensor.dtype):
+            for start, codes in _slabs(tensor):
+                bad = _first_bad(codes, tensor.dtype)
+                if bad is not None:
+                    row = (start + bad) // matrix_shape(tensor.shape)[1]
+                    result.problem(f"{tensor.path.name}: tensor {name}, row {row} holds a NaN or an infinity")
+                    break
+        else:
+            result.note(f"tensor {name}: {tensor.dtype} is not decoded here, its values are unchecked")
         done += tensor.nbytes
         progress("read", done, total)
 
@@ -220,26 +226,35 @@ def _check_scale(name: str, tensor: FoundTensor, found: dict[str, FoundTensor], 
             return
 
 
-def _first_bad_row(codes: np.ndarray, dtype: str) -> int | None:
+def _is_decoded(dtype: str) -> bool:
     if dtype == "F8_E4M3":
-        bad = ((codes & 0x7F) == 0x7F).any(axis=1)
+        return True
+    try:
+        _first_bad(np.zeros(block_shape(dtype)[1], np.uint8), dtype)
+    except (ValueError, NotImplementedError):  # no GGUF type, or one that the package does not decode
+        return False
+    return True
+
+
+def _first_bad(codes: np.ndarray, dtype: str) -> int | None:
+    """Index of the first value that is a NaN or an infinity."""
+    if dtype == "F8_E4M3":
+        bad = (codes & 0x7F) == 0x7F
     elif dtype in ("BF16", "F16", "F32"):
-        bad = ~np.isfinite(to_float32(codes, dtype)).all(axis=1)
+        bad = ~np.isfinite(to_float32(codes, dtype))
     else:
-        bad = ~np.isfinite(gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[dtype])).all(axis=1)
+        with np.errstate(all="ignore"):
+            values = gguf.quants.dequantize(codes.reshape(1, -1), gguf.GGMLQuantizationType[dtype])
+        bad = ~np.isfinite(values.reshape(-1))
     return int(bad.argmax()) if bad.any() else None
 
 
 def _slabs(tensor: FoundTensor) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, uint8 [rows, row_bytes]) of a tensor, a slab at a time."""
-    rows = matrix_shape(tensor.shape)[0]
-    if not tensor.nbytes:
-        return
-    row_bytes = tensor.nbytes // rows
-    slab = max(SLAB_BYTES // row_bytes, 1)
-    for start in range(0, rows, slab):
-        count = min(slab, rows - start)
-        yield start, _read(tensor, start * row_bytes, count * row_bytes).reshape(count, row_bytes)
+    """(index of the first value, uint8 [n]) of a tensor in whole blocks, a slab at a time whatever its shape."""
+    block, block_bytes = (1, 1) if tensor.dtype == "F8_E4M3" else block_shape(tensor.dtype)
+    slab = SLAB_BYTES // block_bytes * block_bytes
+    for start in range(0, tensor.nbytes, slab):
+        yield start // block_bytes * block, _read(tensor, start, min(slab, tensor.nbytes - start))
 
 
 def _read(tensor: FoundTensor, start: int, length: int) -> np.ndarray:
@@ -265,7 +280,8 @@ class _Error:
         """None when exact."""
         if self.noise == 0:
             return None
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 def _compare(found: dict[str, FoundTensor], source: Source, result: Verification, progress: Progress) -> None:
@@ -298,7 +314,7 @@ def _compare(found: dict[str, FoundTensor], source: Source, result: Verification
     for role, error in roles.items():
         sqnr = error.sqnr_db
         result.roles[role] = {
-            "sqnr_db": None if sqnr is None else round(sqnr, 3),
+            "sqnr_db": None if sqnr is None or math.isinf(sqnr) else round(sqnr, 3),
             "max_abs_error": error.largest,
             "exact": sqnr is None,
         }
@@ -331,7 +347,7 @@ def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Veri
 def _unit_error(
     source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]
 ) -> tuple[float, float, float]:
-    """sum w^2, sum (w' - w)^2 and max |w' - w| over a unit."""
+    """sum s^2, sum (w' - w)^2 and max |w' - w| over a unit; s is w, or what was rounded in its place."""
     rows, columns = weight_matrix(source.weights[unit.weight])
     parts = [np.empty((unit.rows // part.rows, part.row_bytes), np.uint8) for part in step.parts]
     for run in runs(step, unit, rows):
@@ -339,10 +355,19 @@ def _unit_error(
         stored = _read(tensor, run.target * part.row_bytes, run.count * part.row_bytes)
         parts[run.part][run.rows] = stored.reshape(run.count, part.row_bytes)
     slab = read_unit(source, unit)
-    decoded = untransform(step.place, step.storage.decode(tuple(parts), columns, slab.dtype))
-    truth = slab.float32.astype(np.float64)
-    difference = decoded - truth
-    return float((truth**2).sum()), float((difference**2).sum()), float(np.abs(difference).max(initial=0.0))
+    with np.errstate(all="ignore"):  # damage may decode to anything; what is not finite misses every floor
+        decoded = untransform(step.place, step.storage.decode(tuple(parts), columns, slab.dtype))
+        truth = slab.float32.astype(np.float64)
+        difference = decoded - truth
+    signal, noise = _rounded(step.place, truth) ** 2, difference**2
+    return float(signal.sum()), float(noise.sum()), float(np.abs(difference).max(initial=0.0))
+
+
+def _rounded(place: GgufPlace | None, weights: np.ndarray) -> np.ndarray:
+    """What an error of w is measured against where a build rounds not w but w + 1, or -exp(w), relative to itself."""
+    if place is None or place.values == "same":
+        return weights
+    return weights + 1 if place.values == "add_one" else np.ones_like(weights)
 
 
 def verification_json(result: Verification) -> dict[str, Any]:

@@ -5,11 +5,17 @@ Reference: the functions behind it. Run in a process of its own, as a user runs 
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import fixtures
+import gguf
+import numpy as np
 import pytest
+
+from ornith_moe.cli import shown
+from ornith_moe.quant.publish import MANIFEST
 
 PLAN_KEYS = {"build", "tensors", "tensor_bytes", "files", "fallbacks", "max_tensor_parallel"}
 
@@ -133,10 +139,166 @@ def test_wrong_usage_is_exit_code_2(arguments):
     ornith_moe(*arguments, code=2)
 
 
-def test_a_closed_pipe_is_no_failure():
-    command = f"{sys.executable} -m ornith_moe plan qwen3.5-35b-a3b --to fp8-block --json | head -c 10"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert "Traceback" not in done.stderr and done.stdout.startswith("{")
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 30 + "GiB", "1." + "0" * 400])
+def test_endless_sizes_are_wrong_usage(size):
+    ornith_moe("convert", "a", "b", "--to", "bf16", "--max-memory", size, code=2)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_no_failure(converted, options):
+    command = [sys.executable, "-m", "ornith_moe", "inspect", converted["builds"][1]["path"], *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 0)
+
+
+SLOW_CONVERSION = """
+import time
+import ornith_moe.quant.pipeline as module
+from ornith_moe.cli import main
+read, units = module.read_unit, []
+def slow(*arguments):
+    units.append(None)
+    if len(units) == 20:
+        print("ready", flush=True)
+    time.sleep(0.05 if len(units) >= 20 else 0)
+    return read(*arguments)
+module.read_unit = slow
+main()
+"""
+SLOW_PLAN = """
+import time
+import ornith_moe.quant.hub as module
+from ornith_moe.cli import main
+module.open_any = lambda *arguments, **options: (print("ready", flush=True), time.sleep(60))
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("code", "command", "sentence"),
+    [
+        (SLOW_CONVERSION, ["convert", "{src}", "{out}", "--to", "bf16"], "stopped; --resume goes on"),
+        (SLOW_PLAN, ["convert", "{src}", "{out}", "--to", "bf16"], "stopped"),
+        (SLOW_PLAN, ["plan", "{src}", "--to", "bf16"], "stopped"),
+    ],
+)
+def test_a_signal_is_one_sentence(moe, tmp_path, number, code, command, sentence):
+    words = [word.format(src=moe, out=tmp_path / "out") for word in command]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where the tests run in the background
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, number)
+        errors = process.communicate(timeout=60)[1]
+    assert (errors, process.returncode) == (f"ornith-moe: {sentence}\n", 130)
+    if "resume" in sentence:
+        assert json.loads(ornith_moe(*words, "--resume", "--json").stdout)["resumed_units"] > 0
+
+
+def hostile_gguf(path, **keys):
+    """A GGUF of one tensor, with names and values that a terminal would obey."""
+    writer = gguf.GGUFWriter(path, "test")
+    for key, value in {"general.name\x1b]0;title\x07": "\x1b[2Jname\nok: forged", **keys}.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    writer.add_tensor("a\x1b[31m\nok: forged", np.ones(4, np.int64))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_names_from_files_cannot_forge_lines(tmp_path, command):
+    folder = tmp_path / "x\x1b[2J\n"
+    folder.mkdir()
+    text = ornith_moe(command, hostile_gguf(folder / "forged\nok: forged.gguf")).stdout
+    assert "\x1b" not in text and "\\x1b[" in text and "\\nok: forged.gguf" in text
+    assert not any(line.startswith("ok: forged") for line in text.splitlines())
+
+
+def test_errors_cannot_forge_lines(tmp_path):
+    errors = ornith_moe("inspect", tmp_path / "\x1b[2J\n\u202enone", code=1).stderr
+    assert errors.endswith("\\x1b[2J\\n\\u202enone: expected a folder, a .safetensors or a .gguf file\n")
+
+
+def test_shown_keeps_what_is_printable():
+    assert shown("naïve café, 日本語 [x]") == "naïve café, 日本語 [x]"
+    assert shown("a\r\tb\x9b\ud800") == r"a\r\tb\x9b\ud800"
+
+
+def test_names_are_no_markup(moe, tmp_path):
+    path = hostile_gguf(tmp_path / "[red]a[-red][bold] :smile:.gguf")
+    assert path.name in ornith_moe("inspect", path).stdout
+    folder = tmp_path / "[/bold] :smile:"
+    folder.parent.mkdir()
+    folder.symlink_to(moe)
+    out = tmp_path / "[/red]"
+    assert str(out) in ornith_moe("convert", folder, out, "--to", "bf16").stdout
+    assert f"compared with {folder}" in ornith_moe("verify", out / "bf16", "--against", folder).stdout
+    config = tmp_path / "[red] :smile:.json"
+    config.write_bytes((moe / "config.json").read_bytes())
+    assert ornith_moe("plan", config, "--to", "bf16").stdout.startswith("[red] :smile:\n")
+
+
+def test_json_is_strict(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    path = hostile_gguf(tmp_path / "x.gguf", nan=float("nan"), infinities=[float("-inf"), 1.0])
+    metadata = json.loads(ornith_moe("inspect", path, "--json").stdout, parse_constant=refuse)["metadata"]
+    assert metadata["nan"] == "nan" and metadata["infinities"] == ["-inf", 1.0]
+
+
+def test_tables_are_whole_where_there_is_no_terminal():
+    text = ornith_moe("plan", "ornith-1.0-35b", "--to", "gguf:Q4_K_M", env=os.environ | {"COLUMNS": "40"}).stdout
+    row = next(line for line in text.splitlines() if "Q4_K_M" in line)
+    assert "21,155,768,832" in row and row.count(" GB") == 3 and "…" not in text
+
+
+def test_verify_names_the_build_once(converted, tmp_path):
+    path = tmp_path / "z.gguf"
+    path.write_bytes(b"GGUF")
+    assert ornith_moe("verify", path, code=3).stderr.startswith(f"ornith-moe: {path}: not a whole GGUF")
+    assert "z.gguf: z.gguf" not in ornith_moe("verify", path, code=3).stderr
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert ornith_moe("verify", tmp_path, code=3).stderr.startswith(f"ornith-moe: {tmp_path}: model.safetensors: ")
+    assert "found something that is neither" in ornith_moe("verify", "/dev/zero", code=1).stderr
+
+
+def test_builds_without_mtp_need_no_manifest(moe, tmp_path):
+    ornith_moe("convert", moe, tmp_path, "--to", "fp8-channel", "--to", "gguf:Q8_0", "--mtp", "drop")
+    for path, manifest in [
+        (tmp_path / "fp8-channel", tmp_path / "fp8-channel" / MANIFEST),
+        (tmp_path / "moe-Q8_0.gguf", tmp_path / "moe-Q8_0.gguf.manifest.json"),
+    ]:
+        manifest.unlink()
+        assert "roles compared" in ornith_moe("verify", path, "--against", moe).stdout
+    path.write_bytes(path.read_bytes()[:-5000])
+    ornith_moe("verify", path, "--against", moe, code=3)
+
+
+@pytest.mark.parametrize("kind", ["empty", "fifo", "device", "huge", "folder"])
+def test_compare_refuses_what_is_no_text(moe, converted, tmp_path, kind):
+    path = tmp_path / "text"
+    if kind == "empty":
+        path.write_text("")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path = tmp_path if kind == "folder" else "/dev/zero"
+    errors = ornith_moe("compare", moe, converted["builds"][1]["path"], "--text", path, code=1, timeout=60).stderr
+    assert str(path) in errors and ("at least 2 tokens" if kind == "empty" else "expected a text file") in errors
 
 
 def test_doctor_tells_backends_and_reasons():

@@ -26,6 +26,7 @@ from ornith_moe.compare import (
     log_probs,
     open_client,
     perplexity,
+    read_text,
     top1_agreement,
 )
 from ornith_moe.quant.convert import convert
@@ -204,6 +205,21 @@ def test_a_damaged_folder_is_one_quiet_sentence(qwen, tmp_path, name, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_transformers_client_opens_no_pickle(qwen, tmp_path):
+    (tmp_path / "config.json").write_bytes((qwen / "config.json").read_bytes())
+    torch.save(load_file(qwen / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        open_client(tmp_path)
+
+
+def test_a_quant_method_that_is_no_name_is_none(qwen, tmp_path):
+    config = json.loads((qwen / "config.json").read_text()) | {"quantization_config": {"quant_method": []}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((qwen / "model.safetensors").read_bytes())
+    with open_client(tmp_path) as client:
+        assert client.vocabulary == fixtures.VOCAB_ROWS
+
+
 def test_transformers_client_refuses_missing_unexpected_and_mismatched_keys(qwen, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((qwen / name).read_bytes())
@@ -296,6 +312,16 @@ def test_a_missing_client_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xllamacpp", None)
     with pytest.raises(OrnithError, match=r"pip install 'ornith-moe\[llama\]'"):
         LlamaCpp("model.gguf")
+
+
+def test_text_is_a_file_of_bounded_size(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    path.write_text("naïve", encoding="utf-8")
+    assert read_text(path) == "naïve" and len(read_text(None)) > 100_000
+    monkeypatch.setattr("ornith_moe.compare.MAX_TEXT_BYTES", 5)
+    for refused in (path, tmp_path, tmp_path / "absent", "/dev/null"):
+        with pytest.raises(CheckpointError, match="expected a text file in UTF-8 of at most 5 bytes"):
+            read_text(refused)
 
 
 def test_encode_reads_the_tokenizer_of_the_folder(qwen, tmp_path):

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ornith_moe.quant.convert import MANIFEST, convert
+from ornith_moe.quant.convert import convert
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.inspect import inspect
+from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import open_source
-from ornith_moe.quant.verify import verify
+from ornith_moe.quant.verify import build_has_mtp, verification_json, verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0"]
 
@@ -196,6 +197,136 @@ def test_forged_manifests_are_problems(build, source, manifest):
 def test_a_lost_file_is_found(build):
     (build / "tokenizer.json").unlink()
     assert "tokenizer.json: expected" in verify(build).problems[0]
+
+
+def rewritten(source, folder, change):
+    """A copy of a source whose weights `change` has edited in place."""
+    shutil.copytree(source.folder, folder)
+    edit(folder, change, forge=False)
+    return open_source(folder)
+
+
+def test_small_norms_and_decays_pass(source, tmp_path):
+    """A GGUF rounds w + 1 and -exp(w): next to that the error is small, next to a small w it is not."""
+
+    def shrink(tensors):
+        for name, tensor in tensors.items():
+            if name.endswith(("norm.weight", "A_log")):
+                tensors[name] = (tensor.float() * 1e-4).to(tensor.dtype)
+
+    small = rewritten(source, tmp_path / "small", shrink)
+    for build in convert(small, tmp_path / "out", ["gguf:F32", "gguf:BF16"]).builds:
+        result = verify(build.path, small)
+        assert result.ok, result.problems
+        assert result.roles["norm"]["sqnr_db"] > 140
+
+
+def test_a_norm_without_its_shift_is_found(source, paths, tmp_path):
+    """The same norms one higher: what a GGUF that had forgotten the shift would be held against."""
+
+    def shift(tensors):
+        tensors["model.language_model.norm.weight"] += 1
+
+    assert "norm.weight: SQNR" in verify(paths["gguf:F32"], rewritten(source, tmp_path / "moe", shift)).problems[0]
+
+
+def test_noise_on_nothing_is_strict_json(source, tmp_path):
+    """A role of zeros that came out as something else has no SQNR; it is a problem and no infinity in the JSON."""
+
+    def clear(tensors):
+        for name in tensors:
+            if name.endswith(("mlp.gate.weight", "shared_expert_gate.weight")):
+                tensors[name].zero_()
+
+    zeros = rewritten(source, tmp_path / "zeros", clear)
+    path = convert(zeros, tmp_path / "out", ["bf16"]).builds[0].path
+    edit(path, lambda tensors: tensors[some(tensors, "layers.0.mlp.gate.weight")].fill_(1))
+    result = verification_json(verify(path, zeros))
+    assert any("SQNR -inf" in problem for problem in result["problems"])
+    assert result["roles"]["router"] == {"sqnr_db": None, "max_abs_error": 1.0, "exact": False}
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("build", ["fp8-channel"], indirect=True)
+@pytest.mark.filterwarnings("error")
+def test_values_that_overflow_are_found(build, source):
+    edit(build, lambda tensors: tensors[some(tensors, "experts.1.up_proj.weight_scale")].fill_(3e38))
+    assert any("experts.1.up_proj.weight: SQNR -inf" in problem for problem in verify(build, source).problems)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "float64", "uint8", "float8_e5m2", "bool"])
+def test_values_that_are_not_decoded_are_noted(tmp_path, dtype):
+    save_file({"t": torch.zeros(4, 3).to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    result = verify(tmp_path)
+    assert result.ok and result.notes[1].startswith("tensor t: ") and "not decoded here" in result.notes[1]
+
+
+def written_gguf(path, name, array, kind=None, **keys):
+    writer = gguf.GGUFWriter(path, "test")
+    for key, value in keys.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[kind] if kind else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["I64", "F64", "Q8_K", "Q1_0", "TQ1_0", "IQ2_XXS"])
+@pytest.mark.parametrize("rows", [(), (3,)])
+def test_any_gguf_type_is_verified_or_noted(tmp_path, kind, rows):
+    """Vectors of blocks too, of which a row is no whole number of bytes."""
+    block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    data = np.zeros((*rows, 5 * block_bytes), np.uint8)
+    if kind in ("I64", "F64"):
+        data = data.view(np.int64 if kind == "I64" else np.float64)
+        result = verify(written_gguf(tmp_path / "x.gguf", "t", data))
+    else:
+        result = verify(written_gguf(tmp_path / "x.gguf", "t", data, kind))
+    noted = kind in ("I64", "F64", "Q8_K", "Q1_0")
+    assert result.ok
+    assert result.notes[1:] == noted * [f"tensor t: {kind} is not decoded here, its values are unchecked"]
+
+
+@pytest.mark.parametrize(("shape", "block", "row"), [((7, 68), 11, 5), ((34 * 8,), 7, 7 * 32)])
+def test_a_block_of_nan_is_found_in_its_row(tmp_path, shape, block, row):
+    data = np.zeros(shape, np.uint8)
+    data.reshape(-1, 34)[block, :2] = [0, 0x7E]  # an fp16 scale
+    result = verify(written_gguf(tmp_path / "x.gguf", "t", data, "Q8_0"))
+    assert f"tensor t, row {row} holds a NaN" in result.problems[0]
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", [7, 7], 7.0, True])
+def test_a_file_type_that_is_no_number_is_unknown(tmp_path, file_type):
+    path = written_gguf(tmp_path / "x.gguf", "t", np.ones(4, np.float32), **{"general.file_type": file_type})
+    assert verify(path).build == "gguf:unknown"
+
+
+@pytest.mark.parametrize("method", [[], {}, 7, None])
+def test_a_quant_method_that_is_no_name_is_none(tmp_path, method):
+    save_file({"t": torch.zeros(4, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method}}))
+    assert verify(tmp_path).build == "bf16"
+
+
+def test_mtp_is_told_by_names(source, paths, tmp_path):
+    without = open_source(source.folder, mtp="drop")
+    for build in convert(without, tmp_path, ["fp8-channel", "gguf:F32"]).builds:
+        assert build_has_mtp(paths[build.build]) and not build_has_mtp(build.path)
+
+
+def test_a_gguf_is_inspected_without_its_long_values(tmp_path):
+    keys = {"long": "x" * 200, "many": list(range(17)), "few": ["y" * 200, "z"], "number": 3}
+    metadata = inspect(written_gguf(tmp_path / "x.gguf", "t", np.ones(4, np.float32), **keys))["metadata"]
+    assert metadata["long"] == "x" * 120 + "..." and metadata["many"] == "[17 values]" and metadata["number"] == 3
+    assert metadata["few"] == ["y" * 120 + "...", "z"]
+
+
+def test_a_device_is_no_build():
+    with pytest.raises(CheckpointError, match="something that is neither"):
+        verify("/dev/null")
 
 
 def test_no_build_is_an_error(tmp_path):
