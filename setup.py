@@ -48,7 +48,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring their own
-        "hf": ["transformers>=5.20"],
+        "hf": ["transformers>=5.20", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
         "llama": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=1.0"],
     },

@@ -80,7 +80,7 @@ CHAT_TEMPLATE = """\
 class Settings:
     """What determines the bytes of a nano, besides text and library versions. Lengths in tokens, text in bytes."""
 
-    steps: int = 240
+    steps: int = 200
     seed: int = 0
     batch: int = 8
     length: int = 128

@@ -40,6 +40,7 @@ from ornith_moe.compare import (
     top1_agreement,
 )
 from ornith_moe.quant.convert import PARTIAL
+from ornith_moe.quant.errors import OrnithError
 from ornith_moe.quant.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +202,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     quiet()
-    result = run(arguments.folder, arguments.steps)
+    try:
+        result = run(arguments.folder, arguments.steps)
+    except (OrnithError, OSError) as error:
+        err.print(f"demo: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

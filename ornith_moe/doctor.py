@@ -11,6 +11,7 @@ from typing import Any
 LIBRARIES = ("torch", "triton", "numpy", "numba", "safetensors", "gguf")
 CLIENTS = {
     "transformers": "experts_implementation='ornith', runs BF16 and FP8 builds",
+    "accelerate": "lets transformers read fp8-block builds",
     "compressed-tensors": "lets transformers read fp8-channel builds",
     "xllamacpp": "runs GGUF builds",
     "huggingface_hub": "hf:// sources",
