@@ -115,7 +115,8 @@ def run(folder: Path, steps: int) -> dict[str, Any]:
     remove_builds(out, nano.name)
     to = [word for build in BUILDS for word in ("--to", build)]
     report = ornith_moe("convert", str(nano), str(out), *to, "--json")
-    windows = held_out_windows(heldout_tokens(nano, WINDOWS * WINDOW_TOKENS), windows=WINDOWS, length=WINDOW_TOKENS)
+    tokens = heldout_tokens(nano, Settings.heldout_tokens)
+    windows = held_out_windows(tokens, windows=WINDOWS, length=WINDOW_TOKENS)
     weights = sum(math.prod(weight.shape) for weight in open_source(nano).weights)
 
     source = Measured(nano, windows)
@@ -169,7 +170,9 @@ def print_table(result: dict[str, Any]) -> None:
     table.add_column("client that ran it")
 
     def cell(row: dict[str, Any], key: str, form: str) -> str:
-        return form.format(row[key]) if row.get(key) is not None else "exact" if key == "expert_sqnr_db" else "-"
+        if key not in row:
+            return "-"
+        return "exact" if row[key] is None else form.format(row[key])
 
     for row in result["builds"]:
         table.add_row(
