@@ -27,6 +27,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 import ornith_moe as om
 
 LONGEST_S = 0.5
+PEERS_ALLOWANCE = 3  # peers round y to BF16 before they multiply it by the weights: 1.5e-2 on dweights at T = 1
 LARGEST_GATHER_BYTES = 256 << 20  # batched_mm copies an expert per routed row
 LARGEST_EAGER_BYTES = 64 << 20  # eager's backward fills a gradient of all experts per active expert
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,8 +82,8 @@ def forward_of(implementation, case):
     return lambda: module(case.x, case.indices, case.weights)
 
 
-def check(case, y, gradients):
-    tolerance = TOLERANCE[case.x.dtype]
+def check(case, y, gradients, allowance):
+    tolerance = TOLERANCE[case.x.dtype] * allowance
     total_y, total_dx, total_dweights = (torch.zeros(t.shape) for t in (case.x, case.x, case.weights))
     for e in range(case.down_proj.shape[0]):
         w13, w2 = case.gate_up_proj[e : e + 1], case.down_proj[e : e + 1]
@@ -132,11 +133,11 @@ def test_moe_mlp(measure, limits, shape, dtype, tokens, backward, implementation
             y = forward()
             return y.detach(), torch.autograd.grad(y, case.leaves, case.dy) if backward else None
 
-    check(case, *step())
+    peer = implementation != "ours"
+    check(case, *step(), allowance=PEERS_ALLOWANCE if peer else 1)
     weight_bytes = sum(t[0].nbytes for t in (case.gate_up_proj, case.down_proj)) * case.indices.unique().numel()
     nbytes = weight_bytes * (2 if backward else 1) + 2 * case.x.nbytes
     if backward:
         nbytes += case.gate_up_proj.nbytes + case.down_proj.nbytes
     group = f"moe_mlp {shape} {dtype}, T = {tokens}, {'forward + backward' if backward else 'forward'}"
-    peer = implementation != "ours"
     measure(group, implementation, step, peer=peer, nbytes=nbytes, flops=flops, dtype=DTYPES[dtype])

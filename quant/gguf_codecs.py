@@ -37,6 +37,14 @@ class GgufCodec:
 ENCODERS: dict[str, GgufCodec] = {}
 
 
+def _compiled(function):
+    """numba, cached on disk where there is a writable place for it (a read-only container has none)."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 class F32(GgufCodec):
     name = "F32"
 
@@ -57,7 +65,18 @@ class BF16(GgufCodec):
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16).view(np.uint8)
+        codes = np.empty(bits.shape, np.uint16)
+        _bf16(bits.reshape(-1), codes.reshape(-1))
+        return codes.view(np.uint8)
+
+
+@_compiled
+def _bf16(bits, codes):
+    for i in range(bits.size):
+        b = bits[i]
+        rounded = (b + (np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+        quiet = (b >> np.uint32(16)) | np.uint32(64)
+        codes[i] = quiet if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
 
 
 class Q8_0(GgufCodec):
@@ -72,14 +91,6 @@ class Q8_0(GgufCodec):
         with np.errstate(over="ignore"):
             codes[:, :, :2] = _finite_half(scale, rows)[:, :, None].view(np.uint8)
         return codes.reshape(rows.shape[0], blocks * 34)
-
-
-def _compiled(function):
-    """numba, cached on disk where there is a writable place for it (a read-only container has none)."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
 
 
 @_compiled

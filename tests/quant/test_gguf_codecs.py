@@ -63,6 +63,15 @@ def test_bytes_equal_ggml(ggml, name, kind):
     assert np.array_equal(quantize_gguf(rows, name), expected)
 
 
+def test_bf16_rounds_as_ggml_does_at_the_edges(ggml):
+    """Ties, the largest numbers, infinities and NaNs of every kind."""
+    high = np.array([0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF], np.uint32)
+    low = np.array([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    bits = ((high[:, None] << 16) | low).reshape(-1)
+    rows = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32).reshape(3, 32)
+    assert np.array_equal(quantize_gguf(rows, "BF16"), ggml(rows, gguf.GGMLQuantizationType.BF16))
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_bytes_do_not_depend_on_the_cut(name):
     whole = quantize_gguf(NORMAL[:7, :96], name)
