@@ -5,13 +5,11 @@ and the same function under torch.compile. GGUF (encode from FP32): gguf-py, and
 must give the bytes of a reference: the plain formulation for FP8, ggml's C for GGUF.
 """
 
-import ctypes
 import shutil
 from functools import cache
-from pathlib import Path
 
+import ggml
 import gguf
-import libggml
 import numpy as np
 import pytest
 import torch
@@ -86,35 +84,18 @@ def test_fp8_decode(measure, recipe, matrix, coder):
     measure(group, coder, lambda: decode(q, scale), peer=coder != "ours", nbytes=nbytes(q, scale, w))
 
 
-@pytest.fixture(scope="module")
-def ggml():
-    library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64" / "libggml-base.so.0"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    rows_of = [ctypes.c_int64] * 3  # first, how many, values in each
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *rows_of, ctypes.c_void_p]
-
-    def quantize(rows, kind):
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        encoded = np.empty((rows.shape[0], rows.shape[1] // block * size), np.uint8)
-        written = library.ggml_quantize_chunk(int(kind), rows.ctypes.data, encoded.ctypes.data, 0, *rows.shape, None)
-        assert written == encoded.nbytes
-        return encoded
-
-    return quantize
-
-
 @pytest.mark.parametrize("coder", ["ours", "gguf-py", "ggml"])
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("name", ["Q8_0", "BF16"])
-def test_gguf_encode(measure, ggml, name, matrix, coder):
+def test_gguf_encode(measure, name, matrix, coder):
     rows = np.random.default_rng(0).standard_normal(MATRICES[matrix], np.float32)
     kind = gguf.GGMLQuantizationType[name]
     encode = {
         "ours": lambda: om.quantize_gguf(rows, name),
         "gguf-py": lambda: gguf.quants.quantize(rows, kind),
-        "ggml": lambda: ggml(rows, kind),
+        "ggml": lambda: ggml.quantize(rows, name),
     }[coder]
     encoded = encode()
-    assert np.array_equal(encoded, ggml(rows, kind))
+    assert np.array_equal(encoded, ggml.quantize(rows, name))
     group = f"{name} encode, {matrix} from FP32"
     measure(group, coder, encode, peer=coder != "ours", nbytes=nbytes(rows, encoded))

@@ -4,11 +4,7 @@ Reference: `ggml_quantize_chunk` of libggml-python. Kinds of weights: normal, he
 exact halves. Not covered: K-quants, which have no encoder yet.
 """
 
-import ctypes
-from pathlib import Path
-
-import gguf
-import libggml
+import ggml
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,43 +29,23 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ggml():
-    library = ctypes.CDLL(str(Path(libggml.__file__).parent / "lib64" / "libggml-base.so.0"))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    rows_of = [ctypes.c_int64] * 3  # first, how many, values in each
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *rows_of, ctypes.c_void_p]
-
-    def quantize(rows, kind):
-        rows = np.ascontiguousarray(rows)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        encoded = np.empty((rows.shape[0], rows.shape[1] // block * size), np.uint8)
-        written = library.ggml_quantize_chunk(
-            int(kind), rows.ctypes.data, encoded.ctypes.data, 0, rows.shape[0], rows.shape[1], None
-        )
-        assert written == encoded.nbytes
-        return encoded
-
-    return quantize
-
-
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_bytes_equal_ggml(ggml, name, kind):
+def test_bytes_equal_ggml(name, kind):
     rows = WEIGHTS[kind]
     if name == "F16" and kind == "heavy-tailed":
         rows = np.clip(rows, -6e4, 6e4)
-    expected = ggml(rows, gguf.GGMLQuantizationType[name])
+    expected = ggml.quantize(rows, name)
     assert np.array_equal(quantize_gguf(rows, name), expected)
 
 
-def test_bf16_rounds_as_ggml_does_at_the_edges(ggml):
+def test_bf16_rounds_as_ggml_does_at_the_edges():
     """Ties, the largest numbers, infinities and NaNs of every kind."""
     high = np.array([0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF], np.uint32)
     low = np.array([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     bits = ((high[:, None] << 16) | low).reshape(-1)
     rows = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32).reshape(3, 32)
-    assert np.array_equal(quantize_gguf(rows, "BF16"), ggml(rows, gguf.GGMLQuantizationType.BF16))
+    assert np.array_equal(quantize_gguf(rows, "BF16"), ggml.quantize(rows, "BF16"))
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -81,14 +57,9 @@ def test_bytes_do_not_depend_on_the_cut(name):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, min_value=-60000, max_value=60000), min_size=32, max_size=32))
-def test_q8_0_equals_ggml_on_any_block(ggml_block, values):
+def test_q8_0_equals_ggml_on_any_block(values):
     rows = np.array([values], np.float32)
-    assert np.array_equal(quantize_gguf(rows, "Q8_0"), ggml_block(rows, gguf.GGMLQuantizationType.Q8_0))
-
-
-@pytest.fixture(scope="module")
-def ggml_block(ggml):
-    return ggml
+    assert np.array_equal(quantize_gguf(rows, "Q8_0"), ggml.quantize(rows, "Q8_0"))
 
 
 @pytest.mark.parametrize(("name", "bits"), [("F32", 24), ("F16", 11), ("BF16", 8), ("Q8_0", 7)])
