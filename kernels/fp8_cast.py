@@ -3,15 +3,11 @@
     amax  = max |x|,  scale = round(max(amax / 448, 2^-126)),  q = e4m3fn(x / scale)
 
 The reference is `ornith_moe.quant.fp8`, which defines and explains every choice; these kernels give its codes and its
-scales bit for bit, for every input value, NaN and Inf included. To hold on every target and in Triton's interpreter:
+scales bit for bit, for every input value, NaN and Inf included. Roundings and divisions are those of `arithmetic`;
+besides:
 
-- BF16 is widened to fp32 by a shift as it is loaded: the interpreter's BF16 arithmetic is garbage, and so is its
-  widening of BF16 subnormals.
 - amax is an integer maximum over the bits of |x|. Those order like the numbers do and NaN comes out on top, whereas a
   float maximum drops NaN on a GPU.
-- Both divisions are IEEE (`div_rn`); Triton's `/` is not.
-- The rounding to e4m3, BF16 and UE8M0 is integer arithmetic on fp32 bits. Hardware casts differ between targets, and
-  the interpreter's is wrong for subnormals and above 464.
 - Codes are stored as uint8 and scales as the top bits of their fp32 pattern: all of them, 16 (BF16) or 9 (UE8M0).
 
 One program owns one tile and its scales, reads it once (per row: twice), and uses no atomics: runs are bitwise equal.
@@ -23,66 +19,18 @@ import torch
 import triton
 import triton.language as tl
 
+from ornith_moe.kernels.arithmetic import bf16_bits, bits_of, e4m3_code, float_of, scale_bits, widen
+from ornith_moe.kernels.launch import launch
 from ornith_moe.quant.fp8 import FLOATS, SCALES
-
-_ONE = tl.constexpr(0x3F800000)  # fp32 bits
-_INF = tl.constexpr(0x7F800000)
-_NAN = tl.constexpr(0x7FC00000)
-_MIN_SCALE = tl.constexpr(0x00800000)  # 2^-126
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _to_bf16_bits(bits):
-    """fp32 bits, rounded to nearest even at bit 16. NaN stays NaN."""
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
-    return tl.where((bits & 0x7FFFFFFF) > _INF, bits, rounded)
 
 
 @triton.jit
 def _load(ptr, mask, THROUGH_BF16: tl.constexpr):
     """x as fp32; with THROUGH_BF16 rounded to BF16 on the way."""
     x = tl.load(ptr, mask=mask, other=0.0)
-    if x.dtype == tl.bfloat16:
-        return _float(x.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-    x = x.to(tl.float32)
-    if THROUGH_BF16:
-        x = _float(_to_bf16_bits(_bits(x)))
-    return x
-
-
-@triton.jit
-def _scale_bits(amax_bits, SHIFT: tl.constexpr):
-    """fp32 bits of the scale that goes with |amax|, rounded to the dtype whose bits lie SHIFT below."""
-    s = tl.maximum(_bits(tl.div_rn(_float(amax_bits), 448.0)), _MIN_SCALE)  # positive numbers order like their bits
-    if SHIFT == 16:
-        s = _to_bf16_bits(s)
-    elif SHIFT == 23:
-        s = (s + 0x7FFFFF) & _INF  # up: any mantissa bit carries into the exponent
-    s = tl.where(amax_bits == 0, _ONE, s)
-    return tl.where(amax_bits < _INF, s, _NAN)
-
-
-@triton.jit
-def _e4m3_code(y):
-    """uint8 e4m3fn code of fp32 `y`, to nearest even, saturating; 0x7f for NaN of either sign."""
-    bits = _bits(y)
-    magnitude = bits & 0x7FFFFFFF
-    # Three of 23 mantissa bits stay; the exponent's bias goes from 127 to 7.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Below 2^-6 the step is 2^-9, which is that of fp32 numbers from 2^14 on: the addition rounds, the rest is a count.
-    subnormal = _bits(_float(magnitude) + 16384.0) - 0x46800000
-    code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E) | ((bits >> 24) & 0x80)
-    return tl.where(magnitude > _INF, 0x7F, code).to(tl.uint8)
+    if THROUGH_BF16 and x.dtype != tl.bfloat16:
+        return float_of(bf16_bits(bits_of(widen(x))))
+    return widen(x)
 
 
 @triton.jit
@@ -103,17 +51,17 @@ def quantize_tile_kernel(
     mask = mask_n[:, None] & (offs_k < K)[None, :]
 
     x = _load(x_ptr + e * stride_xe + offs_n[:, None] * stride_xn + offs_k[None, :] * stride_xk, mask, THROUGH_BF16)
-    amax_bits = tl.max(_bits(x) & 0x7FFFFFFF, axis=1)  # [BLOCK_N]
+    amax_bits = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1)  # [BLOCK_N]
     if not PER_ROW:
         amax_bits = tl.max(amax_bits, axis=0)
-    s = _scale_bits(amax_bits, SHIFT)
+    s = scale_bits(amax_bits, SHIFT)
     stored = (s >> SHIFT).to(scale_ptr.dtype.element_ty)
     if PER_ROW:
         tl.store(scale_ptr + (e * N + offs_n) * grid_k + j, stored, mask=mask_n)
-        codes = _e4m3_code(tl.div_rn(x, _float(s)[:, None]))
+        codes = e4m3_code(tl.div_rn(x, float_of(s)[:, None]))
     else:
         tl.store(scale_ptr + (e * grid_n + i) * grid_k + j, stored)
-        codes = _e4m3_code(tl.div_rn(x, _float(s)))
+        codes = e4m3_code(tl.div_rn(x, float_of(s)))
     tl.store(q_ptr + (e * N + offs_n[:, None]) * K + offs_k[None, :], codes, mask=mask)
 
 
@@ -137,15 +85,15 @@ def quantize_row_kernel(
     for k in range(0, K, BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
         x = _load(x_ptr + offs_k * stride_xk, mask_n[:, None] & (offs_k < K), THROUGH_BF16)
-        amax_bits = tl.maximum(amax_bits, _bits(x) & 0x7FFFFFFF)
-    s = _scale_bits(tl.max(amax_bits, axis=1), SHIFT)
+        amax_bits = tl.maximum(amax_bits, bits_of(x) & 0x7FFFFFFF)
+    s = scale_bits(tl.max(amax_bits, axis=1), SHIFT)
     tl.store(scale_ptr + e * N + offs_n, (s >> SHIFT).to(scale_ptr.dtype.element_ty), mask=mask_n)
 
     for k in range(0, K, BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
         mask = mask_n[:, None] & (offs_k < K)
         x = _load(x_ptr + offs_k * stride_xk, mask, THROUGH_BF16)
-        tl.store(q_ptr + offs_k, _e4m3_code(tl.div_rn(x, _float(s)[:, None])), mask=mask)
+        tl.store(q_ptr + offs_k, e4m3_code(tl.div_rn(x, float_of(s)[:, None])), mask=mask)
 
 
 def quantize_fp8_block(w, *, block=(128, 128), scale="fp32"):
@@ -196,11 +144,13 @@ def _launch(name, x, bn, bk, scale, allowed, weight):
     args = (x, q, s, N, K, *x.stride())
     through_bf16 = weight and x.dtype != torch.bfloat16
     if bk is None:
-        quantize_row_kernel[(E * triton.cdiv(N, 16),)](*args, 16, 256, shift, through_bf16)
+        launch("fp8_cast row", quantize_row_kernel, (E * triton.cdiv(N, 16),), *args, 16, 256, shift, through_bf16)
     else:
         per_row = bn == 1
         tile_n = 32 if per_row else bn  # rows of a token tile are independent: 32 x 128 fills four warps
         warps = 8 if tile_n * bk > 8192 else 4
         programs = E * triton.cdiv(N, tile_n) * grid_k
-        quantize_tile_kernel[(programs,)](*args, tile_n, bk, per_row, shift, through_bf16, num_warps=warps)
+        label = "fp8_cast tokens" if per_row else "fp8_cast block"
+        tile = (tile_n, bk, per_row, shift, through_bf16)
+        launch(label, quantize_tile_kernel, (programs,), *args, *tile, num_warps=warps)
     return q.view(torch.float8_e4m3fn), s.view(dtype)

@@ -1,0 +1,88 @@
+"""Where a kernel runs: on the device of its tensors, or nowhere, onto a list.
+
+Every kernel of this folder starts through `launch`, and asks `target` what it starts on. Inside `recording("sm90")` the
+same launchers run on meta tensors of any size, allocate nothing and fill a list with what they would have started. That
+list is what `ornith-moe kernels` compiles and models, so what is examined is what a trainer runs.
+
+Contraction to fused multiply-add is off for every kernel: `ornith_moe.quant.fp8` and the CPU know none. Where one is
+wanted, it is written `tl.fma`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a kernel is tuned for: an architecture ("sm90", "gfx950") and its number of processors (SMs, CUs)."""
+
+    arch: str
+    processors: int
+
+
+TARGETS = {  # H100 SXM, B200, MI300X, MI355X
+    name: Target(name, processors)
+    for name, processors in {"sm90": 132, "sm100": 148, "gfx942": 304, "gfx950": 256}.items()
+}
+_INTERPRETER = Target("interpreter", 2)  # what it costs is the number of programs
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded start: `arguments` by parameter name, constants included; `options` are num_warps and num_stages."""
+
+    label: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+_recorded: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[Launch]]:
+    """Collect launches for `arch` instead of starting them; operands are meta tensors."""
+    launches: list[Launch] = []
+    token = _recorded.set((TARGETS[arch], launches))
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def target(device: torch.device) -> Target:
+    """The target of kernels for tensors on `device`."""
+    recorded = _recorded.get()
+    if recorded:
+        return recorded[0]
+    return _INTERPRETER if triton.knobs.runtime.interpret else _of_device(device.index or 0)
+
+
+@cache
+def _of_device(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Target(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Target(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def launch(label: str, kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constants):
+    """Start `kernel` on `grid`, or record it. `label` names this use of the kernel, "gate_up fp8" for example."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    recorded = _recorded.get()
+    if recorded:
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        recorded[1].append(Launch(label, kernel, grid, arguments, options))
+    elif grid[0]:
+        kernel[grid](*args, **constants, **options, enable_fp_fusion=False)
