@@ -95,3 +95,25 @@ def e4m3_code(y):
     subnormal = bits_of(float_of(magnitude) + 16384.0) - 0x46800000
     code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E) | ((bits >> 24) & 0x80)
     return tl.where(magnitude > _INF, 0x7F, code).to(tl.uint8)
+
+
+@triton.jit
+def divide_by_scale(x, s):
+    """fp32 x / s as IEEE rounds it, for a normal scale `s` that many `x` share, at a third of the cost of `div_rn`.
+
+    With r = 1 / s correctly rounded and q = x * r, fma(fma(-s, q, x), r, q) is x / s correctly rounded (Markstein 1990),
+    as long as the remainder is no subnormal: hence the exact factor 2^64 for small scales. Below s * 2^-11 the quotient
+    may be off in its last bit, far from where e4m3 would round it to anything but 0.
+    """
+    lift = tl.where(s < 2.0**-64, 2.0**64, 1.0)
+    s, x = s * lift, x * lift
+    r = tl.div_rn(1.0, s)
+    q = x * r
+    remainder = tl.fma(tl.broadcast_to(-s, q.shape), q, x)
+    return tl.fma(remainder, tl.broadcast_to(r, q.shape), q)
+
+
+@triton.jit
+def e4m3_value(code):
+    """fp32 of a uint8 e4m3fn code."""
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)

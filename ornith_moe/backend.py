@@ -4,7 +4,11 @@
 device. A request is honoured or refused with a reason; nothing falls back silently to something slower.
 """
 
+import importlib.util
+import os
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,21 @@ def backends() -> dict[str, Backend]:
         True
     """
     listed = (
-        Backend("triton", False, "this version has no Triton kernel for the experts yet, only for FP8 casts"),
+        _triton(),
         Backend("cpu", True, "tensors in main memory; the default there"),
         Backend("reference", True, "any device, float32 or float64; a loop over experts for comparison, not for speed"),
     )
     return {backend.name: backend for backend in listed}
+
+
+def _triton() -> Backend:
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", False, "Triton is not installed; torch's CUDA and ROCm builds bring it")
+    if torch.cuda.is_available():
+        return Backend("triton", True, f"kernels for {torch.cuda.get_device_name()}; the default there")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, "no GPU: kernels run in Triton's interpreter, for tests and not for speed")
+    return Backend("triton", False, "torch sees no CUDA or ROCm device")
 
 
 def choose_backend(request: str | None, device) -> str:
@@ -51,6 +65,8 @@ def choose_backend(request: str | None, device) -> str:
             f"backend: {name!r} is unavailable for tensors on {device}: {known[name].reason}; "
             "move the model to the CPU or ask for backend='reference'"
         )
+    if name == "triton" and device.type == "cpu" and torch.cuda.is_available():
+        raise ValueError("backend: 'triton' takes tensors on the GPU, got tensors on the CPU; move them to cuda")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"backend: 'cpu' takes tensors in main memory, got tensors on {device}; ask for backend='reference'"

@@ -11,8 +11,7 @@ from ornith_moe.backend import choose_backend
 from ornith_moe.cpu import moe_mlp_cpu
 from ornith_moe.reference import moe_mlp_reference
 
-_RECIPES = ("bf16",)
-_PLANNED_RECIPES = ("fp8", "fp8_full", "fp8_channel")
+_RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 _COMPUTE = {"cpu": moe_mlp_cpu, "reference": moe_mlp_reference}
 
 
@@ -36,8 +35,9 @@ def moe_mlp(
         gate_up_proj: [E, 2I, H] in the dtype of x, gate rows first.
         down_proj: [E, H, I] in the dtype of x.
         activation: "silu".
-        recipe: "bf16": no quantization, GEMMs in the dtype of the operands, whatever that is.
-        backend: "cpu" or "reference"; None chooses by device.
+        recipe: "bf16": no quantization, GEMMs in the dtype of the operands, whatever that is. With the triton backend
+            also "fp8", "fp8_full" and "fp8_channel" (docs/numerics.md); the weights may then have a dtype of their own.
+        backend: "triton", "cpu" or "reference"; None chooses by device.
 
     Returns:
         y [T, H] in the dtype of x, differentiable in x, weights, gate_up_proj and down_proj. T = 0 gives an empty y
@@ -47,7 +47,7 @@ def moe_mlp(
         TypeError: an argument is not a tensor of the expected kind, or the dtypes differ.
         ValueError: a shape, device, recipe, activation or backend does not fit.
 
-    Numerics: see `ornith_moe.cpu`; deterministic.
+    Numerics: see `ornith_moe.cpu` and `ornith_moe.gpu`; deterministic.
 
     Example:
         >>> import torch, ornith_moe as om
@@ -56,19 +56,26 @@ def moe_mlp(
         >>> om.moe_mlp(x, routing.indices, routing.weights, w13, w2).shape
         torch.Size([5, 16])
     """
-    _check(x, indices, weights, gate_up_proj, down_proj)
+    _check(x, indices, weights, gate_up_proj, down_proj, same_dtype=recipe == "bf16")
     if activation != "silu":
         raise ValueError(f"activation: expected 'silu', got {activation!r}")
-    if recipe in _PLANNED_RECIPES:
-        raise ValueError(f"recipe: {recipe!r} is not in this version; use recipe='bf16'")
     if recipe not in _RECIPES:
-        raise ValueError(f"recipe: expected 'bf16', got {recipe!r}")
-    compute = _COMPUTE[choose_backend(backend, x.device)]
+        raise ValueError(f"recipe: expected one of {', '.join(_RECIPES)}, got {recipe!r}")
+    name = choose_backend(backend, x.device)
+    if recipe != "bf16" and name != "triton":
+        raise ValueError(f"recipe: {recipe!r} runs on the triton backend only, not on {name!r}; use recipe='bf16'")
+    if name == "triton" and x.dtype == torch.float64:
+        raise TypeError("x: the triton backend takes 16- and 32-bit floats, got float64; ask for backend='reference'")
+    operands = (x, indices, weights, gate_up_proj, down_proj)
     with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
-        return compute(x, indices, weights, gate_up_proj, down_proj)
+        if name == "triton":
+            from ornith_moe.gpu import moe_mlp_gpu  # needs Triton, which the other backends do not
+
+            return moe_mlp_gpu(*operands, recipe=recipe)
+        return _COMPUTE[name](*operands)
 
 
-def _check(x, indices, weights, gate_up_proj, down_proj):
+def _check(x, indices, weights, gate_up_proj, down_proj, same_dtype):
     tensors = {
         "x": (x, 2, "[T, H]"),
         "indices": (indices, 2, "[T, top_k]"),
@@ -88,7 +95,7 @@ def _check(x, indices, weights, gate_up_proj, down_proj):
             kind = "an integer" if name == "indices" else "a 16-, 32- or 64-bit floating-point"
             raise TypeError(f"{name}: expected {kind} tensor, got {tensor.dtype}")
     for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if tensor.dtype != x.dtype:
+        if same_dtype and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {tensor.dtype}; cast one of them")
     if indices.shape != weights.shape or indices.shape[0] != x.shape[0]:
         raise ValueError(

@@ -26,3 +26,15 @@ def assert_same_bits(label: str, actual: torch.Tensor, expected: torch.Tensor):
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, f"{label}: {actual.dtype} {actual.shape}"
     different = (actual != expected).nonzero()
     assert not len(different), f"{label}: {len(different)} of {actual.numel()} differ, first at {different[0].tolist()}"
+
+
+def cosine_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """1 - 2 <a, b> / (|a|^2 + |b|^2) in float64, DeepGEMM's measure: scale-free, and 0 only for equal tensors."""
+    a, b = actual.double(), expected.double()
+    return (1 - 2 * (a * b).sum() / (a.square().sum() + b.square().sum())).item()
+
+
+def sqnr_db(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """10 log10(|expected|^2 / |actual - expected|^2) in float64."""
+    error = (actual.double() - expected.double()).square().sum()
+    return (10 * torch.log10(expected.double().square().sum() / error)).item()

@@ -1,0 +1,89 @@
+"""Routings and references for the tests of the expert kernels.
+
+The reference is a loop over experts in float64 under autograd. For FP8 recipes it sees the operands that the kernels
+multiply: weights, tokens and activations after quantize and dequantize by `ornith_moe.quant.fp8`, with the
+gradient passing straight through each cast.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ornith_moe.kernels.grouped_gemm import Weights
+from ornith_moe.kernels.moe import Experts
+from ornith_moe.quant import fp8
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
+
+
+def make_indices(kind, tokens, experts, top_k):
+    """[T, top_k] expert ids: "uniform", "skewed" (two experts take most, some none), "one" (the same for all), or
+    "sentinels" (other ranks' ids and -1 among them, one token with nothing else)."""
+    if kind == "one":
+        return torch.arange(top_k).expand(tokens, top_k).contiguous()
+    preference = torch.rand(tokens, experts)
+    if kind == "skewed":
+        preference[:, :2] += 0.8
+        preference[:, experts // 2] = -1
+    indices = preference.topk(top_k).indices
+    if kind == "sentinels":
+        indices[::4, 0] = experts
+        indices[1 % tokens] = -1
+    return indices
+
+
+class Layer:
+    """Operands of one layer at the scale of a trained one, on the device, and what float64 makes of them."""
+
+    def __init__(self, tokens, hidden, inner, experts, top_k, dtype=torch.float32, kind="uniform", magnitude=1.0):
+        self.x = (torch.randn(tokens, hidden) * magnitude).to(dtype)
+        self.gate_up = (torch.randn(experts, 2 * inner, hidden) / hidden**0.5).to(dtype)
+        self.down = (torch.randn(experts, hidden, inner) / inner**0.5).to(dtype)
+        self.indices = make_indices(kind, tokens, experts, top_k).int()
+        self.weights = torch.rand(tokens, top_k)
+        self.dy = torch.randn(tokens, hidden).to(dtype)
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(DEVICE))
+
+    def experts(self, recipe="bf16", scale="fp32"):
+        if recipe == "bf16":
+            return Experts(Weights(self.gate_up), Weights(self.down))
+        if recipe == "fp8_channel":
+            return Experts(*(Weights(*fp8.quantize_fp8_channel(w)) for w in (self.gate_up, self.down)))
+        both = [fp8.quantize_fp8_block_both(w, scale=scale) for w in (self.gate_up, self.down)]
+        plain, turned = ([Weights(*b[i : i + 2]) for b in both] for i in (0, 2))
+        return Experts(*plain, *(turned if recipe == "fp8_full" else ()))
+
+    def expected(self, recipe="bf16", scale="fp32"):
+        """y and the four gradients in float64, by the names in OUTPUTS."""
+        gate_up, down = self.gate_up, self.down
+        group = 128
+        if recipe != "bf16":
+            experts = self.experts(recipe, scale)
+            gate_up, down = (fp8.dequantize_fp8(w.value, w.scale) for w in (experts.gate_up, experts.down))
+            group = None if recipe == "fp8_channel" else 128
+        leaves = [t.double().requires_grad_() for t in (self.x, self.weights, gate_up, down)]
+        x, weights, gate_up, down = leaves
+        cast = (lambda rows: _Cast.apply(rows, group, scale, self.x.dtype)) if recipe != "bf16" else (lambda rows: rows)
+        y, rows = 0 * x, cast(x)
+        for e in range(gate_up.shape[0]):
+            token, slot = (self.indices == e).nonzero(as_tuple=True)
+            if len(token):
+                gate, up = (rows[token] @ gate_up[e].T).chunk(2, -1)
+                out = cast(F.silu(gate) * up) @ down[e].T
+                y = y.index_add(0, token, out * weights[token, slot, None])
+        gradients = torch.autograd.grad(y, leaves, self.dy.double(), materialize_grads=True)
+        return dict(zip(OUTPUTS, (y.detach(), *gradients), strict=True))
+
+
+class _Cast(torch.autograd.Function):
+    """Quantize and dequantize rows; the gradient passes through."""
+
+    @staticmethod
+    def forward(ctx, rows, group, scale, dtype):
+        q, s = fp8.quantize_fp8_tokens(rows.to(dtype), group=group, scale=scale if group else "fp32")
+        return fp8.dequantize_fp8(q, s, block=(1, group or rows.shape[1]), dtype=dtype).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, None, None
