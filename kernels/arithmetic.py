@@ -99,18 +99,18 @@ def e4m3_code(y):
 
 @triton.jit
 def divide_by_scale(x, s):
-    """fp32 x / s as IEEE rounds it, for a normal scale `s` that many `x` share, at a third of the cost of `div_rn`.
+    """fp32 x / s as IEEE rounds it, for a normal scale `s` that many `x` share, in a few multiplications each.
 
-    With r = 1 / s correctly rounded and q = x * r, fma(fma(-s, q, x), r, q) is x / s correctly rounded (Markstein 1990),
-    as long as the remainder is no subnormal: hence the exact factor 2^64 for small scales. Below s * 2^-11 the quotient
-    may be off in its last bit, far from where e4m3 would round it to anything but 0.
+    With r = 1 / s correctly rounded and q = x * r, fma(fma(-s, q, x), r, q) is x / s correctly rounded (Markstein
+    1990) as long as the remainder is not subnormal: hence the exact factor 2^64 for small scales. Below s * 2^-11 the
+    quotient may be off in its last bit, where e4m3 rounds it to 0 all the same.
     """
     lift = tl.where(s < 2.0**-64, 2.0**64, 1.0)
     s, x = s * lift, x * lift
     r = tl.div_rn(1.0, s)
     q = x * r
     remainder = tl.fma(tl.broadcast_to(-s, q.shape), q, x)
-    return tl.fma(remainder, tl.broadcast_to(r, q.shape), q)
+    return tl.where(remainder == 0.0, q, tl.fma(remainder, tl.broadcast_to(r, q.shape), q))  # q keeps the sign of -0
 
 
 @triton.jit

@@ -1,14 +1,17 @@
 """FP8 casts on the GPU: per group of 128 columns of a token, per 128x128 block and per output row of a weight.
 
-    amax  = max |x|,  scale = round(max(amax / 448, 2^-126)),  q = e4m3fn(x / scale)
+    amax  = max |x|,  scale = round(max(amax / 448, 2^-126)),  q = e4m3fn(x / scale),  x' = q * scale
 
-The reference is `ornith_moe.quant.fp8`, which defines and explains every choice; these kernels give its codes and its
-scales bit for bit, for every input value, NaN and Inf included. Roundings and divisions are those of `arithmetic`;
+The reference is `ornith_moe.quant.fp8`, which defines and explains every choice; these kernels give its codes, scales
+and values bit for bit, for every input value, NaN and Inf included. Roundings and divisions are those of `arithmetic`;
 besides:
 
 - amax is an integer maximum over the bits of |x|. Those order like the numbers do and NaN comes out on top, whereas a
   float maximum drops NaN on a GPU.
 - Codes are stored as uint8 and scales as the top bits of their fp32 pattern: all of them, 16 (BF16) or 9 (UE8M0).
+- Hopper's matrix unit takes FP8 operands only with the contraction contiguous, so a gradient needs its operand
+  transposed. The `_both` casts write that copy too. A block has the same scale and codes in both directions; groups of
+  tokens run across those of columns, so there a tile is quantized twice. Either way x is read once.
 
 One program owns one tile and its scales, reads it once (per row: twice), and uses no atomics: runs are bitwise equal.
 
@@ -19,7 +22,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ornith_moe.kernels.arithmetic import bf16_bits, bits_of, e4m3_code, float_of, scale_bits, widen
+from ornith_moe.kernels.arithmetic import (
+    bf16_bits,
+    bits_of,
+    e4m3_code,
+    e4m3_value,
+    float_of,
+    narrow,
+    scale_bits,
+    widen,
+)
 from ornith_moe.kernels.launch import launch
 from ornith_moe.quant.fp8 import FLOATS, SCALES
 
@@ -34,35 +46,67 @@ def _load(ptr, mask, THROUGH_BF16: tl.constexpr):
 
 
 @triton.jit
+def _scale_along(x, AXIS: tl.constexpr, SHIFT: tl.constexpr):
+    """fp32 bits of the scales of tile x, one for all that lies along AXIS: [rows, 1], [1, columns] or, None, [1, 1]."""
+    return scale_bits(tl.max(bits_of(x) & 0x7FFFFFFF, axis=AXIS, keep_dims=True), SHIFT)
+
+
+@triton.jit
+def _codes(x, s):
+    return e4m3_code(tl.div_rn(x, float_of(s)))  # not `divide_by_scale`: with it a tile quantized twice spills
+
+
+@triton.jit
+def _store(ptr, codes, s, mask):
+    """Codes into uint8; into a floating dtype the values that they stand for."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if dtype == tl.uint8:
+        tl.store(ptr, codes, mask=mask)
+    else:
+        tl.store(ptr, narrow(e4m3_value(codes) * float_of(s), dtype), mask=mask)
+
+
+@triton.jit
+def _store_scales(ptr, s, mask, SHIFT: tl.constexpr):
+    tl.store(ptr, (s >> SHIFT).to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def quantize_tile_kernel(
-    x_ptr, q_ptr, scale_ptr, N, K, stride_xe, stride_xn, stride_xk,
+    x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, N, K, stride_xe, stride_xn, stride_xk,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_ROW: tl.constexpr,
     SHIFT: tl.constexpr, THROUGH_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Grid: E * ceil(N / BLOCK_N) * ceil(K / BLOCK_K). One program owns a tile and writes its codes and its scale, or
-    with PER_ROW one scale for each of its rows. q [E, N, K] and scale [E, N or grid rows, grid columns] are contiguous.
+    """Grid: E * ceil(N / BLOCK_N) * ceil(K / BLOCK_K). One program owns a tile of x and writes, all contiguous:
+
+    q [E, N, K]: codes, or values if q_ptr points to a floating dtype.
+    scale [E, grid rows, grid columns], with PER_ROW [E, N, grid columns]; not if scale_ptr is None.
+    q_t [E, K, N] and scale_t: the same of x transposed; not if q_t_ptr is None.
     """
     grid_n, grid_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
     j, i, e = pid % grid_k, pid // grid_k % grid_n, (pid // grid_k // grid_n).to(tl.int64)
-    offs_n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_k = (j * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    mask_n = offs_n < N
-    mask = mask_n[:, None] & (offs_k < K)[None, :]
-
-    x = _load(x_ptr + e * stride_xe + offs_n[:, None] * stride_xn + offs_k[None, :] * stride_xk, mask, THROUGH_BF16)
-    amax_bits = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1)  # [BLOCK_N]
-    if not PER_ROW:
-        amax_bits = tl.max(amax_bits, axis=0)
-    s = scale_bits(amax_bits, SHIFT)
-    stored = (s >> SHIFT).to(scale_ptr.dtype.element_ty)
-    if PER_ROW:
-        tl.store(scale_ptr + (e * N + offs_n) * grid_k + j, stored, mask=mask_n)
-        codes = e4m3_code(tl.div_rn(x, float_of(s)[:, None]))
+    n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    k = (j * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+    mask = (n < N) & (k < K)
+    if PER_ROW:  # where the scales lie along N and along K, and how many there are
+        scale_n, scale_k, scales_n, scales_k = n, k, N, K
     else:
-        tl.store(scale_ptr + (e * grid_n + i) * grid_k + j, stored)
-        codes = e4m3_code(tl.div_rn(x, float_of(s)))
-    tl.store(q_ptr + (e * N + offs_n[:, None]) * K + offs_k[None, :], codes, mask=mask)
+        scale_n, scale_k = tl.full([1, 1], i, tl.int64), tl.full([1, 1], j, tl.int64)
+        scales_n, scales_k = grid_n, grid_k
+
+    x = _load(x_ptr + e * stride_xe + n * stride_xn + k * stride_xk, mask, THROUGH_BF16)
+    # Without PER_ROW the two are one, and so are their codes: the compiler merges them, which the tests count. All
+    # scales come before any code, because otherwise |x| stays in registers beside x and sm90 and sm100 spill.
+    s = _scale_along(x, 1 if PER_ROW else None, SHIFT)
+    s_t = _scale_along(x, 0 if PER_ROW else None, SHIFT)
+    if scale_ptr is not None:
+        _store_scales(scale_ptr + (e * scales_n + scale_n) * grid_k + j, s, scale_n < scales_n, SHIFT)
+    if q_t_ptr is not None:
+        _store_scales(scale_t_ptr + (e * scales_k + scale_k) * grid_n + i, s_t, scale_k < scales_k, SHIFT)
+    _store(q_ptr + (e * N + n) * K + k, _codes(x, s), s, mask)
+    if q_t_ptr is not None:
+        _store(q_t_ptr + (e * K + k) * N + n, _codes(x, s_t), s_t, mask)
 
 
 @triton.jit
@@ -71,34 +115,39 @@ def quantize_row_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT: tl.constexpr, THROUGH_BF16: tl.constexpr,
 ):  # fmt: skip
     """Grid: E * ceil(N / BLOCK_N). One program owns BLOCK_N whole rows and reads them twice: for amax, for the codes.
-    Writes codes q [E, N, K] and one scale per row, scale [E, N]; both are contiguous.
+    Writes q [E, N, K], codes or values as above, and one scale per row, scale [E, N], not if scale_ptr is None; both
+    are contiguous.
     """
     grid_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     i, e = pid % grid_n, (pid // grid_n).to(tl.int64)
-    offs_n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_n = offs_n < N
-    x_ptr += e * stride_xe + offs_n[:, None] * stride_xn
-    q_ptr += (e * N + offs_n[:, None]) * K
+    n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    x_ptr += e * stride_xe + n * stride_xn
+    q_ptr += (e * N + n) * K
 
     amax_bits = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
-        x = _load(x_ptr + offs_k * stride_xk, mask_n[:, None] & (offs_k < K), THROUGH_BF16)
+    for start in range(0, K, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        x = _load(x_ptr + k * stride_xk, (n < N) & (k < K), THROUGH_BF16)
         amax_bits = tl.maximum(amax_bits, bits_of(x) & 0x7FFFFFFF)
-    s = scale_bits(tl.max(amax_bits, axis=1), SHIFT)
-    tl.store(scale_ptr + e * N + offs_n, (s >> SHIFT).to(scale_ptr.dtype.element_ty), mask=mask_n)
+    s = _scale_along(float_of(amax_bits), 1, SHIFT)
+    if scale_ptr is not None:
+        _store_scales(scale_ptr + e * N + n, s, n < N, SHIFT)
 
-    for k in range(0, K, BLOCK_K):
-        offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
-        mask = mask_n[:, None] & (offs_k < K)
-        x = _load(x_ptr + offs_k * stride_xk, mask, THROUGH_BF16)
-        tl.store(q_ptr + offs_k, e4m3_code(tl.div_rn(x, float_of(s)[:, None])), mask=mask)
+    for start in range(0, K, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        mask = (n < N) & (k < K)
+        _store(q_ptr + k, _codes(_load(x_ptr + k * stride_xk, mask, THROUGH_BF16), s), s, mask)
 
 
 def quantize_fp8_block(w, *, block=(128, 128), scale="fp32"):
     """`ornith_moe.quant.fp8.quantize_fp8_block` on the GPU, bit for bit; both sizes of `block` are powers of two."""
     return _launch("w", w, *block, scale, ("fp32", "bf16", "ue8m0"), weight=True)
+
+
+def quantize_fp8_block_both(w, *, block=(128, 128), scale="fp32"):
+    """`ornith_moe.quant.fp8.quantize_fp8_block_both` on the GPU, bit for bit; sizes of `block` as above."""
+    return _launch("w", w, *block, scale, ("fp32", "bf16", "ue8m0"), weight=True, both=True)
 
 
 def quantize_fp8_channel(w, *, scale="bf16"):
@@ -111,8 +160,22 @@ def quantize_fp8_tokens(x, *, group=128, scale="fp32"):
     return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False)
 
 
+def quantize_fp8_tokens_both(x, *, group=128, scale="fp32"):
+    """`ornith_moe.quant.fp8.quantize_fp8_tokens_both` on the GPU, bit for bit; `group` is a power of two."""
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [R, K], got shape {list(x.shape)}; flatten its leading dimensions")
+    if group is None:
+        raise ValueError("group: expected a power of two, got None; both directions of whole rows do not share a tile")
+    return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, both=True)
+
+
+def roundtrip_fp8_tokens(x, *, group=128, scale="fp32"):
+    """`ornith_moe.quant.fp8.roundtrip_fp8_tokens` on the GPU, bit for bit; `group` is None or a power of two."""
+    return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, values=True)
+
+
 @torch.no_grad()
-def _launch(name, x, bn, bk, scale, allowed, weight):
+def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False):
     """Check, allocate, choose the tile, launch. bk None: one scale per row."""
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}; convert it first")
@@ -128,29 +191,42 @@ def _launch(name, x, bn, bk, scale, allowed, weight):
         lead, N = [], x.shape[:-1].numel()
     E = torch.Size(lead).numel()
     dtype, carrier, shift = SCALES[scale]
+    per_row = bn == 1 and not (weight and both)  # `both` of a block: its scale serves the copy, whatever its shape
+    tile_n = (bk if both else 32) if per_row else bn  # rows of a tile are independent: 32 x 128 fills four warps
     grid_n, grid_k = triton.cdiv(N, bn), triton.cdiv(K, bk) if bk else 1
-    q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+
+    q = torch.empty(x.shape, dtype=x.dtype if values else torch.uint8, device=x.device)
     shape = (*lead, grid_n, grid_k) if weight else (*x.shape[:-1], grid_k)
-    if not x.numel():
-        return q.view(torch.float8_e4m3fn), torch.ones(shape, device=x.device).to(dtype)
-    try:
-        x = x.view(E, N, K)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: leading dimensions of shape {list(x.shape)} and strides {list(x.stride())} do not collapse;"
-            " pass a contiguous tensor"
-        ) from None
-    s = torch.empty(shape, dtype=carrier, device=x.device)
-    args = (x, q, s, N, K, *x.stride())
-    through_bf16 = weight and x.dtype != torch.bfloat16
-    if bk is None:
-        launch("fp8_cast row", quantize_row_kernel, (E * triton.cdiv(N, 16),), *args, 16, 256, shift, through_bf16)
+    s = None if values else torch.empty(shape, dtype=carrier, device=x.device)
+    q_t = s_t = None
+    if both:
+        q_t = torch.empty((*lead, K, N), dtype=torch.uint8, device=x.device)
+        shape = (*lead, K if per_row else grid_k, triton.cdiv(N, tile_n))
+        s_t = torch.empty(shape, dtype=carrier, device=x.device)
+    if x.numel():
+        try:
+            x = x.view(E, N, K)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: leading dimensions of shape {list(x.shape)} and strides {list(x.stride())} do not collapse;"
+                " pass a contiguous tensor"
+            ) from None
+        through_bf16 = weight and x.dtype != torch.bfloat16
+        use = " both" if both else " round trip" if values else ""
+        if bk is None:
+            args = (x, q, s, N, K, *x.stride(), 8, 512, shift, through_bf16)
+            launch(f"fp8_cast row{use}", quantize_row_kernel, (E * triton.cdiv(N, 8),), *args)
+        else:
+            args = (x, q, s, q_t, s_t, N, K, *x.stride(), tile_n, bk, per_row, shift, through_bf16)
+            label = f"fp8_cast {'block' if weight else 'tokens'}{use}"
+            programs = E * triton.cdiv(N, tile_n) * grid_k
+            warps = 4 if tile_n * bk <= 8192 else 16 if both else 8  # 8 spill where a tile is quantized twice
+            launch(label, quantize_tile_kernel, (programs,), *args, num_warps=warps)
     else:
-        per_row = bn == 1
-        tile_n = 32 if per_row else bn  # rows of a token tile are independent: 32 x 128 fills four warps
-        warps = 8 if tile_n * bk > 8192 else 4
-        programs = E * triton.cdiv(N, tile_n) * grid_k
-        label = "fp8_cast tokens" if per_row else "fp8_cast block"
-        tile = (tile_n, bk, per_row, shift, through_bf16)
-        launch(label, quantize_tile_kernel, (programs,), *args, *tile, num_warps=warps)
-    return q.view(torch.float8_e4m3fn), s.view(dtype)
+        for scales in (s, s_t):  # of partial blocks without elements
+            if scales is not None:
+                scales.fill_(0x3F800000 >> shift)
+    if values:
+        return q
+    pairs = ((q, s), (q_t, s_t)) if both else ((q, s),)
+    return tuple(t for codes, scales in pairs for t in (codes.view(torch.float8_e4m3fn), scales.view(dtype)))

@@ -19,7 +19,7 @@ Recipes (d is the dtype of x; * means dequantized to d):
 | fp8_full | e4m3 1x128 | e4m3 128x128 | e4m3 1x128 by e4m3 | as fp8; e4m3 if experts have many rows |
 | fp8_channel | e4m3 per row | e4m3 per row | as fp8 | as fp8 |
 
-A shared expert whose width is I rides along as one more group: see `fold_shared`.
+A shared expert whose width is I rides along as one more group: `ornith_moe.routing.fold_shared`.
 
 Legend: T tokens, E experts, H hidden, I expert intermediate, R slots.
 """
@@ -163,17 +163,6 @@ def strip_width(rows, hidden, itemsize):
     fits = _STRIP_BYTES // max(rows * itemsize, 1) // GROUP * GROUP
     half = -(-hidden // 2 // GROUP) * GROUP
     return max(min(fits, half), GROUP) if fits else half
-
-
-def fold_shared(indices, weights, experts, shared_weight):
-    """A shared expert as slot top_k of every token and expert E of the weights: (indices, weights) with it.
-
-    The caller stacks the shared expert's weights as the last of E + 1, which an FP8 cache does for free. It then
-    shares the launches, reads x and writes y with the routed ones, and is added last.
-    shared_weight: [T] or [T, 1], its sigmoid gate.
-    """
-    column = torch.full_like(indices[:, :1], experts)
-    return torch.cat((indices, column), 1), torch.cat((weights, shared_weight.view(-1, 1).to(weights.dtype)), 1)
 
 
 def _tiles(x, w, slots, batch_invariant) -> Tiles:

@@ -11,7 +11,7 @@ from ornith_moe.backend import choose_backend
 from ornith_moe.cpu import moe_mlp_cpu
 from ornith_moe.reference import moe_mlp_reference
 
-_RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
+RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 _COMPUTE = {"cpu": moe_mlp_cpu, "reference": moe_mlp_reference}
 
 
@@ -59,8 +59,8 @@ def moe_mlp(
     _check(x, indices, weights, gate_up_proj, down_proj, same_dtype=recipe == "bf16")
     if activation != "silu":
         raise ValueError(f"activation: expected 'silu', got {activation!r}")
-    if recipe not in _RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(_RECIPES)}, got {recipe!r}")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     name = choose_backend(backend, x.device)
     if recipe != "bf16" and name != "triton":
         raise ValueError(f"recipe: {recipe!r} runs on the triton backend only, not on {name!r}; use recipe='bf16'")

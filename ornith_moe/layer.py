@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ornith_moe.functional import moe_mlp
-from ornith_moe.routing import Routing, route
+from ornith_moe.backend import backends
+from ornith_moe.functional import RECIPES, moe_mlp
+from ornith_moe.routing import Routing, fold_shared, route
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class MoEConfig:
     Attributes:
         hidden_size: H. intermediate_size: I, of one routed expert. num_experts: E. top_k: experts per token.
         shared_intermediate_size: S of the shared expert; 0 for none.
+        fold_shared: keep the shared expert, S = I, as expert E of the same two parameters, so that it rides in the
+            launches of the routed ones instead of reading x and adding to y once more.
         score, norm_topk_prob, n_group, topk_group, scaling: as in `ornith_moe.route`.
         router_logits: "float32", or "model" for the dtype of the model.
         recipe, backend: as in `ornith_moe.moe_mlp`.
@@ -41,6 +44,7 @@ class MoEConfig:
     num_experts: int
     top_k: int
     shared_intermediate_size: int = 0
+    fold_shared: bool = False
     score: str = "softmax"
     norm_topk_prob: bool = True
     n_group: int | None = None
@@ -56,13 +60,19 @@ class MoEConfig:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.shared_intermediate_size < 0:
             raise ValueError(f"shared_intermediate_size: expected 0 or more, got {self.shared_intermediate_size}")
+        if self.fold_shared and self.shared_intermediate_size != self.intermediate_size:
+            raise ValueError(
+                "fold_shared: expected shared_intermediate_size equal to intermediate_size ="
+                f" {self.intermediate_size}, got {self.shared_intermediate_size}; set fold_shared=False"
+            )
         if self.router_logits not in ("float32", "model"):
             raise ValueError(f"router_logits: expected 'float32' or 'model', got {self.router_logits!r}")
-        # an empty call: the rules about experts, groups, recipe and backend stay where they are enforced
-        none = torch.empty(0, self.num_experts)
-        routing = route(none, self.top_k, **self.route_options)
-        weights = torch.empty(self.num_experts, 2, 1), torch.empty(self.num_experts, 1, 1)
-        moe_mlp(torch.empty(0, 1), routing.indices, routing.weights, *weights, recipe=self.recipe)
+        if self.recipe not in RECIPES:
+            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.backend is not None and self.backend not in backends():
+            raise ValueError(f"backend: expected one of {', '.join(backends())} or None, got {self.backend!r}")
+        # an empty call: the rules about experts and groups stay where they are enforced
+        route(torch.empty(0, self.num_experts), self.top_k, **self.route_options)
 
     @property
     def route_options(self) -> dict:
@@ -89,7 +99,7 @@ class MoE(nn.Module):
         hidden, shared = config.hidden_size, config.shared_intermediate_size
         self.gate = nn.Linear(hidden, config.num_experts, bias=False)
         self.experts = _Experts(config)
-        self.shared_expert = _SharedExpert(hidden, shared) if shared else None
+        self.shared_expert = _SharedExpert(hidden, shared) if shared and not config.fold_shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if shared else None
         self.reset_parameters()
 
@@ -104,7 +114,7 @@ class MoE(nn.Module):
             logits = F.linear(x.float(), self.gate.weight.float())
         else:
             logits = self.gate(x)
-        return route(logits, self.config.top_k, replay=replay, **self.config.route_options)
+        return route(logits, self.config.top_k, replay=replay, backend=self.config.backend, **self.config.route_options)
 
     def forward(self, x: torch.Tensor, *, replay: torch.Tensor | None = None) -> torch.Tensor:
         """y [..., H] for x [..., H]; `replay` [T, top_k] with T tokens in all fixes the choice of experts."""
@@ -117,7 +127,11 @@ class MoE(nn.Module):
         """y [T, H] for x [T, H] and a routing at hand, for callers that also need its counts or record its choice."""
         weights = (self.experts.gate_up_proj, self.experts.down_proj)
         options = {"recipe": self.config.recipe, "backend": self.config.backend}
-        y = moe_mlp(x, routing.indices, routing.weights, *weights, **options)
+        indices, slot_weights = routing.indices, routing.weights
+        if self.config.fold_shared:
+            gate = self.shared_expert_gate(x).sigmoid()
+            indices, slot_weights = fold_shared(indices, slot_weights, self.config.num_experts, gate)
+        y = moe_mlp(x, indices, slot_weights, *weights, **options)
         if self.shared_expert is not None:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return y
@@ -129,8 +143,9 @@ class _Experts(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner, hidden = config.intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
+        experts = config.num_experts + config.fold_shared
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
 
 class _SharedExpert(nn.Module):

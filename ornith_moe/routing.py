@@ -14,13 +14,24 @@ cannot; such a row gets zero weights, not NaN.
 Replay (router replay, "R3") takes the choice that a rollout engine recorded and recomputes only its weights from the
 logits at hand, so that trainer and engine visit the same experts while the router still learns.
 
+Two losses can come with it, in the form that transformers gives them for one layer:
+
+    load_balancing_loss = E * sum_e counts[e] / T * mean_t q[t, e]      q = softmax(logits), or scores / sum(scores)
+    z_loss              = mean_t logsumexp(logits[t])^2
+
+Counts are constants there; balanced experts give top_k. Both backends return the sums over tokens, so the formulas
+stand here once. The kernels are `ornith_moe.kernels.routing`; what follows in torch is their definition.
+
 Letters: T tokens, E experts, top_k experts per token.
-Sources: Shazeer et al. 2017 (top-k gating); DeepSeek-V3 report, section 2.1.2 (bias and groups); the Qwen3.5 router.
+Sources: Shazeer et al. 2017 (top-k gating); DeepSeek-V3 report, section 2.1.2 (bias and groups); the Qwen3.5 router;
+Fedus et al. 2021 (load balancing), Zoph et al. 2022 (z-loss).
 """
 
 from dataclasses import dataclass
 
 import torch
+
+from ornith_moe.backend import choose_backend
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -33,11 +44,15 @@ class Routing:
         indices: [T, top_k] int32, the chosen experts, best first (a replayed row keeps the order of its record).
         weights: [T, top_k] float32, differentiable with respect to the logits.
         counts: [E] int32, how many (token, slot) pairs each expert received; sums to T * top_k.
+        load_balancing_loss: [] float32, differentiable with respect to the logits; None unless asked for.
+        z_loss: the same.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor
     counts: torch.Tensor
+    load_balancing_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
 
 
 def route(
@@ -51,6 +66,8 @@ def route(
     topk_group: int | None = None,
     scaling: float = 1.0,
     replay: torch.Tensor | None = None,
+    losses: bool = False,
+    backend: str | None = None,
 ) -> Routing:
     """weights = scaling * normalise(score(logits)[indices]), indices = top_k(score(logits) + bias).
 
@@ -65,6 +82,8 @@ def route(
             two best biased scores, as DeepSeek-V2 and -V3 define it.
         scaling: factor on the final weights.
         replay: [T, top_k] integers, recorded choices to use instead; a row of -1 has no record and is routed afresh.
+        losses: compute `load_balancing_loss` and `z_loss` too, over all T rows; 0 where T = 0.
+        backend: as in `ornith_moe.moe_mlp`; "cpu" and "reference" are the same torch code.
 
     Returns:
         Routing.
@@ -74,7 +93,8 @@ def route(
         ValueError: a shape, range or combination is wrong, or `replay` names an expert twice in a row.
 
     Numerics: float32 throughout, deterministic, ties to the lowest index. Checking `replay` reads one flag back to the
-    host; nothing else synchronises.
+    host, except while a CUDA graph is captured, which cannot; nothing else synchronises. "triton" makes
+    the same choice as torch unless two scores agree to the last bits.
 
     Example:
         >>> import torch, ornith_moe as om
@@ -82,6 +102,25 @@ def route(
         tensor([[1, 3]], dtype=torch.int32)
     """
     _check(logits, top_k, score, bias, n_group, topk_group)
+    if replay is not None:
+        replay = _checked_record(replay, logits, top_k)
+    if logits.dtype == torch.float64:
+        logits = logits.float()
+    compute = _Kernels.apply if choose_backend(backend, logits.device) == "triton" else _route
+    options = (top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses)
+    indices, weights, counts, q_sum, square_sum = compute(logits, *options)
+    if scaling != 1:
+        weights = weights * scaling
+    if not losses:
+        return Routing(indices, weights, counts)
+    tokens, experts = logits.shape
+    tokens = max(tokens, 1)
+    balance = (counts / tokens * (q_sum / tokens)).sum() * experts
+    return Routing(indices, weights, counts, balance, square_sum / tokens)
+
+
+def _route(logits, top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
+    """indices, weights before scaling, counts; sums over tokens of q [E] and logsumexp^2 [], or None."""
     logits = logits.float()
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     with torch.no_grad():
@@ -90,14 +129,62 @@ def route(
             preference = _restrict_to_groups(preference, n_group, topk_group, pair=bias is not None)
         indices = _largest(preference, top_k)
         if replay is not None:
-            indices = _replayed(indices, replay, logits.shape[-1])
+            indices = torch.where(replay == -1, indices, replay)
     weights = scores.gather(-1, indices)
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(_TINY)
     flat = indices.reshape(-1)
     counts = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))  # integer sums: the same in any order
-    return Routing(indices.int(), weights * scaling, counts)
+    if not losses:
+        return indices.int(), weights, counts, None, None
+    q = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp_min(_TINY)
+    return indices.int(), weights, counts, q.sum(0), logits.logsumexp(-1).square().sum()
+
+
+class _Kernels(torch.autograd.Function):
+    """`_route` by the kernels; the softmax is computed again in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
+        from ornith_moe.kernels.routing import route_forward  # needs Triton, which this module does not
+
+        indices, weights, counts, q_sum, square_sum = route_forward(
+            logits, top_k, score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group,
+            topk_group=topk_group, replay=replay, losses=losses,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, indices, weights)
+        ctx.options = {"score": score, "norm_topk_prob": norm_topk_prob}
+        ctx.mark_non_differentiable(indices, counts)
+        return indices, weights, counts, q_sum, square_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _indices, dweights, _counts, dq_sum, dsquare_sum):
+        from ornith_moe.kernels.routing import route_backward
+
+        dlogits = route_backward(*ctx.saved_tensors, dweights, dq_sum, dsquare_sum, **ctx.options)
+        return dlogits, *[None] * 8
+
+
+def fold_shared(
+    indices: torch.Tensor, weights: torch.Tensor, experts: int, gate: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shared expert as the last slot of every token: expert E of weights [E + 1, ...], weighted by its gate.
+
+    Args:
+        indices, weights: [T, top_k] of the routed experts. experts: E.
+        gate: [T] or [T, 1], the sigmoid of the shared expert's gate.
+    Returns:
+        indices, weights [T, top_k + 1], in the dtypes they came in, for `moe_mlp`, which adds the
+        shared expert last.
+    Example:
+        >>> indices, weights = torch.tensor([[2, 0]]), torch.tensor([[0.75, 0.25]])
+        >>> fold_shared(indices, weights, 4, torch.tensor([0.5]))[0]
+        tensor([[2, 0, 4]])
+    """
+    column = torch.full_like(indices[:, :1], experts)
+    return torch.cat((indices, column), 1), torch.cat((weights, gate.reshape(-1, 1).to(weights.dtype)), 1)
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -114,16 +201,19 @@ def _restrict_to_groups(preference: torch.Tensor, n_group: int, topk_group: int,
     return grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
-def _replayed(fresh: torch.Tensor, replay: torch.Tensor, experts: int) -> torch.Tensor:
-    """`replay` where it has a record, `fresh` elsewhere, after checking the record."""
+def _checked_record(replay: torch.Tensor, logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """`replay` as int64 on the device of the logits, after checking it."""
     if not isinstance(replay, torch.Tensor) or replay.is_floating_point() or replay.dtype == torch.bool:
         raise TypeError(f"replay: expected an integer tensor, got {getattr(replay, 'dtype', type(replay).__name__)}")
-    if replay.shape != fresh.shape:
+    tokens, experts = logits.shape
+    if replay.shape != (tokens, top_k):
         raise ValueError(
-            f"replay: expected shape [T, top_k] = {list(fresh.shape)}, got {list(replay.shape)}; "
+            f"replay: expected shape [T, top_k] = {[tokens, top_k]}, got {list(replay.shape)}; "
             "record one row of top_k expert ids per token"
         )
-    record = replay.to(device=fresh.device, dtype=fresh.dtype)
+    record = replay.to(device=logits.device, dtype=torch.int64)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return record
     absent = (record == -1).all(-1, keepdim=True)
     outside = ~absent & ((record < 0) | (record >= experts))
     ordered = record.sort(-1).values
@@ -137,10 +227,10 @@ def _replayed(fresh: torch.Tensor, replay: torch.Tensor, experts: int) -> torch.
             )
         token = int(twice.any(-1).nonzero()[0])
         raise ValueError(
-            f"replay[{token}]: expected {fresh.shape[-1]} different experts, got {record[token].tolist()}; "
+            f"replay[{token}]: expected {top_k} different experts, got {record[token].tolist()}; "
             "drop the record of this token by setting its row to -1"
         )
-    return torch.where(absent, fresh, record)
+    return record
 
 
 def _check(logits, top_k, score, bias, n_group, topk_group):

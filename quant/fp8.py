@@ -69,6 +69,30 @@ def quantize_fp8_block(
 
 
 @torch.no_grad()
+def quantize_fp8_block_both(
+    w: torch.Tensor, *, block: tuple[int, int] = (128, 128), scale: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize_fp8_block` of w and of w transposed, whose codes and scales are the same numbers.
+
+    A matrix unit that takes FP8 only with the contraction contiguous needs both: y = x @ w^T contracts K, dx = dy @ w
+    contracts N.
+
+    Args: as `quantize_fp8_block`.
+    Returns:
+        q, scale: as `quantize_fp8_block`.
+        q_t: [..., K, N], torch.float8_e4m3fn, contiguous; q_t[k, n] = q[n, k].
+        scale_t: [..., ceil(K / block[1]), ceil(N / block[0])], contiguous; scale_t[j, i] = scale[i, j].
+    Raises, Numerics: as `quantize_fp8_block`.
+    Example:
+        >>> q, s, q_t, s_t = quantize_fp8_block_both(torch.randn(200, 300))
+        >>> q_t.shape, s_t.shape
+        (torch.Size([300, 200]), torch.Size([3, 2]))
+    """
+    q, s = quantize_fp8_block(w, block=block, scale=scale)
+    return q, s, q.mT.contiguous(), s.mT.contiguous()
+
+
+@torch.no_grad()
 def quantize_fp8_channel(w: torch.Tensor, *, scale: str = "bf16") -> tuple[torch.Tensor, torch.Tensor]:
     """q[i, j] = e4m3fn(w[i, j] / s[i]) with one scale per output row of a weight matrix.
 
@@ -119,6 +143,33 @@ def quantize_fp8_tokens(
     return q.view(x.shape), s.view(*x.shape[:-1], s.shape[-1])
 
 
+def quantize_fp8_tokens_both(
+    x: torch.Tensor, *, group: int = 128, scale: str = "fp32"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize_fp8_tokens` of x and of x transposed: groups along K and groups along R.
+
+    A weight gradient contracts the tokens, so its operands need scales that are constant along them.
+
+    Args:
+        x: [R, K], fp32, fp16 or BF16, any strides; quantized as given.
+        group: elements that share a scale, columns of a row and rows of a column.
+        scale: dtype of the scales, "fp32" or "ue8m0".
+    Returns:
+        q, scale: [R, K] and [R, ceil(K / group)], as `quantize_fp8_tokens`.
+        q_t, scale_t: [K, R] and [K, ceil(R / group)], contiguous; q_t[k, r] = e4m3fn(x[r, k] / scale_t[k, r // group]).
+    Raises, Numerics: as `quantize_fp8_tokens`; ValueError also where x is no matrix.
+    Source: DeepSeek-V3 section 3.3.
+    Example:
+        >>> q, s, q_t, s_t = quantize_fp8_tokens_both(torch.randn(200, 300))
+        >>> s.shape, q_t.shape, s_t.shape
+        (torch.Size([200, 3]), torch.Size([300, 200]), torch.Size([300, 2]))
+    """
+    _check("x", x, 1)
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [R, K], got shape {list(x.shape)}; flatten its leading dimensions")
+    return *quantize_fp8_tokens(x, group=group, scale=scale), *quantize_fp8_tokens(x.T, group=group, scale=scale)
+
+
 @torch.no_grad()
 def dequantize_fp8(
     q: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
@@ -163,6 +214,19 @@ def dequantize_fp8(
         blocks *= s.float()[:, None, :, None]
         out_rows.copy_(_from_blocks(blocks, out_rows))
     return out
+
+
+def roundtrip_fp8_tokens(x: torch.Tensor, *, group: int | None = 128, scale: str = "fp32") -> torch.Tensor:
+    """x' = q * scale with q and scale of `quantize_fp8_tokens`: what an FP8 GEMM saw of x.
+
+    Args: as `quantize_fp8_tokens`.
+    Returns: [..., K] in the dtype of x.
+    Raises, Numerics: as `quantize_fp8_tokens` and `dequantize_fp8`, which it joins.
+    Example:
+        >>> roundtrip_fp8_tokens(torch.tensor([448.0, 101.0]))
+        tensor([448., 104.])
+    """
+    return dequantize_fp8(*quantize_fp8_tokens(x, group=group, scale=scale), block=(1, group), dtype=x.dtype)
 
 
 def _quantize(x, bn, bk, kind, through):

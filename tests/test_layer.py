@@ -109,7 +109,8 @@ def test_a_step_of_descent_lowers_the_loss():
         ({"score": "tanh"}, "score: expected 'softmax' or 'sigmoid'"),
         ({"n_group": 2, "topk_group": 1}, "n_group: expected a divisor"),
         ({"router_logits": "bf16"}, "router_logits: expected 'float32' or 'model'"),
-        ({"recipe": "fp8"}, "recipe: 'fp8' is not in this version"),
+        ({"recipe": "fp4"}, "recipe: expected one of bf16, fp8, fp8_full, fp8_channel, got 'fp4'"),
+        ({"backend": "cuda"}, "backend: expected one of triton, cpu, reference or None, got 'cuda'"),
     ],
     ids=str,
 )
@@ -121,3 +122,19 @@ def test_config_refuses_contradictions(change, says):
 def test_refuses_a_wrong_width():
     with pytest.raises(ValueError, match=r"x: expected \[..., H\] with H = 40, got \[3, 41\]"):
         om.MoE(CONFIG)(torch.randn(3, 41))
+
+
+def test_a_folded_shared_expert_is_the_same_layer():
+    plain = om.MoE(replace(CONFIG, shared_intermediate_size=CONFIG.intermediate_size)).double()
+    folded = om.MoE(replace(plain.config, fold_shared=True)).double()
+    state = plain.state_dict()
+    shared = {name: state.pop(f"shared_expert.{name}_proj.weight") for name in ("gate", "up", "down")}
+    state["experts.gate_up_proj"] = torch.cat(
+        (state["experts.gate_up_proj"], torch.cat((shared["gate"], shared["up"]))[None])
+    )
+    state["experts.down_proj"] = torch.cat((state["experts.down_proj"], shared["down"][None]))
+    folded.load_state_dict(state)
+    x = torch.randn(9, CONFIG.hidden_size, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-5, atol=1e-9)  # the routing weights are fp32
+    with pytest.raises(ValueError, match="fold_shared: expected shared_intermediate_size equal"):
+        replace(CONFIG, fold_shared=True, shared_intermediate_size=CONFIG.intermediate_size + 1)

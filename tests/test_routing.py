@@ -1,6 +1,6 @@
-"""Routing against a token-by-token computation in Python floats, and against transformers' routers.
+"""Routing against a token-by-token computation in Python floats, and against transformers' routers and losses.
 
-Not covered: speed, and devices other than the CPU.
+Not covered: speed, and devices other than the CPU. The Triton kernels have tests/kernels/test_routing.py.
 """
 
 import math
@@ -132,6 +132,47 @@ def test_equals_the_qwen_router():
     assert relative_rms(mine.weights, weights) < 1e-7
 
 
+class TestLosses:
+    @pytest.mark.parametrize("top_k", [1, 3])
+    def test_equal_transformers(self, top_k):
+        from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import load_balancing_loss_func
+        from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
+
+        logits = torch.randn(63, 11)
+        mine, theirs = logits.clone().requires_grad_(), logits.double().requires_grad_()
+        routing = om.route(mine, top_k, losses=True)
+        balance, z = load_balancing_loss_func((theirs,), 11, top_k), router_z_loss_func(theirs[None])
+        assert_close("load_balancing_loss", routing.load_balancing_loss, balance, 1e-6)
+        assert_close("z_loss", routing.z_loss, z, 1e-6)
+        for a, b in ((routing.load_balancing_loss, balance), (routing.z_loss, z)):
+            (dmine,), (dtheirs,) = (torch.autograd.grad(x, y, retain_graph=True) for x, y in ((a, mine), (b, theirs)))
+            assert_close("dlogits", dmine, dtheirs, 1e-5)
+
+    def test_of_sigmoid_scores_normalise_over_all_experts(self):
+        logits = torch.randn(7, 5)
+        routing = om.route(logits, 2, score="sigmoid", bias=torch.tensor([0.0, 9, 0, 0, 0]), losses=True)
+        expected = 0.0
+        for row in logits.tolist():
+            scores = [1 / (1 + math.exp(-v)) for v in row]
+            expected += sum(c * s for c, s in zip(routing.counts.tolist(), scores, strict=True)) / sum(scores)
+        assert routing.load_balancing_loss.item() == pytest.approx(5 * expected / 7**2, rel=1e-5)
+        z = sum(math.log(sum(map(math.exp, row))) ** 2 for row in logits.tolist()) / 7
+        assert routing.z_loss.item() == pytest.approx(z, rel=1e-5)
+
+    def test_count_replayed_choices(self):
+        logits = torch.zeros(6, 3)
+        fresh = om.route(logits, 1, losses=True)
+        spread = om.route(logits + torch.tensor([0.0, 1, 2]), 1, replay=torch.tensor([[0]] * 6), losses=True)
+        assert fresh.load_balancing_loss.item() == pytest.approx(1)  # q is even: top_k, whatever the choice
+        assert spread.load_balancing_loss.item() == pytest.approx(3 * softmax_row([0, 1, 2])[0])
+
+    def test_are_none_unless_asked_and_zero_without_tokens(self):
+        routing = om.route(torch.randn(3, 4), 2)
+        assert routing.load_balancing_loss is None and routing.z_loss is None
+        routing = om.route(torch.randn(0, 4), 2, losses=True)
+        assert routing.load_balancing_loss == 0 and routing.z_loss == 0
+
+
 class TestReplay:
     def test_keeps_the_record_and_routes_the_rest(self):
         logits = torch.randn(4, 9)
@@ -196,6 +237,11 @@ class TestReplay:
 def test_refuses_wrong_options(options, says):
     with pytest.raises(ValueError, match=says):
         om.route(torch.randn(2, 8), **{"top_k": 2, **options})
+
+
+def test_refuses_an_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference"):
+        om.route(torch.randn(2, 8), 2, backend="gpu")
 
 
 def test_refuses_wrong_logits():

@@ -1,8 +1,8 @@
 """kernels/fp8_cast.py against quant/fp8.py: the same bytes and the same scales, for every BF16 value.
 
 Without a GPU the kernels run in Triton's interpreter, which shows the arithmetic as written, and are compiled for four
-GPUs, which shows IEEE division, kept denormals and no spills. What a real GPU then computes is covered only by running
-this file on one (the tests are the same there). Not covered: speed.
+GPUs as the launchers start them, which shows IEEE division, kept denormals, wide stores and no spills. What a real GPU
+then computes is covered only by running this file on one (the tests are the same there). Not covered: speed.
 """
 
 import pytest
@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ahead_of_time import TARGETS, compile_kernels
 
 from ornith_moe.kernels import fp8_cast
+from ornith_moe.kernels.launch import recording
 from ornith_moe.quant import fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,11 +24,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 
 
 def assert_same_bits(got, expected):
-    for name, a, b in zip(("q", "scale"), got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape, name
+    for name, a, b in zip(("q", "scale", "q_t", "scale_t")[: len(expected)], got, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.is_contiguous(), name
         a, b = (t.cpu().contiguous().view(CARRIER[t.element_size()]) for t in (a, b))
         at = (a != b).nonzero()
         assert not len(at), f"{name}: {len(at)} differ, first at {at[0].tolist()}: {a[*at[0]]} != {b[*at[0]]}"
+
+
+def assert_same_values(got, expected):
+    """As above, except that a NaN may have any sign and payload."""
+    assert got.dtype == expected.dtype and torch.equal(got.isnan(), expected.isnan())
+    assert_same_bits([torch.where(got.isnan(), 0, got)], [torch.where(expected.isnan(), 0, expected)])
 
 
 def every_bf16_value():
@@ -42,7 +49,7 @@ def test_every_bf16_value_as_its_own_amax(kind):
     q = torch.empty(x.shape, dtype=torch.uint8, device=DEVICE)
     s = torch.empty(x.shape, dtype=carrier, device=DEVICE)
     rows = 1024 if DEVICE == "cuda" else 65536
-    args = (x.to(DEVICE), q, s, 65536, 1, 65536, 1, 1)
+    args = (x.to(DEVICE), q, s, None, None, 65536, 1, 65536, 1, 1)
     fp8_cast.quantize_tile_kernel[(65536 // rows,)](*args, rows, 1, True, shift, False)
     expected = fp8.quantize_fp8_block(x, block=(1, 1), scale=kind)
     assert_same_bits((q.view(torch.float8_e4m3fn), s.view(dtype)), expected)
@@ -55,9 +62,30 @@ def test_every_bf16_value_below_an_amax(kind, amax):
     x = every_bf16_value()
     x = torch.where(x.float().abs() <= amax, x, amax).view(256, 256).to(DEVICE)
     assert_same_bits(
-        fp8_cast.quantize_fp8_block(x, block=(256, 256), scale=kind),
-        fp8.quantize_fp8_block(x, block=(256, 256), scale=kind),
+        fp8_cast.quantize_fp8_block_both(x, block=(256, 256), scale=kind),
+        fp8.quantize_fp8_block_both(x, block=(256, 256), scale=kind),
     )
+    if kind != "bf16":
+        assert_same_bits(
+            fp8_cast.quantize_fp8_tokens_both(x, group=256, scale=kind),
+            fp8.quantize_fp8_tokens_both(x, group=256, scale=kind),
+        )
+
+
+@pytest.mark.parametrize("group", [256, None])
+@pytest.mark.parametrize(
+    "dtype,kind",
+    [(torch.bfloat16, "fp32"), (torch.bfloat16, "ue8m0"), (torch.float32, "ue8m0"), (torch.float16, "fp32")],
+)
+def test_round_trip_of_every_bf16_value(dtype, kind, group):
+    """Rows of 256 values of one sign and two exponents; the largest overflow their dtype, as torch has it."""
+    x = every_bf16_value().view(256, 256).to(dtype).to(DEVICE)
+    got = fp8_cast.roundtrip_fp8_tokens(x, group=group, scale=kind)
+    assert_same_values(got, fp8.roundtrip_fp8_tokens(x, group=group, scale=kind))
+    mixed = x.T.contiguous()  # columns: all signs and exponents, so all are tiny beside the largest, Inf or NaN
+    mixed = torch.where(mixed.isfinite() & (mixed.abs() <= 448), mixed, 448)
+    got = fp8_cast.roundtrip_fp8_tokens(mixed, group=group, scale=kind)
+    assert_same_values(got, fp8.roundtrip_fp8_tokens(mixed, group=group, scale=kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
@@ -68,30 +96,52 @@ def test_every_recipe_on_odd_shapes(shape, dtype):
     x.view(-1)[-1] = -float("nan")
     for kind in fp8.SCALES:
         assert_same_bits(fp8_cast.quantize_fp8_block(x, scale=kind), fp8.quantize_fp8_block(x, scale=kind))
+    assert_same_bits(fp8_cast.quantize_fp8_block_both(x), fp8.quantize_fp8_block_both(x))
     assert_same_bits(fp8_cast.quantize_fp8_channel(x, scale="bf16"), fp8.quantize_fp8_channel(x, scale="bf16"))
     for group, kind in [(128, "fp32"), (128, "ue8m0"), (32, "fp32"), (None, "fp32")]:
         expected = fp8.quantize_fp8_tokens(x, group=group, scale=kind)
         assert_same_bits(fp8_cast.quantize_fp8_tokens(x, group=group, scale=kind), expected)
+    rows = x.flatten(0, -2)
+    assert_same_bits(fp8_cast.quantize_fp8_tokens_both(rows), fp8.quantize_fp8_tokens_both(rows))
+    for group in (128, None):
+        expected = fp8.roundtrip_fp8_tokens(x, group=group)
+        assert_same_values(fp8_cast.roundtrip_fp8_tokens(x, group=group), expected)
 
 
-def test_strided_weights_are_read_in_place():
-    """The gate half of fused experts, and a transposed weight."""
+@pytest.mark.parametrize("block", [(1, 8), (8, 1), (4, 16)], ids=str)
+def test_both_of_a_block_that_is_not_square(block):
+    w = torch.randn(2, 9, 20).bfloat16().to(DEVICE)
+    expected = fp8.quantize_fp8_block_both(w, block=block)
+    assert_same_bits(fp8_cast.quantize_fp8_block_both(w, block=block), expected)
+
+
+def test_strided_operands_are_read_in_place():
+    """The gate half of fused experts, a transposed weight, and tokens likewise."""
     w = torch.randn(3, 64, 96).bfloat16().to(DEVICE)
     for view in (w[:, :20], w.transpose(1, 2), w[1:, :, ::2]):
         assert_same_bits(fp8_cast.quantize_fp8_block(view), fp8.quantize_fp8_block(view))
+        assert_same_bits(fp8_cast.quantize_fp8_block_both(view), fp8.quantize_fp8_block_both(view))
         assert_same_bits(fp8_cast.quantize_fp8_channel(view), fp8.quantize_fp8_channel(view))
+
+    for view in (w[0, :, 8:40], w[1].T, w[:, 0, ::3]):
+        assert_same_bits(fp8_cast.quantize_fp8_tokens(view), fp8.quantize_fp8_tokens(view))
+        assert_same_bits(fp8_cast.quantize_fp8_tokens_both(view), fp8.quantize_fp8_tokens_both(view))
+        assert_same_values(fp8_cast.roundtrip_fp8_tokens(view), fp8.roundtrip_fp8_tokens(view))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 4, 4)], ids=str)
 def test_empty_input(shape):
     x = torch.empty(shape, device=DEVICE)
-    for name in ("quantize_fp8_block", "quantize_fp8_channel", "quantize_fp8_tokens"):
+    names = ["quantize_fp8_block", "quantize_fp8_block_both", "quantize_fp8_channel", "quantize_fp8_tokens"]
+    for name in names + ["quantize_fp8_tokens_both"] * (len(shape) == 2):
         assert_same_bits(getattr(fp8_cast, name)(x), getattr(fp8, name)(x))
+    assert fp8_cast.roundtrip_fp8_tokens(x).shape == x.shape
 
 
 def test_one_token_without_a_batch():
     x = torch.randn(300, device=DEVICE)
     assert_same_bits(fp8_cast.quantize_fp8_tokens(x), fp8.quantize_fp8_tokens(x))
+    assert_same_values(fp8_cast.roundtrip_fp8_tokens(x), fp8.roundtrip_fp8_tokens(x))
 
 
 def test_errors_name_the_argument():
@@ -106,38 +156,55 @@ def test_errors_name_the_argument():
         fp8_cast.quantize_fp8_tokens(w, group=96)
     with pytest.raises(ValueError, match=r"x: .*strides.*contiguous"):
         fp8_cast.quantize_fp8_tokens(torch.randn(4, 6, 8, device=DEVICE).transpose(0, 1))
+    with pytest.raises(ValueError, match=r"x: .*\[R, K\].*\[1, 4, 4\]"):
+        fp8_cast.quantize_fp8_tokens_both(w[None])
+    with pytest.raises(ValueError, match=r"group: .*None"):
+        fp8_cast.quantize_fp8_tokens_both(w, group=None)
 
 
-MATRIX = {"N": "i32", "K": "i32", "stride_xe": "i64", "stride_xn": "i64", "stride_xk": 1}
-KERNELS = [  # what the launchers launch: tokens, 128x128 blocks of an fp32 master weight, rows
-    (
-        "quantize_tile_kernel",
-        {"x_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*i32", **MATRIX}
-        | {"BLOCK_N": 32, "BLOCK_K": 128, "PER_ROW": True, "SHIFT": 0, "THROUGH_BF16": False},
-        4,
-    ),
-    (
-        "quantize_tile_kernel",
-        {"x_ptr": "*fp32", "q_ptr": "*u8", "scale_ptr": "*u8", **MATRIX}
-        | {"BLOCK_N": 128, "BLOCK_K": 128, "PER_ROW": False, "SHIFT": 23, "THROUGH_BF16": True},
-        8,
-    ),
-    (
-        "quantize_row_kernel",
-        {"x_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*i16", **MATRIX}
-        | {"BLOCK_N": 16, "BLOCK_K": 256, "SHIFT": 16, "THROUGH_BF16": False},
-        4,
-    ),
-]
+def launches(arch):
+    """What the launchers start, by label, for a layer of the 35B shape and an fp32 master weight."""
+    x = torch.empty(4096, 2048, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(256, 1024, 2048, dtype=torch.bfloat16, device="meta")
+    with recording(arch) as started:
+        fp8_cast.quantize_fp8_tokens(x)
+        fp8_cast.quantize_fp8_tokens_both(x, scale="ue8m0")
+        fp8_cast.quantize_fp8_block(w.float(), scale="ue8m0")
+        fp8_cast.quantize_fp8_block_both(w)
+        fp8_cast.quantize_fp8_channel(w)
+        fp8_cast.roundtrip_fp8_tokens(x)
+        fp8_cast.roundtrip_fp8_tokens(x, group=None)
+    return started
+
+
+def as_source(launch):
+    """A recorded launch as `compile_kernels` takes it: pointers and sizes by type, the rest by value."""
+    types = {"N": "i32", "K": "i32", "stride_xe": "i64", "stride_xn": "i64"}
+    for name, value in launch.arguments.items():
+        if isinstance(value, torch.Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            types[name] = "*" + {"bfloat16": "bf16", "float32": "fp32", "uint8": "u8"}.get(
+                dtype, dtype.replace("int", "i")
+            )
+    return launch.kernel.__name__, launch.arguments | types, launch.options["num_warps"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_every_target(target):
-    for (name, *_), report in zip(KERNELS, compile_kernels(target, fp8_cast.__name__, KERNELS), strict=True):
-        asm = report["asm"]
+    started = launches(target)
+    reports = compile_kernels(target, fp8_cast.__name__, [as_source(one) for one in started])
+    for one, report in zip(started, reports, strict=True):
+        asm, name = report["asm"], one.label
         assert report["spills"] == 0, name
+        copies = 1 + (one.arguments.get("q_t_ptr") is not None)
+        elements = one.arguments["BLOCK_N"] * one.arguments["BLOCK_K"] // (32 * one.options["num_warps"])
         if target.startswith("sm"):
             assert "div.rn.f32" in asm and "div.full" not in asm and ".ftz" not in asm, name
-            assert "st.global.v4.b32" in asm, f"{name}: codes are not stored 16 bytes at a time"
+            stores = asm.count("st.global.v4.b32")
+            bytes_out = elements * copies * one.arguments["q_ptr"].element_size()
+            assert stores * 16 == bytes_out, f"{name}: {stores} stores of 16 bytes for {bytes_out} bytes per thread"
+            if "block" in name:  # one division per element and one for the scale: the copy costs none
+                assert asm.count("div.rn.f32") == elements + 1, name
         else:
             assert "v_div_fixup_f32" in asm and "denorm_mode_32 3" in asm, f"{name}: division or denormals are not IEEE"
+            assert "global_store_dwordx4" in asm, f"{name}: codes are not stored 16 bytes at a time"

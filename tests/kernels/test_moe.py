@@ -15,8 +15,9 @@ from moe_cases import DEVICE, OUTPUTS, Layer
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference, sqnr_db
 
 from ornith_moe.kernels.grouped_gemm import Weights
-from ornith_moe.kernels.moe import Experts, fold_shared, moe_backward, moe_forward, strip_width
+from ornith_moe.kernels.moe import Experts, moe_backward, moe_forward, strip_width
 from ornith_moe.quant import fp8
+from ornith_moe.routing import fold_shared
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 

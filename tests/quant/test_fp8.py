@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ornith_moe.quant import fp8
-from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block, quantize_fp8_channel, quantize_fp8_tokens
+from ornith_moe.quant.fp8 import (
+    dequantize_fp8,
+    quantize_fp8_block,
+    quantize_fp8_block_both,
+    quantize_fp8_channel,
+    quantize_fp8_tokens,
+    quantize_fp8_tokens_both,
+    roundtrip_fp8_tokens,
+)
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "ue8m0": torch.float8_e8m0fnu}
 
@@ -131,6 +139,39 @@ def test_any_bits_any_shape_any_block(n, k, block, kind, bits):
 def test_tokens_take_fp32_as_given(shape, kind):
     x = torch.randn(shape) * torch.logspace(-3, 3, shape[1])
     assert_same(quantize_fp8_tokens(x, scale=kind), reference(x, 1, 128, kind), kind)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "ue8m0"])
+@pytest.mark.parametrize("block", [(128, 128), (64, 30)], ids=str)
+def test_block_both_is_the_cast_of_both_orientations(block, kind):
+    w = torch.randn(2, 130, 261).bfloat16()
+    q, scale, q_t, scale_t = quantize_fp8_block_both(w, block=block, scale=kind)
+    assert q_t.is_contiguous() and scale_t.is_contiguous()
+    for e in range(2):
+        assert_same((q[e], scale[e]), reference(w[e], *block, kind), kind)
+        assert_same((q_t[e], scale_t[e]), reference(w[e].T, *block[::-1], kind), kind)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("shape", [(1, 1), (127, 3), (129, 130)], ids=str)
+def test_tokens_both_has_groups_along_each_axis(shape, kind):
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[1])
+    q, scale, q_t, scale_t = quantize_fp8_tokens_both(x, scale=kind)
+    assert q_t.is_contiguous() and scale_t.is_contiguous()
+    assert_same((q, scale), reference(x, 1, 128, kind), kind)
+    assert_same((q_t, scale_t), reference(x.T, 1, 128, kind), kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [128, None])
+@pytest.mark.parametrize("kind", ["fp32", "ue8m0"])
+def test_round_trip_is_one_product_and_one_rounding(kind, group, dtype):
+    x = (torch.randn(7, 300) * torch.logspace(-3, 3, 300)).to(dtype)
+    codes, scales = reference(x, 1, group or 300, kind)
+    values = np.where(codes & 0x80, -1, 1) * TABLE[codes & 0x7F]
+    expected = values.astype(np.float32) * scales.repeat(group or 300, axis=1)[:, :300].astype(np.float32)
+    got = roundtrip_fp8_tokens(x, group=group, scale=kind)
+    assert got.dtype == dtype and torch.equal(got, torch.from_numpy(expected).to(dtype))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
@@ -282,6 +323,9 @@ def test_empty_input_is_normal_input(shape):
     for f in (quantize_fp8_block, quantize_fp8_channel, quantize_fp8_tokens):
         q, scale = f(x)
         assert q.shape == x.shape and dequantize_fp8(q, scale).shape == x.shape
+    q_t, scale_t = quantize_fp8_block_both(x)[2:]
+    assert q_t.shape == x.mT.shape and dequantize_fp8(q_t, scale_t).shape == x.mT.shape
+    assert roundtrip_fp8_tokens(x).shape == x.shape
 
 
 def test_no_gradient_is_recorded():
@@ -306,6 +350,8 @@ def test_errors_name_the_argument():
         quantize_fp8_block(w, block=(0, 128))
     with pytest.raises(ValueError, match="group: "):
         quantize_fp8_tokens(w, group=0)
+    with pytest.raises(ValueError, match=r"x: .*\[R, K\].*\[4\]"):
+        quantize_fp8_tokens_both(w[0])
     with pytest.raises(TypeError, match=r"q: .*uint8"):
         dequantize_fp8(q.view(torch.uint8), scale)
     with pytest.raises(ValueError, match=r"scale: .*\[3, 1\]"):
