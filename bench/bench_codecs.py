@@ -1,8 +1,9 @@
 """Codecs on one thread, against what a user would write or install instead.
 
 FP8 (encode from BF16, decode to BF16): the rule of `ornith_moe.quant.fp8` on the whole tensor at once in plain torch,
-and the same function under torch.compile. GGUF (encode from FP32): gguf-py, and ggml's C. Before it is timed, each row
-must give the bytes of a reference: the plain formulation for FP8, ggml's C for GGUF.
+and the same function under torch.compile. GGUF (encode from FP32, with and without importance): ggml's C, and gguf-py
+where it has the type. Before it is timed, each row must give the bytes of a reference: the plain formulation for FP8,
+ggml's C for GGUF.
 """
 
 import shutil
@@ -17,6 +18,7 @@ from numeric import assert_same_bits, relative_rms
 from shapes import MATRICES
 
 import ornith_moe as om
+from ornith_moe.quant.gguf_codecs import ENCODERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 128
@@ -87,15 +89,39 @@ def test_fp8_decode(measure, recipe, matrix, coder):
 @pytest.mark.parametrize("coder", ["ours", "gguf-py", "ggml"])
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("name", ["Q8_0", "BF16"])
-def test_gguf_encode(measure, name, matrix, coder):
-    rows = np.random.default_rng(0).standard_normal(MATRICES[matrix], np.float32)
+def test_gguf_encode(measure, benchmark, name, matrix, coder):
+    encode_gguf(measure, benchmark, name, MATRICES[matrix], coder, f"{name} encode, {matrix} from FP32")
+
+
+GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")  # what gguf-py 0.19 encodes
+SMALL = "1024x2048"  # the searches are bound by arithmetic, and ggml's take seconds on the large matrix
+
+
+@pytest.mark.parametrize("coder", ["ours", "gguf-py", "ggml"])
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("F32", "F16", "BF16", "Q8_0")])
+def test_gguf_search(measure, benchmark, name, coder):
+    if coder == "gguf-py" and name not in GGUF_PY:
+        pytest.skip(f"gguf-py does not encode {name}")
+    encode_gguf(measure, benchmark, name, MATRICES[SMALL], coder, f"{name} encode, {SMALL} from FP32")
+
+
+@pytest.mark.parametrize("coder", ["ours", "ggml"])
+@pytest.mark.parametrize("name", [name for name, codec in ENCODERS.items() if getattr(codec, "important", False)])
+def test_gguf_search_with_importance(measure, benchmark, name, coder):
+    importance = np.random.default_rng(1).random(MATRICES[SMALL][1], np.float32)
+    group = f"{name} encode with importance, {SMALL} from FP32"
+    encode_gguf(measure, benchmark, name, MATRICES[SMALL], coder, group, importance)
+
+
+def encode_gguf(measure, benchmark, name, shape, coder, group, importance=None):
+    rows = np.random.default_rng(0).standard_normal(shape, np.float32)
     kind = gguf.GGMLQuantizationType[name]
     encode = {
-        "ours": lambda: om.quantize_gguf(rows, name),
+        "ours": lambda: om.quantize_gguf(rows, name, imatrix=importance),
         "gguf-py": lambda: gguf.quants.quantize(rows, kind),
-        "ggml": lambda: ggml.quantize(rows, name),
+        "ggml": lambda: ggml.quantize(rows, name, importance),
     }[coder]
     encoded = encode()
-    assert np.array_equal(encoded, ggml.quantize(rows, name))
-    group = f"{name} encode, {matrix} from FP32"
-    measure(group, coder, encode, peer=coder != "ours", nbytes=nbytes(rows, encoded))
+    assert np.array_equal(encoded, ggml.quantize(rows, name, importance))
+    info = measure(group, coder, encode, peer=coder != "ours", nbytes=nbytes(rows, encoded))
+    info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.0f} Mweights/s"

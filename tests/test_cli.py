@@ -110,7 +110,6 @@ def test_damage_is_exit_code_3(converted, tmp_path):
     [
         (["convert", "{src}/nothing", "{out}", "--to", "bf16"], "expected a checkpoint folder"),
         (["convert", "{src}", "{out}", "--to", "fp8"], "expected one of fp8-channel"),
-        (["convert", "{src}", "{out}", "--to", "gguf:Q4_K_M"], "can plan but not encode"),
         (["convert", "{src}", "{out}", "--to", "bf16", "--resume"], "no unfinished conversion"),
         (["convert", "{src}", "{src}", "--to", "bf16"], "is the source itself"),
         (["convert", "{src}", "{src}/config.json", "--to", "bf16"], "found a file"),

@@ -1,0 +1,91 @@
+"""What a codec is: one small class per GGUF storage type.
+
+A `BlockCodec` sees finite values only, in chunks of whole rows that stay in cache, and answers for the bytes of blocks.
+This file refuses what it may not see, and what it made that no reader could use: a scale beyond fp16.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.gguf_types import block_shape, row_bytes
+
+CHUNK = 1 << 17  # values at a time: half a MB of input, so that checks and stages find it in cache
+INFINITE, BEYOND = (int(np.float32(v).view(np.uint32)) for v in (np.inf, 2**29))  # 2^29: no fp16 * 128 * 32 is as large
+NO_COLUMNS = np.empty(0, np.float32)
+NO_COLUMNS.flags.writeable = False
+
+
+class GgufCodec:
+    """One storage type; encode works on contiguous fp32 rows [R, K], K a multiple of the block."""
+
+    name: str
+
+    def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+
+class BlockCodec(GgufCodec):
+    """A type that stores blocks; `halves` are the offsets of a block's fp16 scales, `important` uses importance."""
+
+    halves: tuple[int, ...] = ()
+    important = False
+
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+        """Flat values of whole rows into uint8 [blocks, bytes]; `columns` is one row of importance, or empty."""
+        raise NotImplementedError
+
+    def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
+        block, size = block_shape(self.name)
+        out = np.empty((rows.shape[0], row_bytes(self.name, rows.shape[1])), np.uint8)
+        columns = _frozen(imatrix) if self.important and imatrix is not None else NO_COLUMNS
+        step = max(1, CHUNK // max(1, rows.shape[1]))
+        for start in range(0, rows.shape[0], step):
+            x, encoded = _frozen(rows[start : start + step]), out[start : start + step].reshape(-1, size)
+            largest = _largest(x.view(np.uint32))
+            if largest >= INFINITE:
+                row, column = divmod(int(np.argmin(np.isfinite(x))), rows.shape[1])
+                raise not_finite(rows, start + row, column)
+            if self.halves and largest >= BEYOND:
+                row, column = divmod(int(np.abs(x).argmax()), rows.shape[1])
+                raise beyond_half(rows, start + row, column)
+            self.encode_blocks(x, columns, encoded)
+            for offset in self.halves:
+                scale = encoded[:, offset : offset + 2].copy().view(np.uint16)[:, 0]
+                beyond = np.flatnonzero((scale & 0x7C00) == 0x7C00)
+                if beyond.size:
+                    first = int(beyond[0]) * block
+                    row, column = divmod(first + int(np.abs(x[first : first + block]).argmax()), rows.shape[1])
+                    raise beyond_half(rows, start + row, column)
+        return out
+
+
+def not_finite(rows: np.ndarray, row: int, column: int) -> ConversionError:
+    return ConversionError(
+        f"row {row}, column {column} is {rows[row, column]}; expected finite weights, so mend the checkpoint first"
+    )
+
+
+def beyond_half(rows: np.ndarray, row: int, column: int) -> ConversionError:
+    return ConversionError(
+        f"row {row}, column {column}: {rows[row, column]:.4g} is beyond fp16, which this type stores its scale or "
+        "values in; use BF16 for this tensor"
+    )
+
+
+def _frozen(rows: np.ndarray) -> np.ndarray:
+    """Flat and read-only: a kernel is compiled once for each kind of array, and checkpoints are mapped read-only."""
+    flat = rows.reshape(-1).view()
+    flat.flags.writeable = False
+    return flat
+
+
+@compiled
+def _largest(bits):
+    """The bits of the largest magnitude: those of floats have their order, and NaN comes last."""
+    largest = np.uint32(0)
+    for b in bits:
+        largest = max(largest, b & np.uint32(0x7FFFFFFF))
+    return largest

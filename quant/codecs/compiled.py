@@ -1,0 +1,24 @@
+"""numba for the codecs: machine code that is kept on disk and never older than any file of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from numba import njit
+
+_SOURCES = sorted((path.name, path.stat().st_mtime_ns) for path in Path(__file__).parent.glob("*.py"))
+
+
+def compiled(function):
+    """numba, cached on disk where there is a writable place for it (a read-only container has none).
+
+    A kernel holds the code of the functions it calls, also of those in other files, while numba's cache asks only
+    whether the kernel's own file has changed. Hence the stamp.
+    """
+    try:
+        kernel = njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+    index = kernel._cache._cache_file
+    index._source_stamp = (index._source_stamp, _SOURCES)
+    return kernel

@@ -1,0 +1,278 @@
+"""Sixteen float32 in a numba function: vectors that keep the order of sums.
+
+    v = load(x, i)            x[i], ..., x[i + 15]
+    v * w + v, -v, v < w      lane by lane; a number on one side is spread over all lanes
+    select(mask, a, b)        a where the mask is set, else b
+
+ggml's searches are sums over the 16 or 32 values of a block. Reordering a float sum changes its last bits, and with
+them which of two near-tied candidates wins; so a compiler may not vectorise such a sum. But blocks do not depend on
+each other: with sixteen blocks in the sixteen lanes, every sum keeps its order and every instruction does sixteen.
+
+numba has no vector type, so this file adds two: `Lanes`, LLVM's <16 x float>, and `Mask`, <16 x i1>. Operators become
+LLVM's strict IEEE instructions (no fast-math flag, so nothing is contracted or reordered), and LLVM splits a vector
+into what the processor has: one AVX-512 register, two of AVX2, four of NEON.
+"""
+
+from __future__ import annotations
+
+import operator
+from itertools import product
+
+from llvmlite import ir
+from numba import float32, types
+from numba.core.cgutils import get_or_insert_function
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import lower_builtin, models, register_model
+
+LANES = 16
+_I32 = ir.IntType(32)
+_FLOATS, _INTS, _BITS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), _I32, ir.IntType(1)))
+
+
+class LanesType(types.Type):
+    vector = _FLOATS
+
+
+class MaskType(types.Type):
+    vector = _BITS
+
+
+@register_model(LanesType)
+@register_model(MaskType)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, kind.vector)
+
+
+Lanes, Mask = LanesType("Lanes"), MaskType("Mask")
+_NUMBERS = types.Array(types.float32, 1, "C")
+_ONLY_READ = types.Array(types.float32, 1, "C", readonly=True)
+_CODES = types.Array(types.uint8, 1, "C")
+
+
+def load(x, index):
+    """Sixteen neighbours of a flat float32 array; the caller answers for the bounds."""
+
+
+def store(x, index, lanes):
+    """Lanes into a flat array: as they are into float32, as whole numbers 0 to 255 into uint8."""
+
+
+def spread(number):
+    """A number in every lane."""
+
+
+def select(mask, a, b):
+    """a where the mask is set, else b."""
+
+
+def maximum(a, b):
+    """C's `a > b ? a : b`."""
+
+
+def minimum(a, b):
+    """C's `a < b ? a : b`."""
+
+
+def nearest(lanes):
+    """ggml's nearest_int: round to the nearest whole number, ties to even, for |v| below 2^22.
+
+    Beyond, ggml returns the low bits of v + 1.5 * 2^23, whatever they are; so do we.
+    """
+
+
+def nearest_within(lanes, low, high):
+    """`nearest`, then the nearer of low and high where it is outside; whole numbers low <= high, and none may be NaN.
+
+    Cheaper than `nearest` and a clamp, because it clamps integers; beyond 2^22 it clamps where ggml takes low bits.
+    """
+
+
+def low_byte(lanes):
+    """A whole number as C's uint8_t keeps it: modulo 256."""
+
+
+def absolute(lanes):
+    """|v|."""
+
+
+def root(lanes):
+    """The square root, correctly rounded."""
+
+
+def floor(lanes):
+    """The largest whole number that is not above."""
+
+
+def any_lane(mask):
+    """True if the mask is set in any lane."""
+
+
+def interleave_first(a, b):
+    """The first halves of a and b, lane by lane in turn."""
+
+
+def interleave_second(a, b):
+    """The second halves of a and b, lane by lane in turn."""
+
+
+def bits(mask):
+    """The mask as a number, lane 0 its lowest bit."""
+
+
+def highest(lanes):
+    """The largest number of all lanes, as float32; none may be NaN."""
+
+
+def lowest(lanes):
+    """The smallest number of all lanes, as float32; none may be NaN."""
+
+
+def _splat(vector_type, value):
+    return ir.Constant(vector_type, [value] * LANES)
+
+
+def _wide(builder, value):
+    """A float spread over all lanes; vectors pass."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(single, single, _splat(_INTS, 0))
+
+
+def _pick(predicate):
+    """`a predicate b ? a : b`, which LLVM knows as one instruction."""
+    return lambda builder, a, b: builder.select(builder.fcmp_ordered(predicate, a, b), a, b)
+
+
+def _nearest(builder, v):
+    bits = builder.bitcast(builder.fadd(v, _splat(_FLOATS, 12582912.0)), _INTS)
+    mantissa = builder.and_(bits, _splat(_INTS, 0x7FFFFF))
+    return builder.sitofp(builder.sub(mantissa, _splat(_INTS, 0x400000)), _FLOATS)
+
+
+def _nearest_within(builder, v, low, high):
+    def whole(number):
+        return builder.bitcast(builder.fadd(number, magic), _INTS)
+
+    magic = _splat(_FLOATS, 12582912.0)  # a float32 near 1.5 * 2^23 has no fraction, and its bits have its order
+    bits, low, high = whole(v), whole(low), whole(high)
+    bits = builder.select(builder.icmp_signed(">", bits, low), bits, low)
+    bits = builder.select(builder.icmp_signed("<", bits, high), bits, high)
+    return builder.fsub(builder.bitcast(bits, _FLOATS), magic)
+
+
+def _interleave(half):
+    order = [lane // 2 + LANES // 2 * half + LANES * (lane % 2) for lane in range(LANES)]
+    return lambda builder, a, b: builder.shuffle_vector(a, b, ir.Constant(_INTS, order))
+
+
+def _low_byte(builder, v):
+    return builder.sitofp(builder.and_(builder.fptosi(v, _INTS), _splat(_INTS, 255)), _FLOATS)
+
+
+def _llvm(name):
+    def build(builder, v):
+        kind = ir.FunctionType(_FLOATS, [_FLOATS])
+        return builder.call(get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), [v])
+
+    return build
+
+
+def _any(builder, mask):
+    return builder.icmp_unsigned("!=", builder.bitcast(mask, ir.IntType(LANES)), ir.IntType(LANES)(0))
+
+
+def _bits(builder, mask):
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32)
+
+
+def _across(predicate):
+    """Halves against each other until one lane is left: the order does not matter to a maximum."""
+
+    def build(builder, v):
+        step = LANES // 2
+        while step:
+            order = ir.Constant(_INTS, [(lane + step) % LANES for lane in range(LANES)])
+            v = _pick(predicate)(builder, v, builder.shuffle_vector(v, v, order))
+            step //= 2
+        return builder.extract_element(v, _I32(0))
+
+    return build
+
+
+def _load(context, builder, signature, arguments):
+    return builder.load(_place(context, builder, signature, arguments, _FLOATS), align=4)
+
+
+def _store(context, builder, signature, arguments):
+    vector, align = arguments[2], 4
+    if signature.args[0] == _CODES:
+        vector, align = builder.fptoui(vector, ir.VectorType(ir.IntType(8), LANES)), 1
+    builder.store(vector, _place(context, builder, signature, arguments, vector.type), align=align)
+    return context.get_dummy_value()
+
+
+def _place(context, builder, signature, arguments, vector):
+    array = context.make_array(signature.args[0])(context, builder, arguments[0])
+    return builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+
+
+def _register(function, lower, result, cases):
+    template = type(function.__name__, (ConcreteTemplate,), {"cases": [signature(result, *case) for case in cases]})
+    infer_global(function)(template)
+    for case in cases:
+        lower_builtin(function, *case)(lower)
+
+
+def _define(function, build, result, *choices):
+    """Give `function` its meaning in compiled code for all combinations of types but those of numbers alone."""
+
+    def lower(context, builder, signature, values):
+        return build(builder, *(_wide(builder, value) for value in values))
+
+    cases = [case for case in product(*choices) if case.count(float32) < len(case) or len(case) == 1]
+    _register(function, lower, result, cases)
+
+
+_EITHER = (Lanes, float32)
+_register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
+_register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
+_define(spread, lambda builder, v: v, Lanes, (float32,))
+_define(select, lambda builder, mask, a, b: builder.select(mask, a, b), Lanes, (Mask,), _EITHER, _EITHER)
+_define(maximum, _pick(">"), Lanes, _EITHER, _EITHER)
+_define(minimum, _pick("<"), Lanes, _EITHER, _EITHER)
+_define(nearest, _nearest, Lanes, (Lanes,))
+_define(nearest_within, _nearest_within, Lanes, (Lanes,), (float32,), (float32,))
+_define(interleave_first, _interleave(0), Lanes, (Lanes,), (Lanes,))
+_define(interleave_second, _interleave(1), Lanes, (Lanes,), (Lanes,))
+_define(low_byte, _low_byte, Lanes, (Lanes,))
+_define(absolute, _llvm("llvm.fabs"), Lanes, (Lanes,))
+_define(root, _llvm("llvm.sqrt"), Lanes, (Lanes,))
+_define(floor, _llvm("llvm.floor"), Lanes, (Lanes,))
+_define(any_lane, _any, types.boolean, (Mask,))
+_define(bits, _bits, types.uint32, (Mask,))
+_define(highest, _across(">"), float32, (Lanes,))
+_define(lowest, _across("<"), float32, (Lanes,))
+_define(operator.neg, lambda builder, v: builder.fneg(v), Lanes, (Lanes,))
+_define(operator.invert, lambda builder, mask: builder.not_(mask), Mask, (Mask,))
+_define(operator.and_, lambda builder, a, b: builder.and_(a, b), Mask, (Mask,), (Mask,))
+_define(operator.or_, lambda builder, a, b: builder.or_(a, b), Mask, (Mask,), (Mask,))
+for _operator, _name in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():
+    _define(
+        getattr(operator, _operator),
+        lambda builder, a, b, name=_name: getattr(builder, name)(a, b),
+        Lanes,
+        _EITHER,
+        _EITHER,
+    )
+for _operator, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
+    _define(
+        getattr(operator, _operator),
+        lambda builder, a, b, symbol=_symbol: (
+            builder.fcmp_unordered(symbol, a, b) if symbol == "!=" else builder.fcmp_ordered(symbol, a, b)
+        ),
+        Mask,
+        _EITHER,
+        _EITHER,
+    )

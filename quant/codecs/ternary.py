@@ -1,0 +1,68 @@
+"""TQ1_0, TQ2_0: one scale and a trit for each of 256 values.
+
+    d = amax;   t = round(x * (1 / d)) + 1, half away from zero, so 0, 1 or 2;   value d * (t - 1)
+
+TQ2_0 stores four trits in a byte. TQ1_0 stores five: as digits of base 3, first digit highest, n of 243 is written as
+ceil(n * 256 / 243), from which a multiplication by 3 pushes out digit after digit. Where 1 / d is infinite, d is stored
+as zero and t is 1. Source: ggml-quants.c (`quantize_row_tq1_0_ref`, `quantize_row_tq2_0_ref`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ornith_moe.quant.codecs.blocks32 import HALF, reciprocal
+from ornith_moe.quant.codecs.codec import BlockCodec
+from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.lanes import LANES, absolute, highest, load, maximum, select, spread, store
+from ornith_moe.quant.codecs.search import ZERO
+from ornith_moe.quant.codecs.tiles import SUPER, half_bits, pack
+
+ONE = np.float32(1)
+
+
+@compiled
+def encode_trits(x, trits, d):
+    for block in range(x.size // SUPER):
+        start = SUPER * block
+        largest = spread(ZERO)
+        for i in range(0, SUPER, LANES):
+            largest = maximum(largest, absolute(load(x, start + i)))
+        amax = highest(largest)
+        d[block] = half_bits(amax)
+        inverse = reciprocal(amax)
+        if np.isinf(inverse):
+            inverse = ZERO
+        for i in range(0, SUPER, LANES):
+            v = load(x, start + i) * inverse
+            store(trits, start + i, select(v >= HALF, ONE, select(v <= -HALF, -ONE, ZERO)) + ONE)
+
+
+class Ternary(BlockCodec):
+    def encode_blocks(self, x, columns, out):
+        trits, d = np.empty(x.size, np.uint8), np.empty(len(out), np.uint16)
+        encode_trits(x, trits, d)
+        self.pack(trits, out)
+        out[:, -2:] = d[:, None].view(np.uint8)
+
+
+class TQ1_0(Ternary):
+    name, halves = "TQ1_0", (52,)
+
+    def pack(self, trits, out):
+        """32 bytes of trits 32 apart, 16 of trits 16 apart, and 4 of four trits 4 apart with a fifth that is zero."""
+        trits = trits.reshape(len(out), SUPER)
+        for at, start, run, digits in ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4)):
+            n = np.zeros((len(out), run), np.uint16)
+            for digit in range(5):
+                n *= 3
+                if digit < digits:
+                    n += trits[:, start + run * digit : start + run * (digit + 1)]
+            out[:, at : at + run] = (n * 256 + 242) // 243
+
+
+class TQ2_0(Ternary):
+    name, halves = "TQ2_0", (64,)
+
+    def pack(self, trits, out):
+        pack(trits, 0, 2, 32, out, 0)

@@ -1,0 +1,96 @@
+"""What block codecs share: tiles of sixteen blocks, weights, fp16 in integer arithmetic, and codes packed to bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.lanes import LANES, interleave_first, interleave_second, load, root, spread, store
+
+SUPER = 256  # values of a super-block
+
+
+@compiled
+def new_tile(n):
+    """Room for n values of each of sixteen blocks."""
+    return np.empty(n * LANES, np.float32)
+
+
+@compiled
+def gather(x, first, blocks, width, tile):
+    """Blocks `first`, ... of `width` values into a tile: value i of block b to 16 * i + b.
+
+    Lanes beyond the last block repeat it. `blocks` counts those of x, which starts over behind its last value: an
+    importance matrix is one row and serves all.
+    """
+    a, b = new_tile(LANES), new_tile(LANES)
+    for i in range(0, width, LANES):
+        for lane in range(LANES):
+            store(a, LANES * lane, load(x, min(first + lane, blocks - 1) * width % x.size + i))
+        riffle(a, b, 0)
+        riffle(b, a, 0)
+        riffle(a, b, 0)
+        riffle(b, tile, LANES * i)
+
+
+@compiled
+def riffle(cards, to, at):
+    """A perfect shuffle of 256 values; four of them swap the rows and columns of a square of sixteen."""
+    for row in range(8):
+        a, b = load(cards, LANES * row), load(cards, LANES * (row + 8))
+        store(to, at + 2 * LANES * row, interleave_first(a, b))
+        store(to, at + 2 * LANES * row + LANES, interleave_second(a, b))
+
+
+@compiled
+def sum_of_squares(n, tile):
+    total = spread(np.float32(0))
+    for i in range(n):
+        total = total + load(tile, LANES * i) * load(tile, LANES * i)
+    return total
+
+
+@compiled
+def importance(sigma2, v, importance_of_column):
+    """ggml's weight of a value with an importance matrix."""
+    return importance_of_column * root(sigma2 + v * v)
+
+
+@compiled
+def half_bits(value):
+    """The bits of fp16(value), rounded to nearest even; beyond fp16 they are those of infinity."""
+    bits = np.float32(value).view(np.uint32)
+    sign, magnitude = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
+    if magnitude >= np.uint32(0x47800000):  # 65536, infinity, NaN
+        half = np.uint32(0x7C00)
+    elif magnitude < np.uint32(0x38800000):  # below 2^-14: steps of 2^-24, which is what 0.5 + v rounds to
+        half = np.float32(np.float32(0.5) + abs(np.float32(value))).view(np.uint32) - np.uint32(0x3F000000)
+    else:
+        odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+        half = (magnitude + np.uint32(0xFFF) + odd - np.uint32(0x38000000)) >> np.uint32(13)
+    return np.uint16(sign | half)
+
+
+@compiled
+def half_value(half):
+    """The fp16 of these bits as float32."""
+    magnitude = np.uint32(half) & np.uint32(0x7FFF)
+    if magnitude < np.uint32(0x400):
+        value = np.float32(magnitude) * np.float32(2.0**-24)
+    elif magnitude < np.uint32(0x7C00):
+        value = np.uint32((magnitude << np.uint32(13)) + np.uint32(0x38000000)).view(np.float32)
+    else:
+        value = np.float32(np.inf)
+    return -value if half & np.uint16(0x8000) else value
+
+
+def pack(codes: np.ndarray, shift: int, bits: int, run: int, out: np.ndarray, at: int) -> None:
+    """Fields of `bits` bits, the low ones of codes >> shift, into out[:, at:]; codes are flat, equally many per block.
+
+    Codes that lie `run` apart share a byte, the first in its lowest bits, until it is full.
+    """
+    fields = (codes >> shift if shift else codes).reshape(len(out), -1, 8 // bits, run) & (2**bits - 1)
+    packed = fields[:, :, 0]
+    for field in range(1, 8 // bits):
+        packed |= fields[:, :, field] << bits * field
+    out[:, at : at + packed[0].size] = packed.reshape(len(out), -1)
