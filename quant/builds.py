@@ -170,7 +170,9 @@ def _plan_gguf(source: Source, build: str) -> BuildPlan:
     file_type = FILE_TYPES[plan.file_type]
     places = [model.gguf_place(weight) for weight in source.weights]
     shapes = {place.name: place.shape for place in places if place}
-    types, plan.fallbacks = tensor_types(shapes.items(), file_type, layers=source.layers, experts=model.experts)
+    types, plan.fallbacks = tensor_types(
+        shapes.items(), file_type, layers=source.layers, experts=model.experts, gqa=model.heads // model.kv_heads
+    )
     for name, values in model.gguf_constants().items():
         plan.tensors.append(OutputTensor(name, "F32", (len(values),), 4 * len(values), tuple(values)))
     storages = {name: Gguf(name) for name in set(types.values())}
