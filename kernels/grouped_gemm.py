@@ -198,9 +198,14 @@ def grouped_gemm_kernel(
                 if SCALES == "dequantize block":
                     sb = stored_scale(tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk))
                     tile_b = narrow(widen(tile_b) * sb, a_ptr.dtype.element_ty)
+                    if PAIR:
+                        sb = tl.load(sb_ptr + (nb + second) // _GROUP * stride_sn + k // _GROUP * stride_sk)
+                        tile_up = narrow(widen(tile_up) * stored_scale(sb), a_ptr.dtype.element_ty)
                 elif SCALES == "dequantize channel":
                     sb = stored_scale(tl.load(sb_ptr + (k + offs_k) * stride_sk, mask=k + offs_k < K, other=0.0))
                     tile_b = narrow(widen(tile_b) * sb[:, None], a_ptr.dtype.element_ty)
+                    if PAIR:
+                        tile_up = narrow(widen(tile_up) * sb[:, None], a_ptr.dtype.element_ty)
                 acc = _multiply_add(a, tile_b, acc, SWAP)
                 if PAIR:
                     up = _multiply_add(a, tile_up, up, SWAP)

@@ -147,7 +147,7 @@ def moe_backward(dy, saved, experts, *, recipe="bf16", wants=(True,) * 4, ue8m0=
 def _through_strips(product, a, a_scale, w, plan, tile, weights, out):
     """out[t] = sum over the slots of t of (weights *) a[row] @ w^T, a strip of columns at a time."""
     hidden, rows = out.shape[1], a.shape[0]
-    width = strip_width(rows, hidden, out.element_size())
+    width = strip_width(rows, hidden, out.element_size(), a.shape[1] * a.element_size())
     buffer = out.new_empty(rows * width)
     for first in range(0, hidden, width):
         strip = out[:, first : first + width]
@@ -155,14 +155,14 @@ def _through_strips(product, a, a_scale, w, plan, tile, weights, out):
         combine(project(product, a, a_scale, w, plan, tile, first, partial), plan, weights, strip)
 
 
-def strip_width(rows, hidden, itemsize):
-    """Columns of a strip: as many as keep its rows in L2, at least 128; half of H where that is out of reach.
+def strip_width(rows, hidden, itemsize, input_bytes):
+    """Columns of a strip: as many as stay in L2 beside the GEMM's input (`input_bytes` per row), else half of H.
 
-    A narrow strip reads the GEMM's input again, which pays only while the strip itself stays out of memory.
+    Every strip reads the input again, which is free while both stay there and costs more than it saves otherwise.
     """
-    fits = _STRIP_BYTES // max(rows * itemsize, 1) // GROUP * GROUP
-    half = -(-hidden // 2 // GROUP) * GROUP
-    return max(min(fits, half), GROUP) if fits else half
+    half = max(-(-hidden // 2 // GROUP), 1) * GROUP
+    fits = (_STRIP_BYTES // max(rows, 1) - input_bytes) // itemsize // GROUP * GROUP
+    return min(fits, half) if fits >= GROUP else half
 
 
 def _tiles(x, w, slots, batch_invariant) -> Tiles:

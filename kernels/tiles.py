@@ -25,7 +25,8 @@ class Tile:
     """`block_n` columns by the table's block_m rows.
 
     `swap` puts the weights on the matrix unit's M side. `pair` gives down and dx 2 * block_n columns in two
-    accumulators; gate_up has two anyway. `late` adds a partial sum while the next product runs, where there are two and FP8 blocks.
+    accumulators; gate_up has two anyway. `late` adds a partial sum while the next product runs, where there are two and
+    FP8 blocks.
     """
 
     block_n: int = 128
