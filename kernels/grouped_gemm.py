@@ -126,14 +126,14 @@ def _store_scale(ptr, s, mask, SHIFT: tl.constexpr):
 
 @triton.jit
 def grouped_gemm_kernel(
-    a_ptr, a_scale_ptr, b, b_scale_ptr, c_ptr, c_scale_ptr,
+    a, a_scale_ptr, b, b_scale_ptr, c_ptr, c_scale_ptr,
     pre_ptr, weights_ptr, wa_ptr, dweights_ptr, dpre_code_ptr, dpre_scale_ptr,
     row_to_slot_ptr, offsets_ptr, tile_to_expert_ptr, tile_to_row_ptr, num_tiles_ptr,
     N, N_B, K, n_first, second, stride_am, stride_sa, stride_be, stride_bn, stride_bk, stride_se, stride_sn, stride_sk,
     TOP_K: tl.constexpr, EPILOGUE: tl.constexpr, SCALES: tl.constexpr, QUANTIZE: tl.constexpr, SHIFT: tl.constexpr,
     SAVE: tl.constexpr, DPRE_FP8: tl.constexpr, PAIR: tl.constexpr, LATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
+    PLAN_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, A_TMA: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Grid: any; programs share the tiles. One tile: BLOCK_M rows of one expert by BLOCK_N columns, written once.
 
@@ -142,162 +142,169 @@ def grouped_gemm_kernel(
     """
     STEP_N: tl.constexpr = 2 * BLOCK_N if PAIR and EPILOGUE == "store" else BLOCK_N
     columns = tl.cdiv(N, STEP_N)
-    for i in tl.range(tl.program_id(0), tl.load(num_tiles_ptr) * columns, tl.num_programs(0)):
-        tile = i // columns
+    HALVES: tl.constexpr = PLAN_M // BLOCK_M
+    for i in tl.range(tl.program_id(0), tl.load(num_tiles_ptr) * HALVES * columns, tl.num_programs(0)):
+        tile = i // (HALVES * columns)
         n = i % columns * STEP_N
         e = tl.load(tile_to_expert_ptr + tile)
-        row = tl.load(tile_to_row_ptr + tile)
-        # Rows past the expert's last repeat it: loads need no mask, and what they give is not stored.
-        offs_m = tl.minimum(row + tl.arange(0, BLOCK_M), tl.load(offsets_ptr + e + 1) - 1)
-        source = tl.load(row_to_slot_ptr + offs_m) // TOP_K if TOP_K else offs_m
-        if WIDE:
-            source = source.to(tl.int64)
-        offs_k = tl.arange(0, BLOCK_K)
-        a_offs = source[:, None] * stride_am + offs_k[None, :]
-        nb = n_first + n
-        sb_ptr = b_scale_ptr + e * stride_se if SCALES is not None else b_scale_ptr
+        row = tl.load(tile_to_row_ptr + tile) + i // columns % HALVES * BLOCK_M
+        if row < tl.load(offsets_ptr + e + 1):
+            # Rows past the expert's last repeat it: loads need no mask, and what they give is not stored.
+            offs_m = tl.minimum(row + tl.arange(0, BLOCK_M), tl.load(offsets_ptr + e + 1) - 1)
+            source = tl.load(row_to_slot_ptr + offs_m) // TOP_K if TOP_K else offs_m
+            if WIDE:
+                source = source.to(tl.int64)
+            offs_k = tl.arange(0, BLOCK_K)
+            a_offs = source[:, None] * stride_am + offs_k[None, :]
+            nb = n_first + n
+            sb_ptr = b_scale_ptr + e * stride_se if SCALES is not None else b_scale_ptr
 
-        shape: tl.constexpr = [BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N]
-        acc = tl.zeros(shape, tl.float32)
-        if PAIR:
-            up = tl.zeros(shape, tl.float32)
-        if LATE:
-            partial, partial_scale = tl.zeros(shape, tl.float32), tl.zeros([BLOCK_M], tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if EVEN:
-                a = tl.load(a_ptr + k + a_offs)
-            else:
-                a = tl.load(a_ptr + k + a_offs, mask=(k + offs_k < K)[None, :], other=0.0)
-            tile_b = _load_b(b, e, nb, k, N_B, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, EVEN, TMA)
+            shape: tl.constexpr = [BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N]
+            acc = tl.zeros(shape, tl.float32)
             if PAIR:
-                tile_up = _load_b(
-                    b, e, nb + second, k, N_B, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, EVEN, TMA
-                )
-            if SCALES == "block":
-                row_scale = stored_scale(tl.load(a_scale_ptr + source * stride_sa + k // _GROUP))
-                scale = row_scale * stored_scale(tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk))
+                up = tl.zeros(shape, tl.float32)
+            if LATE:
+                partial, partial_scale = tl.zeros(shape, tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            for k in range(0, K, BLOCK_K):
+                if A_TMA:
+                    tile_a = a.load([row, k])
+                elif EVEN:
+                    tile_a = tl.load(a + k + a_offs)
+                else:
+                    tile_a = tl.load(a + k + a_offs, mask=(k + offs_k < K)[None, :], other=0.0)
+                tile_b = _load_b(b, e, nb, k, N_B, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, EVEN, TMA)
                 if PAIR:
-                    scale_up = row_scale * stored_scale(
-                        tl.load(sb_ptr + (nb + second) // _GROUP * stride_sn + k // _GROUP * stride_sk)
+                    tile_up = _load_b(
+                        b, e, nb + second, k, N_B, K, stride_be, stride_bn, stride_bk, BLOCK_N, BLOCK_K, EVEN, TMA
                     )
-                if LATE:  # a partial sum is added while the next product runs; the order of the sums is the same
-                    partial_gate = _multiply_add(a, tile_b, None, SWAP)
-                    up = _scaled_add(partial, partial_scale, up, SWAP)
-                    partial = _multiply_add(a, tile_up, None, SWAP)
-                    acc = _scaled_add(partial_gate, scale, acc, SWAP)
-                    partial_scale = scale_up
+                if SCALES == "block":
+                    row_scale = stored_scale(tl.load(a_scale_ptr + source * stride_sa + k // _GROUP))
+                    scale = row_scale * stored_scale(
+                        tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk)
+                    )
+                    if PAIR:
+                        scale_up = row_scale * stored_scale(
+                            tl.load(sb_ptr + (nb + second) // _GROUP * stride_sn + k // _GROUP * stride_sk)
+                        )
+                    if LATE:  # a partial sum is added while the next product runs; the order of the sums is the same
+                        partial_gate = _multiply_add(tile_a, tile_b, None, SWAP)
+                        up = _scaled_add(partial, partial_scale, up, SWAP)
+                        partial = _multiply_add(tile_a, tile_up, None, SWAP)
+                        acc = _scaled_add(partial_gate, scale, acc, SWAP)
+                        partial_scale = scale_up
+                    else:
+                        acc = _scaled_add(_multiply_add(tile_a, tile_b, None, SWAP), scale, acc, SWAP)
+                        if PAIR:
+                            up = _scaled_add(_multiply_add(tile_a, tile_up, None, SWAP), scale_up, up, SWAP)
+                elif SCALES == "channel":
+                    acc += _multiply_add(tile_a, tile_b, None, SWAP)
+                    if PAIR:
+                        up += _multiply_add(tile_a, tile_up, None, SWAP)
                 else:
-                    acc = _scaled_add(_multiply_add(a, tile_b, None, SWAP), scale, acc, SWAP)
+                    if SCALES == "dequantize block":
+                        sb = stored_scale(tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk))
+                        tile_b = narrow(widen(tile_b) * sb, tile_a.dtype)
+                        if PAIR:
+                            sb = tl.load(sb_ptr + (nb + second) // _GROUP * stride_sn + k // _GROUP * stride_sk)
+                            tile_up = narrow(widen(tile_up) * stored_scale(sb), tile_a.dtype)
+                    elif SCALES == "dequantize channel":
+                        sb = stored_scale(tl.load(sb_ptr + (k + offs_k) * stride_sk, mask=k + offs_k < K, other=0.0))
+                        tile_b = narrow(widen(tile_b) * sb[:, None], tile_a.dtype)
+                        if PAIR:
+                            tile_up = narrow(widen(tile_up) * sb[:, None], tile_a.dtype)
+                    acc = _multiply_add(tile_a, tile_b, acc, SWAP)
                     if PAIR:
-                        up = _scaled_add(_multiply_add(a, tile_up, None, SWAP), scale_up, up, SWAP)
-            elif SCALES == "channel":
-                acc += _multiply_add(a, tile_b, None, SWAP)
-                if PAIR:
-                    up += _multiply_add(a, tile_up, None, SWAP)
-            else:
-                if SCALES == "dequantize block":
-                    sb = stored_scale(tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk))
-                    tile_b = narrow(widen(tile_b) * sb, a_ptr.dtype.element_ty)
-                    if PAIR:
-                        sb = tl.load(sb_ptr + (nb + second) // _GROUP * stride_sn + k // _GROUP * stride_sk)
-                        tile_up = narrow(widen(tile_up) * stored_scale(sb), a_ptr.dtype.element_ty)
-                elif SCALES == "dequantize channel":
-                    sb = stored_scale(tl.load(sb_ptr + (k + offs_k) * stride_sk, mask=k + offs_k < K, other=0.0))
-                    tile_b = narrow(widen(tile_b) * sb[:, None], a_ptr.dtype.element_ty)
-                    if PAIR:
-                        tile_up = narrow(widen(tile_up) * sb[:, None], a_ptr.dtype.element_ty)
-                acc = _multiply_add(a, tile_b, acc, SWAP)
-                if PAIR:
-                    up = _multiply_add(a, tile_up, up, SWAP)
+                        up = _multiply_add(tile_a, tile_up, up, SWAP)
 
-        if LATE:
-            up = _scaled_add(partial, partial_scale, up, SWAP)
-        if SWAP:
-            acc = acc.T
-            if PAIR:
-                up = up.T
-        # From here on offsets are relative to the tile's first row and column, in 32 bits.
-        # They are clipped, and so read from the plan, which keeps the compiler from holding them through the K loop.
-        m = (offs_m - row)[:, None]
-        offs_n = tl.arange(0, BLOCK_N)[None, :]
-        rows_left = tl.load(offsets_ptr + e + 1) - row
-        mask_m = tl.arange(0, BLOCK_M)[:, None] < rows_left
-        mask = mask_m if EVEN else mask_m & (n + offs_n < N)
-        if SCALES == "channel":
-            source_m = row + m
-            if TOP_K:
-                source_m = tl.load(row_to_slot_ptr + source_m) // TOP_K
-            row_scale = tl.load(a_scale_ptr + source_m * stride_sa)
-            acc *= row_scale * stored_scale(tl.load(sb_ptr + (nb + offs_n) * stride_sn, mask=n + offs_n < N, other=0.0))
-            if PAIR:
-                up_inside = n + offs_n < N if EPILOGUE == "swiglu" else n + BLOCK_N + offs_n < N
-                up *= row_scale * stored_scale(
-                    tl.load(sb_ptr + (nb + second + offs_n) * stride_sn, mask=up_inside, other=0.0)
-                )
-        first = row.to(tl.int64) * N + n
-        groups = tl.cdiv(N, _GROUP)
-        scale_first = row.to(tl.int64) * groups + n // _GROUP
-        if EPILOGUE == "store":
-            tl.store(c_ptr + first + (m * N + offs_n), narrow(acc, c_ptr.dtype.element_ty), mask=mask)
-            if PAIR:
-                if not EVEN:
-                    mask = mask_m & (n + BLOCK_N + offs_n < N)
-                up_offs = m * N + BLOCK_N + offs_n
-                tl.store(c_ptr + first + up_offs, narrow(up, c_ptr.dtype.element_ty), mask=mask)
-        else:
-            dtype: tl.constexpr = pre_ptr.dtype.element_ty
-            gate_ptr = pre_ptr + first + row.to(tl.int64) * N
-            offs_2n = m * (2 * N) + offs_n
-        if EPILOGUE == "swiglu":
-            gate, up = narrow(acc, dtype), narrow(up, dtype)
-            if SAVE:
-                tl.store(gate_ptr + offs_2n, gate, mask=mask)
-                tl.store(gate_ptr + N + offs_2n, up, mask=mask)
-            gate = widen(gate)
-            out = narrow(gate / (1.0 + tl.exp(-gate)) * widen(up), dtype)
-            if QUANTIZE == "group":
-                s = _scale_of_rows(tl.where(mask, widen(out), 0.0), SHIFT)
-                _store_scale(c_scale_ptr + scale_first + m * groups, s, mask_m, SHIFT)
-                tl.store(c_ptr + first + (m * N + offs_n), e4m3_code(divide_by_scale(widen(out), s)), mask=mask)
+            if LATE:
+                up = _scaled_add(partial, partial_scale, up, SWAP)
+            if SWAP:
+                acc = acc.T
+                if PAIR:
+                    up = up.T
+            # From here on offsets are relative to the tile's first row and column, in 32 bits.
+            # They are clipped, and so read from the plan: the compiler does not hold them through the K loop.
+            m = (offs_m - row)[:, None]
+            offs_n = tl.arange(0, BLOCK_N)[None, :]
+            rows_left = tl.load(offsets_ptr + e + 1) - row
+            mask_m = tl.arange(0, BLOCK_M)[:, None] < rows_left
+            mask = mask_m if EVEN else mask_m & (n + offs_n < N)
+            if SCALES == "channel":
+                source_m = row + m
+                if TOP_K:
+                    source_m = tl.load(row_to_slot_ptr + source_m) // TOP_K
+                row_scale = tl.load(a_scale_ptr + source_m * stride_sa)
+                inside = n + offs_n < N
+                acc *= row_scale * stored_scale(tl.load(sb_ptr + (nb + offs_n) * stride_sn, mask=inside, other=0.0))
+                if PAIR:
+                    up_inside = n + offs_n < N if EPILOGUE == "swiglu" else n + BLOCK_N + offs_n < N
+                    up *= row_scale * stored_scale(
+                        tl.load(sb_ptr + (nb + second + offs_n) * stride_sn, mask=up_inside, other=0.0)
+                    )
+            first = row.to(tl.int64) * N + n
+            groups = tl.cdiv(N, _GROUP)
+            scale_first = row.to(tl.int64) * groups + n // _GROUP
+            if EPILOGUE == "store":
+                tl.store(c_ptr + first + (m * N + offs_n), narrow(acc, c_ptr.dtype.element_ty), mask=mask)
+                if PAIR:
+                    if not EVEN:
+                        mask = mask_m & (n + BLOCK_N + offs_n < N)
+                    up_offs = m * N + BLOCK_N + offs_n
+                    tl.store(c_ptr + first + up_offs, narrow(up, c_ptr.dtype.element_ty), mask=mask)
             else:
-                tl.store(c_ptr + first + (m * N + offs_n), out, mask=mask)
-        if EPILOGUE == "dswiglu":
-            gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
-            up = widen(tl.load(gate_ptr + N + offs_2n, mask=mask, other=0.0))
-            weight = tl.load(weights_ptr + tl.load(row_to_slot_ptr + row + m))
-            out = widen(narrow(gate / (1.0 + tl.exp(-gate)) * up, dtype))  # written as in swiglu, for the same bits
-            if QUANTIZE is not None:
+                dtype: tl.constexpr = pre_ptr.dtype.element_ty
+                gate_ptr = pre_ptr + first + row.to(tl.int64) * N
+                offs_2n = m * (2 * N) + offs_n
+            if EPILOGUE == "swiglu":
+                gate, up = narrow(acc, dtype), narrow(up, dtype)
+                if SAVE:
+                    tl.store(gate_ptr + offs_2n, gate, mask=mask)
+                    tl.store(gate_ptr + N + offs_2n, up, mask=mask)
+                gate = widen(gate)
+                out = narrow(gate / (1.0 + tl.exp(-gate)) * widen(up), dtype)
                 if QUANTIZE == "group":
-                    s = _scale_of_rows(out, SHIFT)
+                    s = _scale_of_rows(tl.where(mask, widen(out), 0.0), SHIFT)
+                    _store_scale(c_scale_ptr + scale_first + m * groups, s, mask_m, SHIFT)
+                    tl.store(c_ptr + first + (m * N + offs_n), e4m3_code(divide_by_scale(widen(out), s)), mask=mask)
                 else:
-                    s = tl.load(c_scale_ptr + row + m, mask=mask_m, other=1.0)
-                out = widen(narrow(e4m3_value(e4m3_code(divide_by_scale(out, s))) * s, dtype))
-            if SAVE:
-                tl.store(wa_ptr + first + (m * N + offs_n), narrow(out * weight, dtype), mask=mask)
-            # da' of a row past the last is another row's: it only reaches values that the masks drop.
-            acc = tl.where(mask, acc, 0.0)
-            tl.store(dweights_ptr + (row.to(tl.int64) + m) * columns + n // BLOCK_N,
-                     tl.sum(acc * out, axis=1, keep_dims=True), mask=mask_m)  # fmt: skip
-            acc *= weight
-            # gate and up are read twice, from L1 the second time: kept in registers, sm90 and sm100 spill.
-            gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
-            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-            silu = gate * sigmoid
-            dup = narrow(acc * silu, dtype)
-            up = widen(tl.load(gate_ptr + N + offs_2n, mask=mask, other=0.0))
-            dgate = narrow(acc * up * (sigmoid + silu * (1.0 - sigmoid)), dtype)
-            dpre_ptr = c_ptr + first + row.to(tl.int64) * N
-            tl.store(dpre_ptr + offs_2n, dgate, mask=mask)
-            tl.store(dpre_ptr + N + offs_2n, dup, mask=mask)
-            if DPRE_FP8:
-                code_ptr = dpre_code_ptr + first + row.to(tl.int64) * N
-                scale_ptr = dpre_scale_ptr + scale_first + row.to(tl.int64) * groups + m * (2 * groups)
-                s = _scale_of_rows(widen(dgate), SHIFT)
-                _store_scale(scale_ptr, s, mask_m, SHIFT)
-                tl.store(code_ptr + offs_2n, e4m3_code(divide_by_scale(widen(dgate), s)), mask=mask)
-                s = _scale_of_rows(widen(dup), SHIFT)
-                _store_scale(scale_ptr + groups, s, mask_m, SHIFT)
-                tl.store(code_ptr + N + offs_2n, e4m3_code(divide_by_scale(widen(dup), s)), mask=mask)
+                    tl.store(c_ptr + first + (m * N + offs_n), out, mask=mask)
+            if EPILOGUE == "dswiglu":
+                gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
+                up = widen(tl.load(gate_ptr + N + offs_2n, mask=mask, other=0.0))
+                weight = tl.load(weights_ptr + tl.load(row_to_slot_ptr + row + m))
+                out = widen(narrow(gate / (1.0 + tl.exp(-gate)) * up, dtype))  # written as in swiglu, for the same bits
+                if QUANTIZE is not None:
+                    if QUANTIZE == "group":
+                        s = _scale_of_rows(out, SHIFT)
+                    else:
+                        s = tl.load(c_scale_ptr + row + m, mask=mask_m, other=1.0)
+                    out = widen(narrow(e4m3_value(e4m3_code(divide_by_scale(out, s))) * s, dtype))
+                if SAVE:
+                    tl.store(wa_ptr + first + (m * N + offs_n), narrow(out * weight, dtype), mask=mask)
+                # da' of a row past the last is another row's: it only reaches values that the masks drop.
+                acc = tl.where(mask, acc, 0.0)
+                tl.store(dweights_ptr + (row.to(tl.int64) + m) * columns + n // BLOCK_N,
+                         tl.sum(acc * out, axis=1, keep_dims=True), mask=mask_m)  # fmt: skip
+                acc *= weight
+                # gate and up are read twice, from L1 the second time: kept in registers, sm90 and sm100 spill.
+                gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
+                sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+                silu = gate * sigmoid
+                dup = narrow(acc * silu, dtype)
+                up = widen(tl.load(gate_ptr + N + offs_2n, mask=mask, other=0.0))
+                dgate = narrow(acc * up * (sigmoid + silu * (1.0 - sigmoid)), dtype)
+                dpre_ptr = c_ptr + first + row.to(tl.int64) * N
+                tl.store(dpre_ptr + offs_2n, dgate, mask=mask)
+                tl.store(dpre_ptr + N + offs_2n, dup, mask=mask)
+                if DPRE_FP8:
+                    code_ptr = dpre_code_ptr + first + row.to(tl.int64) * N
+                    scale_ptr = dpre_scale_ptr + scale_first + row.to(tl.int64) * groups + m * (2 * groups)
+                    s = _scale_of_rows(widen(dgate), SHIFT)
+                    _store_scale(scale_ptr, s, mask_m, SHIFT)
+                    tl.store(code_ptr + offs_2n, e4m3_code(divide_by_scale(widen(dgate), s)), mask=mask)
+                    s = _scale_of_rows(widen(dup), SHIFT)
+                    _store_scale(scale_ptr + groups, s, mask_m, SHIFT)
+                    tl.store(code_ptr + N + offs_2n, e4m3_code(divide_by_scale(widen(dup), s)), mask=mask)
 
 
 def gate_up(x, x_scale, weights, plan, tile, *, save, quantize=None, ue8m0=False, dtype=None):
@@ -382,7 +389,7 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
     scales = None
     if b_scale is not None:
         scales = ("" if fp8_a else "dequantize ") + ("channel" if weights.per_row else "block")
-    step = block_k(a.dtype, b.dtype)
+    step, block_m = block_k(a.dtype, b.dtype), min(tile.block_m or plan.block_m, plan.block_m)
     block_n = min(tile.block_n, triton.next_power_of_2(columns))
     quantizes = quantize or dpre_code is not None
     if quantizes and tile.block_n != GROUP:
@@ -399,6 +406,9 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
         operand = TensorDescriptor(b, [experts * k, rows_b], [b.stride(2), 1], [step, block_n])
     else:
         operand = b
+    # Rows in the order of the plan are a matrix; a tile that reaches past its expert reads rows that it does not store.
+    a_tma = tma is not None and not gather and a.stride(1) == 1 and a.stride(0) * a.element_size() % 16 == 0
+    rows = TensorDescriptor(a, list(a.shape), [a.stride(0), 1], [block_m, step]) if a_tma else a
     scale_out = dpre_scale if dpre_scale is not None else c_scale
     shift = 23 if scale_out is not None and scale_out.dtype == torch.uint8 else 0
     processors = target(a.device).processors * max(1, 8 // tile.num_warps)
@@ -406,7 +416,7 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
     kind = "fp8" if fp8_a else "fp8 weights" if b.dtype == FP8 else {2: "bf16", 4: "fp32"}[a.element_size()]
     launch(
         f"{product} {kind}", grouped_gemm_kernel, (grid,),
-        a, _bits(a_scale), operand, _bits(b_scale), c, c_scale,
+        rows, _bits(a_scale), operand, _bits(b_scale), c, c_scale,
         pre, weights_of_slots, wa, dweights, dpre_code, dpre_scale,
         plan.row_to_slot, plan.offsets, plan.tile_to_expert, plan.tile_to_row, plan.num_tiles,
         columns, rows_b, k, first, columns if epilogue == "swiglu" else block_n,
@@ -414,8 +424,8 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
         *((0, 0, 0) if b_scale is None else b_scale.stride()),
         TOP_K=plan.top_k if gather else 0, EPILOGUE=epilogue, SCALES=scales, QUANTIZE=quantize, SHIFT=shift,
         SAVE=save, DPRE_FP8=dpre_code is not None, PAIR=pair, LATE=tile.late and pair and scales == "block",
-        BLOCK_M=plan.block_m, BLOCK_N=block_n, BLOCK_K=step, SWAP=tile.swap,
-        EVEN=even, TMA=tma, WIDE=a.numel() >= 2**31,
+        PLAN_M=plan.block_m, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=step, SWAP=tile.swap,
+        EVEN=even, TMA=tma, A_TMA=a_tma, WIDE=a.numel() >= 2**31,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

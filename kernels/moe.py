@@ -38,7 +38,6 @@ from ornith_moe.kernels.tiles import INVARIANT_ROWS, Tiles, tiles_for
 
 RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 FP8_WGRAD_ROWS = 2048  # rows per expert from which fp8_full quantizes wgrad: below, writing the gradient dominates
-_STRIP_BYTES = 24 << 20  # about half the L2 of an H100
 _QUANTIZE = {"bf16": None, "fp8": "group", "fp8_full": "group", "fp8_channel": "row"}
 
 
@@ -147,7 +146,7 @@ def moe_backward(dy, saved, experts, *, recipe="bf16", wants=(True,) * 4, ue8m0=
 def _through_strips(product, a, a_scale, w, plan, tile, weights, out):
     """out[t] = sum over the slots of t of (weights *) a[row] @ w^T, a strip of columns at a time."""
     hidden, rows = out.shape[1], a.shape[0]
-    width = strip_width(rows, hidden, out.element_size(), a.shape[1] * a.element_size())
+    width = strip_width(hidden)
     buffer = out.new_empty(rows * width)
     for first in range(0, hidden, width):
         strip = out[:, first : first + width]
@@ -155,14 +154,9 @@ def _through_strips(product, a, a_scale, w, plan, tile, weights, out):
         combine(project(product, a, a_scale, w, plan, tile, first, partial), plan, weights, strip)
 
 
-def strip_width(rows, hidden, itemsize, input_bytes):
-    """Columns of a strip: as many as stay in L2 beside the GEMM's input (`input_bytes` per row), else half of H.
-
-    Every strip reads the input again, which is free while both stay there and costs more than it saves otherwise.
-    """
-    half = max(-(-hidden // 2 // GROUP), 1) * GROUP
-    fits = (_STRIP_BYTES // max(rows, 1) - input_bytes) // itemsize // GROUP * GROUP
-    return min(fits, half) if fits >= GROUP else half
+def strip_width(hidden):
+    """Columns of a strip: half of H, in whole groups. Narrower ones read the GEMM's input more often than they save."""
+    return max(-(-hidden // 2 // GROUP), 1) * GROUP
 
 
 def _tiles(x, w, slots, batch_invariant) -> Tiles:

@@ -28,7 +28,7 @@ import triton.language as tl
 from ornith_moe.kernels.launch import launch, target
 
 _CHUNK = 256  # slots of a program: comparing pairs grows with it, the scan shrinks
-_PART = 16  # slots compared with all others at a time
+_PART = 8  # slots compared with all others at a time
 _SCAN = 2048  # counts of a scan's tile
 _TILES = 8  # tiles of a program, compared with all experts at once
 

@@ -22,7 +22,7 @@ INVARIANT_ROWS = 64  # rows per expert that batch-invariant mode assumes whateve
 
 @dataclass(frozen=True)
 class Tile:
-    """`block_n` columns by the table's block_m rows.
+    """`block_n` columns by `block_m` rows, a half or a quarter of the plan's; None: all of them.
 
     `swap` puts the weights on the matrix unit's M side. `pair` gives down and dx 2 * block_n columns in two
     accumulators; gate_up has two anyway. `late` adds a partial sum while the next product runs, where there are two and
@@ -35,6 +35,7 @@ class Tile:
     swap: bool = False
     pair: bool = False
     late: bool = False
+    block_m: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,4 +64,4 @@ def _table(arch: str) -> dict[str, list[tuple[int | None, Tiles]]]:
 
 
 def _entry(block_m: int, tiles: dict[str, dict], rows: int | None = None) -> tuple[int | None, Tiles]:
-    return rows, Tiles(block_m, {product: Tile(**tiles.get(product, tiles["default"])) for product in PRODUCTS})
+    return rows, Tiles(block_m, {product: Tile(**tiles.get(product, tiles.get("default", {}))) for product in PRODUCTS})

@@ -1,4 +1,4 @@
-"""`ornith-moe`: plan, convert, verify, inspect, compare, doctor.
+"""`ornith-moe`: plan, convert, verify, inspect, compare, kernels, doctor.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
 it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -286,6 +287,50 @@ def compare(
 
 
 @app.command()
+def kernels(
+    arch: Annotated[
+        str | None, typer.Option(metavar="ARCH[,ARCH]", help="Of sm90, sm100, gfx942 and gfx950. Default: all.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile every GPU kernel of a layer ahead of time: registers, spills, matrix instructions, modelled time."""
+    if find_spec("triton") is None:
+        raise OrnithError("kernels: Triton, which compiles them, is not installed; pip install 'ornith-moe[triton]'")
+    from ornith_moe.kernels.catalog import ARCHS, catalog, layer_json, row_json
+
+    archs = arch.split(",") if arch else ARCHS
+    if unknown := [name for name in archs if name not in ARCHS]:
+        raise typer.BadParameter(f"--arch: expected names out of {', '.join(ARCHS)}, got {unknown[0][:64]!r}")
+    with progress_bar(counted=True) as progress:
+        rows, layers = catalog(archs, progress)
+    rows, layers = [row_json(row) for row in rows], [layer_json(layer) for layer in layers]
+    if as_json:
+        print_json({"rows": rows, "layers": layers})
+        return
+    names = ("arch", "shape", "recipe", "pass", "kernel", "regs", "spills", "shared", "loop")
+    table = Table(*names, "matrix instructions", "TMA", "us", "bound", "of limit")
+    for row in rows:
+        matrix = ", ".join(f"{count} {name}" for name, count in row["matrix_instructions"].items())
+        numbers = [row[key] for key in ("registers", "spills", "shared_bytes", "hot_loop_instructions")]
+        table.add_row(
+            *(row[key] for key in ("arch", "shape", "recipe", "pass", "kernel")),
+            *("-" if number is None else f"{number:,}" for number in numbers),
+            matrix or "-", "yes" if row["tma"] else "-", f"{row['modelled_us']:,.1f}", row["bound"],
+            f"{row['share_of_limit']:.0%}",
+        )  # fmt: skip
+    out.print(table)
+    table = Table("device", "shape", "recipe", "forward us", "of the bound", "forward + backward us", "TFLOP/s")
+    for layer in layers:
+        forward, backward = layer["modelled_forward_us"], layer["modelled_backward_us"]
+        table.add_row(
+            layer["device"], layer["shape"], layer["recipe"], f"{forward:,.0f}", f"{layer['share_of_bound']:.0%}",
+            f"{forward + backward:,.0f}", f"{layer['modelled_tflop_s']:,.0f}",
+        )  # fmt: skip
+    out.print(table)
+    say("Times are modelled from the compiled code and byte counts, none was measured; see docs/performance.md.")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and which backend each op will use."""
     from ornith_moe.doctor import examine
@@ -343,14 +388,21 @@ def _resumable(partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws one bar per phase with rate and time left; silent when stderr is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that draws one bar per phase with time left, and the rate in bytes or, `counted`, how many are done;
+    silent when stderr is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
-    with Progress(
-        *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=err, disable=not err.is_terminal
-    ) as bar:
+    amount = MofNCompleteColumn() if counted else TransferSpeedColumn()
+    with Progress(*columns, amount, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:

@@ -11,9 +11,8 @@ from numeric import assert_close, assert_same_bits
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ahead_of_time import TARGETS, compile_kernels
-
 import ornith_moe as om
+from ornith_moe.kernels.compile import PROCESSORS, compile_launches
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.routing import route_backward, route_forward
 
@@ -261,23 +260,11 @@ def launches(arch):
     return started
 
 
-def as_source(launch):
-    """A recorded launch as `compile_kernels` takes it: tensors and sizes by type, the rest by value."""
-    pointers = {"bfloat16": "*bf16", "float32": "*fp32", "int16": "*i16", "int32": "*i32"}
-    types = {"T": "i32"} | {
-        name: pointers[str(value.dtype).removeprefix("torch.")]
-        for name, value in launch.arguments.items()
-        if isinstance(value, torch.Tensor)
-    }
-    return launch.kernel.__name__, launch.arguments | types, launch.options["num_warps"]
-
-
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PROCESSORS)
 def test_compiles_for_every_target(target):
     started = launches(target)
-    reports = compile_kernels(target, "ornith_moe.kernels.routing", [as_source(one) for one in started])
-    for one, report in zip(started, reports, strict=True):
-        asm, name = report["asm"], f"{one.label}, E = {one.arguments['E']}"
-        assert report["spills"] == 0, f"{name}: {report['spills']}"
+    for one, report in zip(started, compile_launches([(target, one) for one in started]), strict=True):
+        asm, name = report.asm, f"{one.label}, E = {one.arguments['E']}"
+        assert report.spills == 0, f"{name}: {report.spills}"
         assert "atom" not in asm and "red.global" not in asm, name
         assert ("div.rn.f32" if target.startswith("sm") else "v_div_fixup_f32") in asm, f"{name}: division is not IEEE"

@@ -1,0 +1,124 @@
+"""kernels/compile.py: what is read out of machine code, on listings written by hand, and the compiler's own failures.
+
+The rules on occupancy are those of the vendors' manuals, worked by hand. That the reports of our kernels are as they
+should be is tests/kernels/test_catalog.py.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from ornith_moe.kernels import combine, plan
+from ornith_moe.kernels.compile import (
+    PROCESSORS,
+    Report,
+    compile_launches,
+    hot_loop,
+    parse_amdgcn,
+    parse_sass,
+    specialize,
+)
+from ornith_moe.kernels.launch import recording
+
+SASS = """
+.L_x_0:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_1:
+        /*0010*/                   IADD R1, R1, 0x1 ;
+.L_x_2:
+        /*0020*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR32], RZ ;
+        /*0030*/                   IADD R2, R2, 0x1 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0050*/                   FFMA R3, R24, R4, R3 ;
+        /*0060*/              @!P0 BRA `(.L_x_2) ;
+        /*0070*/                   STG.E [R4], R3 ;
+        /*0080*/               @P1 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   BRA `(.L_x_3) ;
+"""
+AMD = """
+.LBB0_1:
+\tv_add_u32 v0, v0, v1
+.LBB0_2:
+\tv_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], v[0:15]
+\tds_read_b128 v[0:3], v4
+\ts_cbranch_scc1 .LBB0_2
+\ts_branch .LBB0_1
+"""
+
+
+def launches(arch, tokens=64):
+    with recording(arch) as started:
+        indices = torch.empty(tokens, 2, dtype=torch.int32, device="meta")
+        routing = plan.build_plan(indices, 8, 64)
+        rows = torch.empty(tokens * 2, 256, dtype=torch.bfloat16, device="meta")
+        combine.combine(rows, routing, None, torch.empty(tokens, 256, dtype=torch.bfloat16, device="meta"))
+    return started
+
+
+def test_the_hot_loop_is_the_innermost_with_matrix_instructions():
+    code = list(parse_sass(SASS.splitlines()))
+    assert len(code) == 11 and code[6].target == ".L_x_2" and not code[9].falls_through
+    loop = hot_loop(code, "QGMMA", r"WARPGROUP\.DEPBAR")
+    assert (loop.instructions, loop.matrix) == (5, 1)
+    assert loop.exposed == 3  # the wait itself, FFMA and BRA; IADD runs behind the product
+
+
+def test_amd_assembly():
+    code = list(parse_amdgcn(AMD.splitlines()))
+    loop = hot_loop(code, "v_mfma", "v_mfma")
+    assert (loop.instructions, loop.matrix, loop.exposed) == (3, 1, 0)
+
+
+def test_code_without_a_matrix_loop_has_none():
+    assert hot_loop(list(parse_sass(SASS.splitlines())), "HGMMA", "x") is None
+
+
+def report(arch, **fields):
+    defaults = dict(
+        warps=8, registers=64, spills=0, shared_bytes=0, matrix_instructions={}, tma=False, tensor_columns=0,
+        instructions=0, loop=None, asm="",
+    )  # fmt: skip
+    return Report(arch, **(defaults | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "programs"),
+    [
+        ({"registers": 255}, 1),  # 2 warps a scheduler * 32 lanes * 256 = all of its 16384
+        ({"registers": 128}, 2),
+        ({"registers": 129}, 1),  # allocated in eights: 136
+        ({"registers": 32}, 8),  # 64 warps
+        ({"warps": 4, "registers": 16}, 16),
+        ({"warps": 1, "registers": 16}, 16),  # a program of one warp sits on one scheduler, which has 16 places
+        ({"shared_bytes": 100 << 10}, 2),
+        ({"shared_bytes": 114 << 10}, 1),  # 1 KiB of each is the system's
+        ({"shared_bytes": 228 << 10}, 0),
+    ],
+)
+def test_programs_that_fit_on_an_sm(fields, programs):
+    assert report("sm90", **fields).programs == programs
+
+
+def test_tensor_memory_and_lds_limit_too():
+    assert report("sm100", tensor_columns=256).programs == 2
+    assert report("gfx942", shared_bytes=33 << 10).programs == 1
+    assert report("gfx950", shared_bytes=33 << 10).programs == 4
+
+
+def test_launches_that_specialize_alike_are_one_request():
+    first, again = (specialize("sm90", launches("sm90")[-1]) for _ in range(2))
+    other = specialize("sm90", launches("sm90", tokens=63)[-1])  # 63 is not divisible by 16
+    assert first.key == again.key != other.key
+
+
+@pytest.mark.parametrize("arch", PROCESSORS)
+def test_a_kernel_that_does_not_compile_is_named(arch):
+    broken = launches(arch)[-1]
+    broken = dataclasses.replace(broken, arguments=broken.arguments | {"BLOCK_W": 24})
+    with pytest.raises(RuntimeError, match=rf"combine\.combine_kernel for {arch} .*does not compile"):
+        compile_launches([(arch, broken)])
