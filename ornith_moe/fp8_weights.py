@@ -46,7 +46,7 @@ class _Entry(NamedTuple):
     weight: weakref.ref
     storage: weakref.ref
     state: tuple[Any, ...]
-    quantized: FP8Weights
+    quantized: tuple[torch.Tensor | None, ...]
 
 
 _entries: dict[int, _Entry] = {}  # by id(weight); a weak reference of the entry removes it before the id is free again
@@ -76,11 +76,34 @@ def quantized_weights(weight: torch.Tensor, recipe: str, scale: str = "fp32") ->
     """
     if recipe not in _RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(_RECIPES)}, got {recipe!r}")
+    return _kept(weight, (recipe, scale), lambda: _quantize(weight, recipe, scale))
+
+
+def turned_weights(q: torch.Tensor, scale: torch.Tensor) -> FP8Weights:
+    """The FP8Weights of a weight that is stored as (q, scale) in 128x128 blocks, with the transposed copy of fp8_full.
+
+    Args:
+        q: [E, N, K] e4m3, itself the key of the copy. scale: [E, ceil(N / 128), ceil(K / 128)].
+    Returns:
+        FP8Weights, kept like those of `quantized_weights`, while neither q nor scale changes.
+    Example:
+        >>> import torch
+        >>> q, scale = torch.zeros(2, 256, 384).to(torch.float8_e4m3fn), torch.ones(2, 2, 3)
+        >>> turned_weights(q, scale).q_t.shape
+        torch.Size([2, 384, 256])
+    """
+    state = ("turned", scale.data_ptr(), None if scale.is_inference() else scale._version)
+    turned = _kept(q, state, lambda: (q.detach().mT.contiguous(), scale.detach().mT.contiguous()))
+    return FP8Weights(q, scale, *turned)  # the entry holds only the copy: holding q, it would keep q alive
+
+
+def _kept(weight, made_as, make):
+    """`make()`, or what it gave before for the same `weight` in the same state."""
     if not _is_lasting(weight):
-        return _quantize(weight, recipe, scale)
+        return make()
     key, storage = id(weight), weight.untyped_storage()
     layout = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    state = (recipe, scale, weight._version, *layout)
+    state = (*made_as, weight._version, *layout)
 
     def drop(_):
         _entries.pop(key, None)
@@ -93,7 +116,7 @@ def quantized_weights(weight: torch.Tensor, recipe: str, scale: str = "fp32") ->
         drop(None)  # the old copy goes before the new one is made
         _drop_emptied()
         with torch.inference_mode(False):  # what is made inside of it could not be saved for a backward pass
-            quantized = _quantize(weight, recipe, scale)
+            quantized = make()
         _entries[key] = _Entry(weakref.ref(weight, drop), weakref.ref(storage, drop), state, quantized)
         return quantized
 
