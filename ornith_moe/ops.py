@@ -37,7 +37,7 @@ _SCHEMAS = {
         -> (Tensor? dx, Tensor? dweights, Tensor? dgate_up_proj, Tensor? ddown_proj)""",
     "route": """(Tensor logits, Tensor? bias, Tensor? replay, int top_k, str score, bool norm_topk_prob,
         int? n_group, int? topk_group, bool losses, str backend)
-        -> (Tensor indices, Tensor weights, Tensor counts, Tensor? q_sum, Tensor? square_sum)""",
+        -> (Tensor weights, Tensor indices, Tensor counts, Tensor? q_sum, Tensor? square_sum)""",
     "route_backward": """(Tensor logits, Tensor indices, Tensor weights, Tensor dweights, Tensor? dq_sum,
         Tensor? dsquare_sum, str score, bool norm_topk_prob, str backend) -> Tensor dlogits""",
 }
@@ -196,17 +196,18 @@ def _route(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_gro
                    replay=replay, losses=losses)  # fmt: skip
     if backend == "triton":
         from ornith_moe.kernels.routing import route_forward
-
-        return route_forward(logits, top_k, **options)
-    return routing_torch.route_forward(logits, top_k, **options)
+    else:
+        route_forward = routing_torch.route_forward
+    indices, weights, *rest = route_forward(logits, top_k, **options)
+    return weights, indices, *rest  # what is differentiable first: opcheck adds the other outputs to it
 
 
 @_sizes("route")
 def _(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, backend):
     tokens, experts = logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((tokens, top_k), dtype=torch.float32),
+        logits.new_empty((tokens, top_k), dtype=torch.int32),
         logits.new_empty((experts,), dtype=torch.int32),
         logits.new_empty((experts,), dtype=torch.float32) if losses else None,
         logits.new_empty((), dtype=torch.float32) if losses else None,
@@ -230,14 +231,14 @@ def _(logits, indices, weights, dweights, dq_sum, dsquare_sum, score, norm_topk_
 
 def _route_context(ctx, inputs, output):
     logits, _, _, _, score, norm_topk_prob, _, _, _, backend = inputs
-    indices, weights, counts, *_ = output
+    weights, indices, counts, *_ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(indices, counts)
     ctx.save_for_backward(logits, indices, weights)
     ctx.options = score, norm_topk_prob, backend
 
 
-def _route_gradient(ctx, _indices, dweights, _counts, dq_sum, dsquare_sum):
+def _route_gradient(ctx, dweights, _indices, _counts, dq_sum, dsquare_sum):
     logits, indices, weights = ctx.saved_tensors
     if dq_sum is not None or dsquare_sum is not None:  # the kernel wants both
         dq_sum = logits.new_zeros(logits.shape[1], dtype=torch.float32) if dq_sum is None else dq_sum

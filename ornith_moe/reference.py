@@ -16,8 +16,9 @@ Every cast passes its gradient through unchanged. So a gradient is that of the s
 BF16 receives it as if the cast were not there. Weights given as (q, scale) are starred already, whatever the recipe;
 `bf16` then quantizes weights only. Where the scales of the weights are UE8M0, those of 1x128 groups are too.
 
-A loop over experts, differentiated by autograd, in float32 (or float64 if any operand is). It is written to be
-believed, not to be fast. Ids outside [0, E) belong to no expert here and contribute nothing.
+A loop over experts in float32 (or float64 if any operand is), differentiated by autograd; the backend of this name
+computes the same gradients by formulas. Both are written to be believed, not to be fast. Ids outside [0, E) belong to
+no expert here and contribute nothing.
 
 Letters: T tokens, E experts, H hidden, I expert intermediate, m rows of one expert, top_k slots per token.
 """
@@ -80,25 +81,40 @@ def moe_forward(x, indices, weights, gate_up, down, *, recipe):
 def moe_backward(dy, x, indices, weights, gate_up, down, *, recipe, wants):
     """The gradients that `wants` asks for, of x, weights, gate_up and down, None for the others.
 
-    By `torch.func.vjp`, which differentiates inside of an operator, where autograd is switched off.
+    Written out, because inside of an operator there is no autograd; the tests hold it against autograd of the above.
     """
     compute = _compute_dtype(x, weights, gate_up[0], down[0])
-    operands = dict(enumerate((x, weights, _star(gate_up), _star(down))))
-    wanted = {i: operands[i] for i in operands if wants[i]}
-
-    def forward(some):
-        x, weights, *stars = (operands | some).values()
-        return _experts(x, indices, weights, *stars, recipe, _is_ue8m0(gate_up), compute)
-
-    _, vjp = torch.func.vjp(forward, wanted)
-    (gradients,) = vjp(dy.to(compute))
-    return tuple(gradients.get(i) for i in operands)
+    options = _cast_options(x, recipe, _is_ue8m0(gate_up))
+    cast = (lambda rows: rows) if recipe == "bf16" else lambda rows: _Cast.apply(rows, *options)
+    cast_gradient = cast if recipe == "fp8_full" else lambda rows: rows
+    rows, weights, gate_up, down, dy = (t.to(compute) for t in (x, weights, _star(gate_up), _star(down), dy))
+    rows, dy_rows = cast(rows), cast_gradient(dy)
+    operands = (rows, weights, gate_up, down)
+    gradients = [torch.zeros_like(t) if wanted else None for t, wanted in zip(operands, wants, strict=True)]
+    dx, dweights, dgate_up, ddown = gradients
+    for expert in range(gate_up.shape[0]):
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        gate, up = (rows[token] @ gate_up[expert].T).chunk(2, dim=-1)  # [m, I] each
+        weight, sigmoid = weights[token, slot].unsqueeze(-1), gate.sigmoid()
+        silu = gate * sigmoid
+        a = cast(silu * up)
+        da = dy_rows[token] @ down[expert]  # of weight * a
+        if dweights is not None:
+            dweights[token, slot] = (da * a).sum(-1)
+        if ddown is not None:
+            ddown[expert] = dy[token].T @ (weight * a)
+        da = weight * da
+        dpre = torch.cat((da * up * (sigmoid + silu * (1 - sigmoid)), da * silu), dim=-1)
+        if dgate_up is not None:
+            dgate_up[expert] = dpre.T @ rows[token]
+        if dx is not None:
+            dx.index_add_(0, token, cast_gradient(dpre) @ gate_up[expert])
+    return gradients
 
 
 def _experts(x, indices, weights, gate_up, down, recipe, ue8m0, compute):
     """y [T, H] in `compute`, differentiable; the weights are starred already."""
-    group = None if recipe == "fp8_channel" else 128
-    options = (group, "ue8m0" if ue8m0 else "fp32", x.dtype)
+    options = _cast_options(x, recipe, ue8m0)
     linear = _LinearFP8Gradient.apply if recipe == "fp8_full" else lambda rows, w, *_: F.linear(rows, w)
     rows, weights, gate_up, down = (t.to(compute) for t in (x, weights, gate_up, down))
     y = torch.zeros_like(rows) + 0 * rows
@@ -118,14 +134,10 @@ class _Cast(torch.autograd.Function):
     """rows* of rows: rounded to `dtype`, quantized per token and group, dequantized."""
 
     @staticmethod
-    def forward(rows, group, scale, dtype):
+    def forward(ctx, rows, group, scale, dtype):
         rounded = rows.to(torch.float32 if dtype == torch.float64 else dtype)
         q, s = fp8.quantize_fp8_tokens(rounded, group=group, scale=scale)
         return fp8.dequantize_fp8(q, s, block=(1, group), dtype=torch.float32).to(rows.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, gradient):
@@ -136,13 +148,10 @@ class _LinearFP8Gradient(torch.autograd.Function):
     """rows @ w^T, whose gradient is quantized where it goes on to rows and is not where it makes the gradient of w."""
 
     @staticmethod
-    def forward(rows, w, group, scale, dtype):
-        return F.linear(rows, w)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        rows, w, *ctx.options = inputs
+    def forward(ctx, rows, w, *options):
         ctx.save_for_backward(rows, w)
+        ctx.options = options
+        return F.linear(rows, w)
 
     @staticmethod
     def backward(ctx, dout):
@@ -167,6 +176,11 @@ def _quantize(w, recipe, scale):
     if recipe == "bf16":
         return w, None
     return fp8.quantize_fp8_channel(w) if recipe == "fp8_channel" else fp8.quantize_fp8_block(w, scale=scale)
+
+
+def _cast_options(x, recipe, ue8m0):
+    """Group, scale and dtype of `_Cast`."""
+    return None if recipe == "fp8_channel" else 128, "ue8m0" if ue8m0 else "fp32", x.dtype
 
 
 def _star(pair):

@@ -107,7 +107,7 @@ def route(
     if logits.dtype == torch.float64:
         logits = logits.float()
     bias = None if bias is None else bias.detach()
-    indices, weights, counts, q_sum, square_sum = torch.ops.ornith.route(
+    weights, indices, counts, q_sum, square_sum = torch.ops.ornith.route(
         logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses,
         choose_backend(backend, logits.device),
     )  # fmt: skip
