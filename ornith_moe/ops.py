@@ -13,6 +13,8 @@ pass through as the objects they are, which is how `ornith_moe.fp8_weights` know
 A gradient that nobody wants is not computed: `wants` says which of x, weights, gate_up_proj and down_proj, from
 autograd's `needs_input_grad`. x is kept for backward only where gate_up_proj wants its gradient.
 
+Flop counters (torch.utils.flop_counter) see the matrix products of both passes.
+
 The gradient of a weight has the dtype of the weight, or of its `grad_dtype` where that is set: fp32 gradients for BF16
 parameters, and for FP8 ones, which have to say so. AOTAutograd of torch 2.13 forgets `grad_dtype`, and would round the
 gradient of an FP8 weight to FP8; so that one is refused under `torch.compile`.
@@ -20,7 +22,10 @@ gradient of an FP8 weight to FP8; so that one is refused under `torch.compile`.
 Letters: T tokens, E experts, H hidden, I expert intermediate.
 """
 
+import math
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ornith_moe import cpu, reference, routing_torch
 from ornith_moe.fp8_weights import FP8Weights, quantized_weights, turned_weights
@@ -151,6 +156,22 @@ def _(
     return tuple(
         t.new_empty(t.shape, dtype=dtype) if wanted else None for (t, dtype), wanted in zip(like, wants, strict=True)
     )
+
+
+@register_flop_formula(torch.ops.ornith.moe_mlp)
+def _(x, indices, weights, gate_up_proj, down_proj, *_, **__) -> int:
+    return 6 * _slot_products(indices, down_proj)
+
+
+@register_flop_formula(torch.ops.ornith.moe_mlp_backward)
+def _(dy, x, indices, weights, gate_up_proj, down_proj, *rest, **__) -> int:
+    dx, dweights, dgate_up, ddown = rest[-3]
+    return (2 * (dx or dweights or dgate_up) + 4 * dx + 4 * dgate_up + 2 * ddown) * _slot_products(indices, down_proj)
+
+
+def _slot_products(indices, down_proj):
+    """T * top_k * H * I, given shapes; sentinel slots count, because their number is not in a shape."""
+    return math.prod(indices) * math.prod(down_proj[1:])
 
 
 def _moe_mlp_context(ctx, inputs, output):
