@@ -6,7 +6,7 @@ device. A request is honoured or refused with a reason; nothing falls back silen
 
 import importlib.util
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -47,14 +47,16 @@ def backends() -> dict[str, Backend]:
         >>> om.backends()["cpu"].recipes
         ('bf16', 'fp8', 'fp8_full', 'fp8_channel')
     """
-    return dict(_backends(os.environ.get("TRITON_INTERPRET") == "1"))
+    listed = dict(_backends(os.environ.get("TRITON_INTERPRET") == "1"))
+    listed["cpu"] = replace(listed["cpu"], reason=listed["cpu"].reason + _cpu_findings())
+    return listed
 
 
 @cache
 def _backends(interpreted: bool) -> dict[str, Backend]:
     listed = (
         _triton(interpreted),
-        Backend("cpu", True, "tensors in main memory; the default there" + _cpu_findings()),
+        Backend("cpu", True, "tensors in main memory; the default there"),
         Backend("reference", True, "any device, float32 or float64; a loop over experts for comparison, not for speed"),
     )
     return {backend.name: backend for backend in listed}

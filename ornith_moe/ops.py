@@ -27,7 +27,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ornith_moe import cpu, reference, routing_torch
+from ornith_moe import reference, routing_torch
 from ornith_moe.fp8_weights import FP8Weights, quantized_weights, turned_weights
 
 _SCHEMAS = {
@@ -69,12 +69,14 @@ def _moe_mlp(
     pre = row_to_slot = offsets = a_scale = None
     with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
         if backend == "triton":
-            from ornith_moe import gpu  # needs Triton, which the other backends do not
+            from ornith_moe import gpu  # each is imported where it is used: one needs Triton, the other numba
 
             y, pre, a_scale = gpu.moe_forward(
                 x, indices, weights, *sides, recipe=recipe, save=save, batch_invariant=batch_invariant
             )
         elif backend == "cpu":
+            from ornith_moe import cpu
+
             sides = [cpu.Weights(w.q, w.scale) for w in sides]
             y, saved = cpu.moe_forward(x, indices, weights, *sides, recipe=recipe, save=save)
             pre, row_to_slot, offsets = saved or (None,) * 3
@@ -135,6 +137,8 @@ def _moe_mlp_backward(
                 grad_dtypes=grad_dtypes, batch_invariant=batch_invariant,
             )  # fmt: skip
         elif backend == "cpu":
+            from ornith_moe import cpu
+
             sides = [cpu.Weights(w.q, w.scale) for w in sides]
             saved = cpu.Saved(pre, row_to_slot, offsets)
             gradients = cpu.moe_backward(
