@@ -6,63 +6,114 @@ device. A request is honoured or refused with a reason; nothing falls back silen
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
+
+RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
+DEFAULT_OF_DEVICE = {"cpu": "cpu"}  # every other device: triton
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `reason` says what it is for, or why it cannot be used."""
+    """One implementation.
+
+    Attributes:
+        name: "triton", "cpu" or "reference". available: whether it can be used here.
+        reason: what it is for, or why it cannot be used.
+        refused: recipe -> why this backend does not compute it here; the other recipes of `RECIPES` it does.
+    """
 
     name: str
     available: bool
     reason: str
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that it computes here."""
+        return tuple(recipe for recipe in RECIPES if self.available and recipe not in self.refused)
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name, available or why not.
+    """Every backend by name: available or why not, and which recipes it computes or why not.
+
+    Returns:
+        {"triton": Backend, "cpu": Backend, "reference": Backend}
 
     Example:
         >>> import ornith_moe as om
-        >>> om.backends()["cpu"].available
-        True
+        >>> om.backends()["cpu"].recipes
+        ('bf16', 'fp8', 'fp8_full', 'fp8_channel')
     """
+    listed = dict(_backends(os.environ.get("TRITON_INTERPRET") == "1"))
+    listed["cpu"] = replace(listed["cpu"], reason=listed["cpu"].reason + _cpu_findings())
+    return listed
+
+
+@cache
+def _backends(interpreted: bool) -> dict[str, Backend]:
     listed = (
-        _triton(),
+        _triton(interpreted),
         Backend("cpu", True, "tensors in main memory; the default there"),
         Backend("reference", True, "any device, float32 or float64; a loop over experts for comparison, not for speed"),
     )
     return {backend.name: backend for backend in listed}
 
 
-def _triton() -> Backend:
+def _triton(interpreted: bool) -> Backend:
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", False, "Triton is not installed; torch's CUDA and ROCm builds bring it")
     if torch.cuda.is_available():
-        return Backend("triton", True, f"kernels for {torch.cuda.get_device_name()}; the default there")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Backend("triton", True, f"kernels for {torch.cuda.get_device_name()}; the default there", _refused())
+    if interpreted:
         return Backend("triton", True, "no GPU: kernels run in Triton's interpreter, for tests and not for speed")
     return Backend("triton", False, "torch sees no CUDA or ROCm device")
 
 
-def choose_backend(request: str | None, device) -> str:
+def _refused() -> dict[str, str]:
+    """recipe -> why the kernels do not compute it on the current GPU."""
+    fp8 = [recipe for recipe in RECIPES if recipe != "bf16"]
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+        known = arch in ("gfx942", "gfx950")
+        return {} if known else dict.fromkeys(fp8, f"FP8 needs gfx942 or gfx950, this GPU is {arch}")
+    have = torch.cuda.get_device_capability()
+    if have >= (8, 9):
+        return {}
+    return dict.fromkeys(fp8, "FP8 needs compute capability 8.9 or more, this GPU has {}.{}".format(*have))
+
+
+def _cpu_findings() -> str:
+    """What the cpu backend found out about this processor, where it probes one."""
+    from ornith_moe import cpu
+
+    describe = getattr(cpu, "describe", None)
+    return f"; {describe()}" if describe else ""
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(request: str | None, device: torch.device, recipe: str = "bf16") -> str:
     """The backend for tensors on `device`: the requested one, or by default the fast one of that device.
 
     Args:
         request: "triton", "cpu", "reference", or None to choose by device.
         device: torch.device of the operands.
+        recipe: what it has to compute.
 
     Raises:
-        ValueError: the request is no backend, or does not serve this device, or is unavailable (the reason is given).
+        ValueError: the request is no backend, or does not serve this device or recipe, or is unavailable (the reason
+            is given).
     """
-    known = backends()
-    name = request if request is not None else ("cpu" if device.type == "cpu" else "triton")
+    name = request if request is not None else DEFAULT_OF_DEVICE.get(device.type, "triton")
+    known = _backends(os.environ.get("TRITON_INTERPRET") == "1")
     if name not in known:
         raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")
-    if not known[name].available:
+    backend = known[name]
+    if not backend.available:
         raise ValueError(
-            f"backend: {name!r} is unavailable for tensors on {device}: {known[name].reason}; "
+            f"backend: {name!r} is unavailable for tensors on {device}: {backend.reason}; "
             "move the model to the CPU or ask for backend='reference'"
         )
     if name == "triton" and device.type == "cpu" and torch.cuda.is_available():
@@ -71,4 +122,7 @@ def choose_backend(request: str | None, device) -> str:
         raise ValueError(
             f"backend: 'cpu' takes tensors in main memory, got tensors on {device}; ask for backend='reference'"
         )
+    if recipe in backend.refused:
+        served = ", ".join(repr(one) for one in backend.recipes)
+        raise ValueError(f"recipe: {name!r} does not compute {recipe!r} here: {backend.refused[recipe]}; use {served}")
     return name

@@ -19,10 +19,10 @@ CLIENTS = {
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """Machine, libraries, clients, backends of the MoE ops and formats that can be written, each {name: what}."""
+    """Machine, libraries, clients, MoE backends and recipes, formats that can be written; {name: what} each."""
     import torch
 
-    from ornith_moe.backend import backends
+    from ornith_moe.backend import RECIPES, backends
     from ornith_moe.quant.builds import SAFETENSORS_BUILDS
     from ornith_moe.quant.gguf_codecs import ENCODERS
     from ornith_moe.quant.gguf_types import FILE_TYPES
@@ -43,11 +43,20 @@ def examine() -> dict[str, dict[str, Any]]:
             name: ("available" if backend.available else "not available") + f": {backend.reason}"
             for name, backend in backends().items()
         },
+        "MoE recipes": {recipe: _who_computes(recipe, backends()) for recipe in RECIPES},
         "builds": {
             "written": ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in ENCODERS)]),
             "planned only": ", ".join(f"gguf:{name}" for name in planned) or "none",
         },
     }
+
+
+def _who_computes(recipe: str, known: dict) -> str:
+    """The backends that compute `recipe` here, and why the others do not."""
+    default = {"triton": " (default on the GPU)", "cpu": " (default in main memory)"}
+    able = [name + default.get(name, "") for name, one in known.items() if recipe in one.recipes]
+    unable = [one for one in known.values() if recipe not in one.recipes]
+    return "; ".join([", ".join(able), *(f"not {one.name}: {one.refused.get(recipe, one.reason)}" for one in unable)])
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,8 @@
     fp8_full      128x128 blocks                  the same transposed, for the FP8 gradient of the input
     fp8_channel   one BF16 scale per output row
 
-A parameter has one entry. What may change a weight, and what notices it:
+A parameter has one entry, found by its storage and its place in it: what autograd, checkpointing and compiled graphs
+hand to a backward is an alias of the parameter, with the same version. What may change a weight, and what notices it:
 
 - In-place updates (`copy_`, `load_state_dict`, most optimizers) raise `_version`.
 - `weight.data = ...`, offloading and reallocation change the storage, its address, the shape or the strides.
@@ -15,7 +16,7 @@ A parameter has one entry. What may change a weight, and what notices it:
 - Nothing notices writes through `weight.data` or a flat buffer outside of a step, such as loading a checkpoint into
   the shards of FSDP2: call `forget_quantized_weights`.
 
-An entry goes with its parameter or with the storage it was made from, whichever goes first. FSDP2 empties the storage
+An entry goes with the storage it was made from. FSDP2 empties the storage
 of a layer after use; entries of such layers go at the next miss, so that a model kept in shards is not kept whole in
 FP8. Quantized at every call are results of differentiable operations, inference tensors (they have no version), meta
 tensors, and all weights while a CUDA graph is captured, which must quantize when it is replayed.
@@ -43,13 +44,12 @@ class FP8Weights(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    weight: weakref.ref
     storage: weakref.ref
     state: tuple[Any, ...]
-    quantized: FP8Weights
+    quantized: tuple[torch.Tensor | None, ...]
 
 
-_entries: dict[int, _Entry] = {}  # by id(weight); a weak reference of the entry removes it before the id is free again
+_entries: dict[tuple[int, int], _Entry] = {}  # by id of the storage, removed before that id is free again, and address
 _lock = threading.RLock()  # backward runs in threads of its own
 
 
@@ -57,8 +57,8 @@ def quantized_weights(weight: torch.Tensor, recipe: str, scale: str = "fp32") ->
     """The FP8 copy of `weight` that `recipe` needs, from the cache while the weight has not changed.
 
     Args:
-        weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: the parameter itself, not a view or a detached alias,
-            which would be another key.
+        weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: a parameter, or an alias of one (`weight.detach()`, but
+            not `weight.data`, whose version is another).
         recipe: "fp8", "fp8_full" or "fp8_channel".
         scale: dtype of block scales, "fp32" or "ue8m0"; those of fp8_channel are always BF16, as in its files.
     Returns:
@@ -76,25 +76,48 @@ def quantized_weights(weight: torch.Tensor, recipe: str, scale: str = "fp32") ->
     """
     if recipe not in _RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(_RECIPES)}, got {recipe!r}")
+    return _kept(weight, (recipe, scale), lambda: _quantize(weight, recipe, scale))
+
+
+def turned_weights(q: torch.Tensor, scale: torch.Tensor) -> FP8Weights:
+    """The FP8Weights of a weight that is stored as (q, scale) in 128x128 blocks, with the transposed copy of fp8_full.
+
+    Args:
+        q: [E, N, K] e4m3, itself the key of the copy. scale: [E, ceil(N / 128), ceil(K / 128)].
+    Returns:
+        FP8Weights, kept like those of `quantized_weights`, while neither q nor scale changes.
+    Example:
+        >>> import torch
+        >>> q, scale = torch.zeros(2, 256, 384).to(torch.float8_e4m3fn), torch.ones(2, 2, 3)
+        >>> turned_weights(q, scale).q_t.shape
+        torch.Size([2, 384, 256])
+    """
+    state = ("turned", scale.data_ptr(), None if scale.is_inference() else scale._version)
+    turned = _kept(q, state, lambda: (q.detach().mT.contiguous(), scale.detach().mT.contiguous()))
+    return FP8Weights(q, scale, *turned)  # the entry holds only the copy: holding q, it would keep q alive
+
+
+def _kept(weight, made_as, make):
+    """`make()`, or what it gave before for the same `weight` in the same state."""
     if not _is_lasting(weight):
-        return _quantize(weight, recipe, scale)
-    key, storage = id(weight), weight.untyped_storage()
-    layout = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-    state = (recipe, scale, weight._version, *layout)
+        return make()
+    storage = weight.untyped_storage()
+    key = (id(storage), weight.data_ptr())
+    state = (*made_as, weight._version, weight.shape, weight.stride(), weight.dtype)
 
     def drop(_):
         _entries.pop(key, None)
 
     with _lock:
         entry = _entries.get(key)
-        if entry and entry.weight() is weight and entry.storage() is storage and entry.state == state:
+        if entry and entry.storage() is storage and entry.state == state:
             return entry.quantized
         del entry
         drop(None)  # the old copy goes before the new one is made
         _drop_emptied()
         with torch.inference_mode(False):  # what is made inside of it could not be saved for a backward pass
-            quantized = _quantize(weight, recipe, scale)
-        _entries[key] = _Entry(weakref.ref(weight, drop), weakref.ref(storage, drop), state, quantized)
+            quantized = make()
+        _entries[key] = _Entry(weakref.ref(storage, drop), state, quantized)
         return quantized
 
 

@@ -1,30 +1,32 @@
-"""The routed-experts MLP as one function: check, choose a backend, compute.
+"""The routed-experts MLP as one function: check, choose a backend, call the operator.
 
     y[t] = sum over k of weights[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])),  e = indices[t, k]
 
-Routing is not part of it (`ornith_moe.route`), and neither is the shared expert (`ornith_moe.MoE`).
+Routing is not part of it (`ornith_moe.route`), and neither is the shared expert (`ornith_moe.MoE`). The operator is
+`ornith::moe_mlp` of `ornith_moe.ops`, the same one for every backend.
 """
 
 import torch
 
-from ornith_moe.backend import choose_backend
-from ornith_moe.cpu import moe_mlp_cpu
-from ornith_moe.reference import moe_mlp_reference
+import ornith_moe.ops  # noqa: F401  defines torch.ops.ornith
+from ornith_moe.backend import RECIPES, choose_backend
 
-RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
-_COMPUTE = {"cpu": moe_mlp_cpu, "reference": moe_mlp_reference}
+_FP8_INNER = 128  # rows of a block of gate_up_proj
+_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 
 
 def moe_mlp(
     x: torch.Tensor,
     indices: torch.Tensor,
     weights: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    down_proj: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     *,
     activation: str = "silu",
     recipe: str = "bf16",
     backend: str | None = None,
+    scale: str = "fp32",
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """y = sum_k weights_k * down(silu(gate(x)) * up(x)) over the experts in `indices`.
 
@@ -32,50 +34,86 @@ def moe_mlp(
         x: [T, H] floating point.
         indices: [T, top_k] integers; an id outside [0, E) is a sentinel (an expert on another rank) and adds nothing.
         weights: [T, top_k] floating point.
-        gate_up_proj: [E, 2I, H] in the dtype of x, gate rows first.
-        down_proj: [E, H, I] in the dtype of x.
+        gate_up_proj: [E, 2I, H], gate rows first, or the pair (q, scale) that stores it: q in float8_e4m3fn and scale
+            [E, ceil(2I / 128), ceil(H / 128)] or one per row [E, 2I, 1], in float32, bfloat16 or (blocks) UE8M0.
+        down_proj: [E, H, I], or its pair.
         activation: "silu".
-        recipe: "bf16": no quantization, GEMMs in the dtype of the operands, whatever that is. With the triton backend
-            also "fp8", "fp8_full" and "fp8_channel" (docs/numerics.md); the weights may then have a dtype of their own.
+        recipe: "bf16": nothing is quantized, GEMMs in the dtype of x, whatever that is; weights have that dtype too, or
+            are pairs and dequantized to it. "fp8", "fp8_full", "fp8_channel": `docs/numerics.md`; the weights are
+            masters in any 16- or 32-bit float, or pairs of the recipe's blocks or rows, and I is a multiple of 128
+            except for fp8_channel.
         backend: "triton", "cpu" or "reference"; None chooses by device.
+        scale: scales of the blocks that fp8 and fp8_full make of masters, "fp32", or "ue8m0" (powers of two) where the
+            rollout engine wants those. Activations are scaled as the weights are.
+        batch_invariant: the tile does not follow T, so that a token's bits cannot depend on its batch; triton only.
 
     Returns:
-        y [T, H] in the dtype of x, differentiable in x, weights, gate_up_proj and down_proj. T = 0 gives an empty y
-        that is still part of the graph.
+        y [T, H] in the dtype of x, differentiable in x, weights, gate_up_proj and down_proj, once. T = 0 gives an
+        empty y that is still part of the graph. A weight's gradient has the weight's dtype, or its `grad_dtype`. For
+        the q of a pair that is the gradient of the dequantized weight, and `q.grad_dtype` must be set to float32 or
+        bfloat16 first; scales have none.
 
     Raises:
         TypeError: an argument is not a tensor of the expected kind, or the dtypes differ.
-        ValueError: a shape, device, recipe, activation or backend does not fit.
+        ValueError: a shape, device, recipe, activation, scale or backend does not fit.
 
-    Numerics: see `ornith_moe.cpu` and `ornith_moe.gpu`; deterministic.
+    Numerics: docs/numerics.md; deterministic. Masters are rounded to BF16 and quantized once per optimizer step, not
+    once per call (`ornith_moe.fp8_weights`), and get their gradient as if they had not been quantized.
 
     Example:
         >>> import torch, ornith_moe as om
-        >>> x, w13, w2 = torch.randn(5, 16), torch.randn(4, 24, 16), torch.randn(4, 16, 12)
+        >>> x, w13, w2 = torch.randn(5, 16), torch.randn(4, 256, 16), torch.randn(4, 16, 128)
         >>> routing = om.route(torch.randn(5, 4), top_k=2)
         >>> om.moe_mlp(x, routing.indices, routing.weights, w13, w2).shape
         torch.Size([5, 16])
+        >>> pairs = om.quantize_fp8_block(w13), om.quantize_fp8_block(w2)
+        >>> y = om.moe_mlp(x, routing.indices, routing.weights, *pairs, recipe="fp8")
+        >>> torch.equal(y, om.moe_mlp(x, routing.indices, routing.weights, w13, w2, recipe="fp8"))
+        True
     """
-    _check(x, indices, weights, gate_up_proj, down_proj, same_dtype=recipe == "bf16")
     if activation != "silu":
         raise ValueError(f"activation: expected 'silu', got {activation!r}")
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-    name = choose_backend(backend, x.device)
-    if recipe != "bf16" and name != "triton":
-        raise ValueError(f"recipe: {recipe!r} runs on the triton backend only, not on {name!r}; use recipe='bf16'")
-    if name == "triton" and x.dtype == torch.float64:
-        raise TypeError("x: the triton backend takes 16- and 32-bit floats, got float64; ask for backend='reference'")
-    operands = (x, indices, weights, gate_up_proj, down_proj)
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
-        if name == "triton":
-            from ornith_moe.gpu import moe_mlp_gpu  # needs Triton, which the other backends do not
+    if scale not in ("fp32", "ue8m0"):
+        raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
+    gate_up_proj, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
+    down_proj, down_scale = _pair("down_proj", down_proj)
+    _check(x, indices, weights, gate_up_proj, down_proj)
+    _check_weight("gate_up_proj", gate_up_proj, gate_up_scale, x, recipe)
+    _check_weight("down_proj", down_proj, down_scale, x, recipe)
+    inner = down_proj.shape[2]
+    if recipe in ("fp8", "fp8_full") and inner % _FP8_INNER:
+        raise ValueError(
+            f"recipe: {recipe!r} needs an expert intermediate size in multiples of {_FP8_INNER}, or a block would hold"
+            f" rows of gate and of up, got I = {inner}; use recipe='fp8_channel' or 'bf16'"
+        )
+    name = choose_backend(backend, x.device, recipe)
+    if x.dtype == torch.float64 and (name == "triton" or recipe != "bf16"):
+        what = "the triton backend" if name == "triton" else f"recipe {recipe!r}"
+        raise TypeError(f"x: {what} takes 16- and 32-bit floats, got float64; use backend='reference', recipe='bf16'")
+    if batch_invariant and name != "triton":
+        raise ValueError(
+            f"batch_invariant: the {name} backend cannot promise it, because torch chooses a GEMM by its shape; "
+            "use backend='triton' or batch_invariant=False"
+        )
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up_proj, down_proj))
+    y, *_ = torch.ops.ornith.moe_mlp(
+        x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, batch_invariant, name,
+        grad,
+    )  # fmt: skip
+    return y
 
-            return moe_mlp_gpu(*operands, recipe=recipe)
-        return _COMPUTE[name](*operands)
+
+def _pair(name, weight):
+    if not isinstance(weight, (tuple, list)):
+        return weight, None
+    if len(weight) != 2 or not all(isinstance(t, torch.Tensor) for t in weight):
+        raise TypeError(f"{name}: expected a tensor or a pair (q, scale) of tensors, got {len(weight)} values")
+    return weight
 
 
-def _check(x, indices, weights, gate_up_proj, down_proj, same_dtype):
+def _check(x, indices, weights, gate_up_proj, down_proj):
     tensors = {
         "x": (x, 2, "[T, H]"),
         "indices": (indices, 2, "[T, top_k]"),
@@ -91,12 +129,10 @@ def _check(x, indices, weights, gate_up_proj, down_proj, same_dtype):
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected the device of x ({x.device}), got {tensor.device}")
         integral = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-        if integral != (name == "indices") or (not integral and tensor.element_size() == 1):
+        narrow = tensor.dtype.itemsize == 1 and name not in ("gate_up_proj", "down_proj")
+        if integral != (name == "indices") or (not integral and narrow):
             kind = "an integer" if name == "indices" else "a 16-, 32- or 64-bit floating-point"
             raise TypeError(f"{name}: expected {kind} tensor, got {tensor.dtype}")
-    for name, tensor in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
-        if same_dtype and tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {tensor.dtype}; cast one of them")
     if indices.shape != weights.shape or indices.shape[0] != x.shape[0]:
         raise ValueError(
             f"indices and weights: expected the same shape [T, top_k] with T = {x.shape[0]}, "
@@ -109,4 +145,32 @@ def _check(x, indices, weights, gate_up_proj, down_proj, same_dtype):
         raise ValueError(
             f"down_proj: expected [E, H, I] = {[experts, hidden, twice_inner // 2]} to match gate_up_proj "
             f"{[*gate_up_proj.shape]}, got {[*down_proj.shape]}"
+        )
+
+
+def _check_weight(name, weight, scale, x, recipe):
+    """Dtype of a weight, and what belongs to a pair."""
+    if scale is None:
+        if recipe == "bf16" and weight.dtype.itemsize > 1 and weight.dtype != x.dtype:
+            raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {weight.dtype}; cast one of them")
+        if weight.dtype.itemsize == 1 or (recipe != "bf16" and weight.dtype == torch.float64):
+            sizes = "16-, 32- or 64-bit" if recipe == "bf16" else "16- or 32-bit"
+            raise TypeError(
+                f"{name}: expected a {sizes} floating-point tensor or a pair (q, scale), got {weight.dtype}"
+            )
+        return
+    if weight.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{name}: expected q of a pair in float8_e4m3fn, got {weight.dtype}")
+    if scale.dtype not in _SCALE_DTYPES:
+        raise TypeError(f"{name}: expected its scale in float32, bfloat16 or float8_e8m0fnu, got {scale.dtype}")
+    if scale.device != weight.device:
+        raise ValueError(f"{name}: expected its scale on the device of q ({weight.device}), got {scale.device}")
+    experts, n, k = weight.shape
+    blocks, rows = (experts, -(-n // 128), -(-k // 128)), (experts, n, 1)
+    fits = {"bf16": (blocks, rows), "fp8_channel": (rows,)}.get(recipe, (blocks,))
+    if tuple(scale.shape) not in fits:
+        expected = " or ".join(str(list(shape)) for shape in fits)
+        raise ValueError(
+            f"{name}: expected its scale in shape {expected} for recipe {recipe!r} and q of shape {[experts, n, k]}, "
+            f"got {list(scale.shape)}"
         )

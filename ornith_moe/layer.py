@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ornith_moe.backend import backends
-from ornith_moe.functional import RECIPES, moe_mlp
+from ornith_moe.backend import RECIPES, backends
+from ornith_moe.functional import moe_mlp
 from ornith_moe.routing import Routing, fold_shared, route
 
 
@@ -36,7 +36,7 @@ class MoEConfig:
             launches of the routed ones instead of reading x and adding to y once more.
         score, norm_topk_prob, n_group, topk_group, scaling: as in `ornith_moe.route`.
         router_logits: "float32", or "model" for the dtype of the model.
-        recipe, backend: as in `ornith_moe.moe_mlp`.
+        recipe, backend, scale, batch_invariant: as in `ornith_moe.moe_mlp`.
     """
 
     hidden_size: int
@@ -53,6 +53,8 @@ class MoEConfig:
     router_logits: str = "float32"
     recipe: str = "bf16"
     backend: str | None = None
+    scale: str = "fp32"
+    batch_invariant: bool = False
 
     def __post_init__(self):
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
@@ -69,6 +71,13 @@ class MoEConfig:
             raise ValueError(f"router_logits: expected 'float32' or 'model', got {self.router_logits!r}")
         if self.recipe not in RECIPES:
             raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        if self.recipe in ("fp8", "fp8_full") and self.intermediate_size % 128:
+            raise ValueError(
+                f"intermediate_size: expected a multiple of 128 for recipe {self.recipe!r}, got"
+                f" {self.intermediate_size}; use recipe='fp8_channel' or 'bf16'"
+            )
+        if self.scale not in ("fp32", "ue8m0"):
+            raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {self.scale!r}")
         if self.backend is not None and self.backend not in backends():
             raise ValueError(f"backend: expected one of {', '.join(backends())} or None, got {self.backend!r}")
         # an empty call: the rules about experts and groups stay where they are enforced
@@ -126,7 +135,7 @@ class MoE(nn.Module):
     def apply_routing(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """y [T, H] for x [T, H] and a routing at hand, for callers that also need its counts or record its choice."""
         weights = (self.experts.gate_up_proj, self.experts.down_proj)
-        options = {"recipe": self.config.recipe, "backend": self.config.backend}
+        options = {name: getattr(self.config, name) for name in ("recipe", "backend", "scale", "batch_invariant")}
         indices, slot_weights = routing.indices, routing.weights
         if self.config.fold_shared:
             gate = self.shared_expert_gate(x).sigmoid()

@@ -20,7 +20,8 @@ Two losses can come with it, in the form that transformers gives them for one la
     z_loss              = mean_t logsumexp(logits[t])^2
 
 Counts are constants there; balanced experts give top_k. Both backends return the sums over tokens, so the formulas
-stand here once. The kernels are `ornith_moe.kernels.routing`; what follows in torch is their definition.
+stand here once. The operator is `ornith::route` (`ornith_moe.ops`), computed by `ornith_moe.kernels.routing` on a GPU
+and elsewhere by `ornith_moe.routing_torch`, which defines what both give.
 
 Letters: T tokens, E experts, top_k experts per token.
 Sources: Shazeer et al. 2017 (top-k gating); DeepSeek-V3 report, section 2.1.2 (bias and groups); the Qwen3.5 router;
@@ -31,9 +32,8 @@ from dataclasses import dataclass
 
 import torch
 
+import ornith_moe.ops  # noqa: F401  defines torch.ops.ornith
 from ornith_moe.backend import choose_backend
-
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,14 @@ def route(
     """
     _check(logits, top_k, score, bias, n_group, topk_group)
     if replay is not None:
-        replay = _checked_record(replay, logits, top_k)
+        _check_record(replay, logits, top_k)
     if logits.dtype == torch.float64:
         logits = logits.float()
-    compute = _Kernels.apply if choose_backend(backend, logits.device) == "triton" else _route
-    options = (top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses)
-    indices, weights, counts, q_sum, square_sum = compute(logits, *options)
+    bias = None if bias is None else bias.detach()
+    weights, indices, counts, q_sum, square_sum = torch.ops.ornith.route(
+        logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses,
+        choose_backend(backend, logits.device),
+    )  # fmt: skip
     if scaling != 1:
         weights = weights * scaling
     if not losses:
@@ -117,54 +119,6 @@ def route(
     tokens = max(tokens, 1)
     balance = (counts / tokens * (q_sum / tokens)).sum() * experts
     return Routing(indices, weights, counts, balance, square_sum / tokens)
-
-
-def _route(logits, top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
-    """indices, weights before scaling, counts; sums over tokens of q [E] and logsumexp^2 [], or None."""
-    logits = logits.float()
-    scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
-    with torch.no_grad():
-        preference = scores if bias is None else scores + bias.float()
-        if n_group is not None:
-            preference = _restrict_to_groups(preference, n_group, topk_group, pair=bias is not None)
-        indices = _largest(preference, top_k)
-        if replay is not None:
-            indices = torch.where(replay == -1, indices, replay)
-    weights = scores.gather(-1, indices)
-    if norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(_TINY)
-    flat = indices.reshape(-1)
-    counts = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))  # integer sums: the same in any order
-    if not losses:
-        return indices.int(), weights, counts, None, None
-    q = scores if score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp_min(_TINY)
-    return indices.int(), weights, counts, q.sum(0), logits.logsumexp(-1).square().sum()
-
-
-class _Kernels(torch.autograd.Function):
-    """`_route` by the kernels; the softmax is computed again in backward."""
-
-    @staticmethod
-    def forward(ctx, logits, top_k, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
-        from ornith_moe.kernels.routing import route_forward  # needs Triton, which this module does not
-
-        indices, weights, counts, q_sum, square_sum = route_forward(
-            logits, top_k, score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group,
-            topk_group=topk_group, replay=replay, losses=losses,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, indices, weights)
-        ctx.options = {"score": score, "norm_topk_prob": norm_topk_prob}
-        ctx.mark_non_differentiable(indices, counts)
-        return indices, weights, counts, q_sum, square_sum
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, _indices, dweights, _counts, dq_sum, dsquare_sum):
-        from ornith_moe.kernels.routing import route_backward
-
-        dlogits = route_backward(*ctx.saved_tensors, dweights, dq_sum, dsquare_sum, **ctx.options)
-        return dlogits, *[None] * 8
 
 
 def fold_shared(
@@ -187,50 +141,16 @@ def fold_shared(
     return torch.cat((indices, column), 1), torch.cat((weights, gate.reshape(-1, 1).to(weights.dtype)), 1)
 
 
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the `count` largest values per row, ties to the lowest index."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
-def _restrict_to_groups(preference: torch.Tensor, n_group: int, topk_group: int, *, pair: bool) -> torch.Tensor:
-    """Set the preference of every expert outside the best `topk_group` groups to -inf."""
-    grouped = preference.unflatten(-1, (n_group, -1))  # [T, n_group, E / n_group]
-    best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values
-    worth = best.sum(-1) if pair else best[..., 0]
-    closed = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, _largest(worth, topk_group), False)
-    return grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
-
-
-def _checked_record(replay: torch.Tensor, logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """`replay` as int64 on the device of the logits, after checking it."""
+def _check_record(replay, logits, top_k):
+    """Kind and shape; the ids are checked inside of the operator, where their values may be read."""
     if not isinstance(replay, torch.Tensor) or replay.is_floating_point() or replay.dtype == torch.bool:
         raise TypeError(f"replay: expected an integer tensor, got {getattr(replay, 'dtype', type(replay).__name__)}")
-    tokens, experts = logits.shape
+    tokens = logits.shape[0]
     if replay.shape != (tokens, top_k):
         raise ValueError(
             f"replay: expected shape [T, top_k] = {[tokens, top_k]}, got {list(replay.shape)}; "
             "record one row of top_k expert ids per token"
         )
-    record = replay.to(device=logits.device, dtype=torch.int64)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return record
-    absent = (record == -1).all(-1, keepdim=True)
-    outside = ~absent & ((record < 0) | (record >= experts))
-    ordered = record.sort(-1).values
-    twice = ~absent & (ordered[..., 1:] == ordered[..., :-1])
-    if bool(outside.any() | twice.any()):  # host sync: a wrong record must not train a wrong expert silently
-        if outside.any():
-            token, slot = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"replay[{token}, {slot}]: expected an expert id in [0, {experts}) or a whole row of -1 for no record, "
-                f"got {int(record[token, slot])}; check that the record and the model have the same experts"
-            )
-        token = int(twice.any(-1).nonzero()[0])
-        raise ValueError(
-            f"replay[{token}]: expected {top_k} different experts, got {record[token].tolist()}; "
-            "drop the record of this token by setting its row to -1"
-        )
-    return record
 
 
 def _check(logits, top_k, score, bias, n_group, topk_group):

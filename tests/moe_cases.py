@@ -32,6 +32,23 @@ def make_indices(kind, tokens, experts, top_k):
     return indices
 
 
+def choose(kind, tokens, experts, top_k):
+    """indices [tokens, top_k] int64 of a routing of this kind, each row without a repeated expert."""
+    if kind == "one-takes-all":  # every token's first slot
+        others = torch.rand(tokens, experts - 1).argsort(-1)[:, : top_k - 1] + 1
+        return torch.cat((torch.zeros(tokens, 1, dtype=torch.long), others), -1)
+    preference = torch.rand(tokens, experts)
+    if kind == "skewed":
+        preference += torch.linspace(2, 0, experts)
+    if kind == "empty":  # the first, the last and a middle expert get nothing
+        preference[:, [0, experts // 2, experts - 1]] = -1
+    indices = preference.topk(top_k).indices
+    if kind == "sentinels":
+        indices[::4, 0] = experts
+        indices[5, 1], indices[6] = -1, experts + 9
+    return indices
+
+
 class Layer:
     """Operands of one layer at the scale of a trained one, on the device, and what float64 makes of them."""
 

@@ -215,9 +215,29 @@ def test_nothing_is_kept_for_what_does_not_come_again(calls):
         for _ in range(2):
             quantized_weights(made_inside, "fp8")
     assert len(calls) == 4 and not fp8_weights._entries
+
+
+def test_an_alias_is_the_same_weight(calls):
+    """Non-reentrant checkpointing gives a backward `weight.detach()`, another one each time."""
+    weight = parameter()
+    first = quantized_weights(weight, "fp8")
     for _ in range(2):
-        quantized_weights(weight.detach(), "fp8")  # a leaf, and another one each time
-    assert len(calls) == 6 and not fp8_weights._entries
+        assert quantized_weights(weight.detach(), "fp8") is first
+    assert len(calls) == 1
+    with torch.no_grad():
+        weight.detach().mul_(2)
+    assert_current(weight)
+
+
+def test_parameters_in_one_flat_buffer_are_told_apart(calls):
+    buffer = torch.randn(3, 2, 140, 140)
+    weights = [nn.Parameter(part) for part in buffer]
+    for _ in range(2):
+        for weight in weights:
+            quantized_weights(weight, "fp8")
+    assert len(calls) == 3
+    for weight in weights:
+        assert_current(weight)
 
 
 def test_a_copy_made_in_inference_mode_serves_training():

@@ -1,8 +1,10 @@
-"""ornith_moe/gpu.py: the kernels as one differentiable operation, from router logits to the loss and back.
+"""ornith_moe/gpu.py: the kernels below the operator, from router logits to the loss and back.
 
 References: float64 torch (softmax, top-k, loop over experts) under autograd; for the number of casts, a count of calls.
 Without a GPU the kernels run in Triton's interpreter. The kernels' own tests are in tests/kernels.
 """
+
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +16,8 @@ from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference
 
 import ornith_moe as om
 from ornith_moe import fp8_weights
-from ornith_moe.gpu import moe_mlp_gpu
 
+moe_mlp_gpu = partial(om.moe_mlp, backend="triton")
 FIVE = ("y", "dx", "dgate_up", "ddown", "dlogits")
 
 
@@ -71,24 +73,38 @@ def test_saved_bytes_per_token(tokens, hidden, inner, top_k):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         moe_mlp_gpu(x, layer.indices, layer.weights, gate_up, down)
+    saved = [t for t in saved if t.numel() and t.data_ptr() != layer.indices.data_ptr()]  # the indices exist anyway
     kept = [t for t in saved if t.data_ptr() not in (gate_up.data_ptr(), down.data_ptr())]
     activations = [t for t in kept if t.shape[-1] in (hidden, 2 * inner)]
     assert sum(t.nbytes for t in activations) == tokens * (hidden * 2 + top_k * 2 * inner * 2)
     index_bytes = sum(t.nbytes for t in kept if not any(t is a for a in activations))
-    # weights, both maps, and the tiles: at most one per 16 rows and one per expert
-    assert index_bytes <= tokens * top_k * (4 + 4 + 4) + 8 * (tokens * top_k // 16 + 6) + 4 * (6 + 7 + 1)
+    assert index_bytes == tokens * top_k * 4  # the routing weights; the plan is built again
 
 
-def test_frozen_experts_skip_the_weight_gradients(monkeypatch):
-    from ornith_moe.kernels import moe
+LAUNCHES = {  # forward, then backward by what is wanted; the plan's three launches come before each
+    "x": ["gate_up", "down", "combine", "dswiglu", "dx", "combine"],
+    "weights": ["gate_up", "down", "combine", "dswiglu"],
+    "gate_up_proj": ["gate_up", "down", "combine", "dswiglu", "dgate_up"],
+    "down_proj": ["gate_up", "down", "combine", "dswiglu", "ddown"],
+}
 
-    monkeypatch.setattr(moe, "wgrad", None)  # a call would fail
+
+@pytest.mark.parametrize("trained", LAUNCHES)
+def test_a_gradient_that_nobody_wants_is_not_launched(trained, monkeypatch):
+    from ornith_moe.kernels import combine, grouped_gemm, grouped_wgrad
+
+    labels = []
+    for module in (combine, grouped_gemm, grouped_wgrad):
+        real = module.launch
+        monkeypatch.setattr(module, "launch", lambda name, *a, _of=real, **k: labels.append(name) or _of(name, *a, **k))
     layer = Layer(20, 64, 32, 3, 2)
-    x, weights = layer.x.requires_grad_(), layer.weights.requires_grad_()
-    moe_mlp_gpu(x, layer.indices, weights, layer.gate_up, layer.down).backward(layer.dy)
+    leaves = {"x": layer.x, "weights": layer.weights, "gate_up_proj": layer.gate_up, "down_proj": layer.down}
+    leaves[trained].requires_grad_()
+    moe_mlp_gpu(indices=layer.indices, **leaves).backward(layer.dy)
+    assert [label.split()[0] for label in labels] == LAUNCHES[trained]
     expected = layer.expected()
-    assert_close("dx", x.grad, expected["dx"], TOLERANCE[torch.float32])
-    assert_close("dweights", weights.grad, expected["dweights"], TOLERANCE[torch.float32])
+    name = {"x": "dx", "weights": "dweights", "gate_up_proj": "dgate_up", "down_proj": "ddown"}[trained]
+    assert_close(name, leaves[trained].grad, expected[name], TOLERANCE[torch.float32])
 
 
 def test_two_micro_batches_quantize_once(monkeypatch):
@@ -128,8 +144,8 @@ def test_no_tokens_still_belong_to_the_graph():
 def test_recipes_that_do_not_fit_say_why():
     layer = Layer(3, 64, 32, 3, 2)
     operands = (layer.x, layer.indices, layer.weights, layer.gate_up, layer.down)
-    with pytest.raises(ValueError, match=r"'fp8' runs on the triton backend only, not on 'reference'"):
-        om.moe_mlp(*operands, recipe="fp8", backend="reference")
+    with pytest.raises(ValueError, match=r"recipe: 'fp8' needs an expert intermediate size in multiples of 128"):
+        om.moe_mlp(*operands, recipe="fp8", backend="triton")
     with pytest.raises(ValueError, match=r"recipe: expected one of bf16, fp8, fp8_full, fp8_channel, got 'fp4'"):
         om.moe_mlp(*operands, recipe="fp4")
     with pytest.raises(TypeError, match=r"float64.*reference"):

@@ -79,6 +79,39 @@ def test_replay_reproduces_and_steers():
     assert (moe(x, replay=other) != moe(x)).any()
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "fp8_full", "fp8_channel"])
+def test_fp8_descends_and_replays(recipe):
+    """The choice is the recorded one, and the router learns from it: its gradient is that of the weights alone."""
+    moe = om.MoE(replace(CONFIG, intermediate_size=128, recipe=recipe))
+    x, target = torch.randn(63, 40), torch.randn(63, 40)
+    record = om.MoE(replace(CONFIG, intermediate_size=128)).route(x).indices  # another router's choice
+    optimizer = torch.optim.Adam(moe.parameters(), 1e-2)
+    losses, start = [], moe.gate.weight.detach().clone()
+    for _ in range(20):
+        routing = moe.route(x, replay=record)
+        assert_same_bits("indices", routing.indices, record)
+        loss = (moe(x, replay=record) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad.any() and p.grad.isfinite().all() for p in moe.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert (moe.gate.weight - start).norm() > 0.1 * start.norm()
+
+
+def test_compiles_to_one_graph():
+    moe = om.MoE(replace(CONFIG, intermediate_size=128, recipe="fp8"))
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    x, record = torch.randn(2, 9, 40), moe.route(torch.randn(18, 40)).indices
+    got, expected = compiled(x, replay=record), moe(x, replay=record)
+    assert_same_bits("y", got, expected)
+    gradients = [torch.autograd.grad(y.sum(), list(moe.parameters())) for y in (got, expected)]
+    for (name, _), a, b in zip(moe.named_parameters(), *gradients, strict=True):
+        assert_same_bits(name, a, b)
+    torch._dynamo.reset()
+
+
 def test_no_tokens():
     moe = om.MoE(CONFIG)
     y = moe(torch.randn(2, 0, 40))
@@ -110,6 +143,8 @@ def test_a_step_of_descent_lowers_the_loss():
         ({"n_group": 2, "topk_group": 1}, "n_group: expected a divisor"),
         ({"router_logits": "bf16"}, "router_logits: expected 'float32' or 'model'"),
         ({"recipe": "fp4"}, "recipe: expected one of bf16, fp8, fp8_full, fp8_channel, got 'fp4'"),
+        ({"recipe": "fp8"}, "intermediate_size: expected a multiple of 128 for recipe 'fp8', got 24"),
+        ({"scale": "bf16"}, "scale: expected 'fp32' or 'ue8m0', got 'bf16'"),
         ({"backend": "cuda"}, "backend: expected one of triton, cpu, reference or None, got 'cuda'"),
     ],
     ids=str,
