@@ -159,7 +159,8 @@ def saved_elements(trained):
 
 
 def test_memory_kept_for_backward():
-    """Besides arguments: the offsets [E + 1], the slot order [R] and the pre-activation [R, 2I]; no [R, H], no x if gate_up is frozen."""
+    """Besides arguments: the offsets [E + 1], the slot order [R] and the pre-activation
+    [R, 2I]; no [R, H], no x if gate_up is frozen."""
     rows = T * TOP_K
     assert saved_elements(NAMES) == ([E + 1, rows, rows * 2 * I], set(NAMES))
     assert saved_elements(("x", "weights", "down_proj")) == ([E + 1, rows, rows * 2 * I], set(NAMES) - {"x"})

@@ -118,7 +118,8 @@ def moe_backward(
     """Gradients of x, weights, gate_up and down; `wants` says which, and what nobody wants is not computed.
 
     Args:
-        dy: [T, H] in d. x: as in the forward; None where dgate_up is not wanted. weights, gate_up, down, recipe: as there.
+        dy: [T, H] in d. x: as in the forward, or None where dgate_up is not wanted.
+        weights, gate_up, down, recipe: as in the forward.
         saved: what `moe_forward` gave.
         grad_dtypes: of dgate_up and ddown; d where None.
 
@@ -131,9 +132,10 @@ def moe_backward(
     Example:
         >>> import torch
         >>> from ornith_moe.cpu import Weights, moe_backward, moe_forward
-        >>> x, w, w13, w2 = torch.ones(1, 2), torch.tensor([[0.5]]), Weights(torch.ones(3, 8, 2)), Weights(torch.ones(3, 2, 4))
-        >>> y, saved = moe_forward(x, torch.tensor([[2]]), w, w13, w2, save=True)
-        >>> moe_backward(torch.ones(1, 2), x, w, saved, w13, w2, wants=(False, True, False, False))[1]
+        >>> x, weights = torch.ones(1, 2), torch.tensor([[0.5]])
+        >>> w13, w2 = Weights(torch.ones(3, 8, 2)), Weights(torch.ones(3, 2, 4))
+        >>> y, saved = moe_forward(x, torch.tensor([[2]]), weights, w13, w2, save=True)
+        >>> moe_backward(torch.ones(1, 2), x, weights, saved, w13, w2, wants=(False, True, False, False))[1]
         tensor([[28.1855]])
     """
     wants_dx, wants_dweights, wants_dgate_up, wants_ddown = wants
@@ -199,7 +201,8 @@ def _check(recipe, gate_up, down):
         return
     for name, weight in (("gate_up", gate_up), ("down", down)):
         if weight.scale is None:
-            raise ValueError(f"{name}: recipe {recipe!r} expects e4m3fn values with scales, got {weight.value.dtype} without")
+            got = weight.value.dtype
+            raise ValueError(f"{name}: recipe {recipe!r} expects e4m3fn values with scales, got {got} without")
     if recipe != "fp8_channel" and down.value.shape[2] % _GROUP:
         raise ValueError(
             f"recipe: {recipe!r} needs an expert intermediate size in multiples of {_GROUP}, or a block would hold rows"
@@ -215,7 +218,8 @@ def moe_mlp_cpu(
     Example:
         >>> import torch
         >>> from ornith_moe.cpu import moe_mlp_cpu
-        >>> moe_mlp_cpu(torch.ones(1, 2), torch.tensor([[2]]), torch.tensor([[0.5]]), torch.ones(3, 8, 2), torch.ones(3, 2, 4))
+        >>> x, w13, w2 = torch.ones(1, 2), torch.ones(3, 8, 2), torch.ones(3, 2, 4)
+        >>> moe_mlp_cpu(x, torch.tensor([[2]]), torch.tensor([[0.5]]), w13, w2)
         tensor([[7.0464, 7.0464]])
     """
     return _MoEMLP.apply(x, indices, weights, gate_up_proj, down_proj)

@@ -2,8 +2,10 @@
 
     activation_gradient   task: an expert and a panel of I
                           da' = dy @ down;  dweights = <da', a'>;  wa = w * a';  dpre = d(silu(gate) * up) * w * da'
-    input_gradient        task: a panel of H         dx[t] = sum over the experts of t, in their order, of dpre @ gate_up
-    weight_gradient       task: an expert and a block of rows of its gradient          ddown = dy^T @ wa, dgate_up = dpre^T @ x
+    input_gradient        task: a panel of H
+                          dx[t] = sum over the experts of t, in their order, of dpre @ gate_up
+    weight_gradient       task: an expert and a block of rows of its gradient
+                          ddown = dy^T @ wa, dgate_up = dpre^T @ x
 
 The first two contract the rows of a weight, the last the rows of its expert; in all three the right operand is packed
 into panels (`rows.pack`), the left one is read where it lies or from panels too. The gradient of an expert is written
@@ -18,17 +20,17 @@ import numpy as np
 
 from ornith_moe.cpu.forward import int32s, share, sigmoid
 from ornith_moe.cpu.rows import float_of, floats, integers, narrow, pack, pack_weight, rounded, widen
-from ornith_moe.cpu.tiles import FP32, OUTER_ROWS, PANEL, outer_tile, take
+from ornith_moe.cpu.tiles import ADD, BF16, FP32, OUTER_ROWS, PANEL, STORE, outer_tile, take
 from ornith_moe.quant.codecs.compiled import compiled
 
 
 @compiled
-def outer_rows(kind, m, a_rows, a_step, panel, words, c_rows, c_offset, add):
-    """C[i][c_offset ...] (+)= A[i] @ panel for m rows, in tiles of about equal height."""
+def outer_rows(kind, m, a_rows, a_step, panel, words, c_rows, c_offset, store):
+    """C[i][c_offset ...] = A[i] @ panel, as `outer_tile` writes it, for m rows, in tiles of about equal height."""
     tiles, done = (m + OUTER_ROWS - 1) // OUTER_ROWS, 0
     for tile in range(tiles):
         rows = (m - done + tiles - tile - 1) // (tiles - tile)
-        outer_tile(kind, rows, a_rows + 8 * done, a_step, panel, words, c_rows + 8 * done, c_offset, add)
+        outer_tile(kind, rows, a_rows + 8 * done, a_step, panel, words, c_rows + 8 * done, c_offset, store)
         done += rows
 
 
@@ -74,7 +76,7 @@ def activation_gradient(counter, scratch, kind, dy, dy_row, rows, weights, matri
             if needs_da:
                 for i in range(m):
                     starts[i] = dy + row_to_slot[i] // rows.top_k * dy_row
-                outer_rows(kind, m, a_rows, 4, panel, words_of(kind, hidden), c_rows, 0, False)
+                outer_rows(kind, m, a_rows, 4, panel, words_of(kind, hidden), c_rows, 0, STORE)
             for i in range(m):
                 r = first + i
                 weight = floats(weights + 4 * row_to_slot[i], 1)[0]
@@ -147,7 +149,7 @@ def input_gradient(counter, scratch, kind, dpre, rows, matrix, dx32, dx32_row, d
                 for i in range(m):
                     starts[i] = dpre + 2 * inner * size * (first + i)
                     places[i] = dx32 + row_to_slot[i] // rows.top_k * dx32_row
-                outer_rows(kind, m, a_rows, 4, panel, words_of(kind, 2 * inner), c_rows, 4 * column, True)
+                outer_rows(kind, m, a_rows, 4, panel, words_of(kind, 2 * inner), c_rows, 4 * column, ADD)
                 first += m
         if dx:
             for t in range(tokens):
@@ -164,7 +166,8 @@ def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right
     size = 2 if bf16 else 4
     blocks = (columns_left + block - 1) // block
     active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    left_rows, right_rows, a_rows, c_rows = scratch, scratch + 8 * chunk, scratch + 16 * chunk, scratch + 16 * chunk + 8 * block
+    left_rows, right_rows, a_rows = scratch, scratch + 8 * chunk, scratch + 16 * chunk
+    c_rows = a_rows + 8 * block
     c = c_rows + 8 * block
     right_panel = c + 4 * PANEL * block
     left_panels = right_panel + 4 * PANEL * chunk
@@ -173,7 +176,6 @@ def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right
     starts, places = integers(a_rows, block), integers(c_rows, block)
     for i in range(block):
         starts[i] = left_panels + i // PANEL * panel_bytes + 4 * (i % PANEL)
-        places[i] = c + 4 * PANEL * i
     while True:
         task = take(counter)
         if task >= rows.active_count * blocks:
@@ -184,6 +186,10 @@ def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right
         single = bounds[1] - bounds[0] <= chunk
         for column in range(0, columns_right, PANEL):
             width = min(PANEL, columns_right - column)
+            target = gradient + ((e * columns_left + row) * columns_right + column) * size
+            direct = single and width == PANEL
+            for i in range(height):
+                places[i] = target + i * columns_right * size if direct else c + 4 * PANEL * i
             first = bounds[0]
             while first < bounds[1]:
                 m = share(bounds[1] - first, chunk)
@@ -194,10 +200,11 @@ def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right
                         lefts[i] = left + (token if left_gathered else first + i) * left_row
                         rights[i] = right + (token if right_gathered else first + i) * right_row
                     for p in range(0, height, PANEL):
-                        pack(kind, left_rows, m, row + p, min(PANEL, height - p), left_panels + p // PANEL * panel_bytes)
+                        place = left_panels + p // PANEL * panel_bytes
+                        pack(kind, left_rows, m, row + p, min(PANEL, height - p), place)
                 pack(kind, right_rows, m, column, width, right_panel)
-                outer_rows(kind, height, a_rows, 4 * PANEL, right_panel, words_of(kind, m), c_rows, 0, first > bounds[0])
+                store = BF16 if direct and bf16 else ADD if first > bounds[0] else STORE
+                outer_rows(kind, height, a_rows, 4 * PANEL, right_panel, words_of(kind, m), c_rows, 0, store)
                 first += m
-            target = gradient + ((e * columns_left + row) * columns_right + column) * size
-            for i in range(height):
+            for i in range(0 if direct else height):
                 narrow(places[i], bf16, target + i * columns_right * size, width)

@@ -1,7 +1,8 @@
 """Forward of the routed experts on one thread of many: two kernels, each taking tasks until none is left.
 
     gate_up    task: an expert and a strip of I     pre = x @ gate_up^T, rounded to d;  a' = d(silu(gate) * up)
-    down       task: a strip of H                   y[t] = sum over the experts of t, in their order, of w * (a' @ down^T)
+    down       task: a strip of H
+               y[t] = sum over the experts of t, in their order, of w * (a' @ down^T)
 
 A task of `down` owns its columns of y for all experts, so nothing of size T * top_k * H exists, nothing is added by two
 threads, and the order of the sum is that of the experts. Both read each weight once while its expert has no more than
@@ -36,7 +37,7 @@ class Rows(NamedTuple):
 
 @compiled
 def group_by_expert(indices, offsets, row_to_slot, active):
-    """Fill `offsets` [E + 1], `row_to_slot` [T * top_k] (-1 past the last row) and `active`; returns how many are active.
+    """Fill `offsets` [E + 1], `row_to_slot` [T * top_k] (-1 past the last row), `active`; returns how many are active.
 
     Stable; ids outside [0, E) are left out.
     """
@@ -90,7 +91,7 @@ def sigmoid(x):
 
 @compiled
 def activate(gate, up, bf16, width, pre_gate, pre_up, a):
-    """a' = d(silu(gate) * up) from float32 `gate` and `up`, rounded to d before; they are kept where pre_gate is not 0."""
+    """a' = d(silu(gate) * up) from float32 `gate` and `up`, rounded to d before; kept where pre_gate is not 0."""
     gates, ups = floats(gate, width), floats(up, width)
     if bf16:
         for i in range(width):
@@ -203,8 +204,8 @@ def down(counter, scratch, kind, a, a_row, rows, weights, matrix, y32, y32_row, 
                     places[i] = y32 + row_to_slot[i] // rows.top_k * y32_row
                     factor[i] = floats(weights + 4 * row_to_slot[i], 1)[0]
                 for j in range(column, column + width, DOT_COLUMNS):
-                    four_columns(kind, m, inner, a_row, a_rows, matrix, e, j, min(DOT_COLUMNS, column + width - j), room,
-                                 c_rows, 4 * j, factors, True)  # fmt: skip
+                    count = min(DOT_COLUMNS, column + width - j)
+                    four_columns(kind, m, inner, a_row, a_rows, matrix, e, j, count, room, c_rows, 4 * j, factors, True)
                 first += m
         if y:
             for t in range(tokens):

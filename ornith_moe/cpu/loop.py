@@ -10,7 +10,7 @@ Letters: T tokens, E experts, H hidden, I expert intermediate, R slots, m rows o
 import torch
 import torch.nn.functional as F
 
-from ornith_moe.cpu.memory import zeros
+from ornith_moe.cpu import memory
 from ornith_moe.cpu.rows import scale_block
 from ornith_moe.quant.fp8 import dequantize_fp8
 
@@ -31,8 +31,9 @@ def gate_up(x, rows, weight, save):
 def down(a, rows, weights, weight):
     y = _wide(a.new_zeros(rows.tokens, weight.value.shape[1]))
     for e, first, last in rows.groups():
-        factor = weights.reshape(-1)[rows.slots_of(first, last)].to(y.dtype)
-        _add_rows(y, rows.tokens_of(first, last), _wide(a[first:last] @ _expert(weight, e, a.dtype).T) * factor[:, None])
+        factor = weights.reshape(-1)[rows.slots_of(first, last)].to(y.dtype)[:, None]
+        out = _wide(a[first:last] @ _expert(weight, e, a.dtype).T)
+        _add_rows(y, rows.tokens_of(first, last), out * factor)
     return y.to(a.dtype)
 
 
@@ -62,11 +63,10 @@ def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
 
 
 def weight_gradient(left, right, gathered, rows, shape, dtype):
-    gradient = zeros(shape, dtype)
+    gradient = memory.weight_gradient(shape, dtype, rows.active.tolist())
     for e, first, last in rows.groups():
-        tokens = rows.tokens_of(first, last)
-        sides = [side[tokens] if gather else side[first:last] for side, gather in zip((left, right), gathered, strict=True)]
-        gradient[e] = sides[0].T @ sides[1]
+        chosen = [rows.tokens_of(first, last) if gather else slice(first, last) for gather in gathered]
+        gradient[e] = left[chosen[0]].T @ right[chosen[1]]
     return gradient
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ornith_moe.cpu import backward, forward
+from ornith_moe.cpu import backward, forward, memory
 from ornith_moe.cpu.machine import bf16_kind, run
-from ornith_moe.cpu.memory import empty, zeros
+from ornith_moe.cpu.memory import empty
 from ornith_moe.cpu.rows import Matrix, scale_block
 from ornith_moe.cpu.tiles import DOT_COLUMNS, FP32, PANEL, VECTOR_BYTES
 
@@ -91,8 +91,8 @@ def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
     scratch = chunk * (16 + 4 * PANEL) + 20 * PANEL + 8 * hidden + 4 * PANEL * (hidden + 1)
     run(
         backward.activation_gradient, len(rows.active) * panels, _work(rows, weight), scratch, kind, dy.data_ptr(),
-        dy.stride(0) * size, rows.addresses, weights.data_ptr(), matrix, pre.data_ptr(), _address(a_given), inner * size,
-        hidden, inner, chunk, needs_da, _address(partial), _address(wa), _address(dpre),
+        dy.stride(0) * size, rows.addresses, weights.data_ptr(), matrix, pre.data_ptr(), _address(a_given),
+        inner * size, hidden, inner, chunk, needs_da, _address(partial), _address(wa), _address(dpre),
     )  # fmt: skip
     dweights = None
     if wants_dweights:
@@ -108,15 +108,15 @@ def weight_gradient(left, right, gathered, rows, shape, dtype):
     left, right: [R, N] and [R, K], or [T, .] where `gathered` (two booleans) says so. dtype: float32 or BF16.
     """
     left, right = left.contiguous(), right.contiguous()
-    gradient = zeros(shape, dtype)
+    gradient = memory.weight_gradient(shape, dtype, rows.active.tolist())
     _, height, width = shape
     chunk = _BLOCK_WORDS
     scratch = 16 * chunk + 16 * _BLOCK + 4 * PANEL * _BLOCK + 4 * PANEL * chunk * (1 + _BLOCK // PANEL)
     run(
         backward.weight_gradient, len(rows.active) * -(-height // _BLOCK), rows.used * height * width // 50, scratch,
         _kind(left), left.data_ptr(), left.shape[1] * left.element_size(), gathered[0], right.data_ptr(),
-        right.shape[1] * right.element_size(), gathered[1], rows.addresses, gradient.data_ptr(), dtype == torch.bfloat16,
-        height, width, _BLOCK, chunk,
+        right.shape[1] * right.element_size(), gathered[1], rows.addresses, gradient.data_ptr(),
+        dtype == torch.bfloat16, height, width, _BLOCK, chunk,
     )  # fmt: skip
     return gradient
 
@@ -138,7 +138,8 @@ def input_gradient(dpre, rows, weight):
 
 def serves(x, *weights):
     """Whether these kernels know the dtypes."""
-    return x.dtype in (torch.float32, torch.bfloat16) and all(w.scale is not None or w.value.dtype == x.dtype for w in weights)
+    known = x.dtype in (torch.float32, torch.bfloat16)
+    return known and all(w.scale is not None or w.value.dtype == x.dtype for w in weights)
 
 
 def _kind(x):

@@ -18,8 +18,10 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from ornith_moe.cpu.tiles import FP32, PANEL, pack_row, pointer
+from ornith_moe.cpu.tiles import FP32, PANEL, fetch, narrow_row, pack_row, pointer
 from ornith_moe.quant.codecs.compiled import compiled
+
+AHEAD = 32  # rows that packing asks memory for before it reads them
 
 
 class Matrix(NamedTuple):
@@ -96,7 +98,9 @@ def widen(source, bf16, out, count):
 def narrow(source, bf16, out, count):
     """count float32 to d."""
     values = floats(source, count)
-    if bf16:
+    if bf16 and count == PANEL:
+        narrow_row(source, out)
+    elif bf16:
         target = halves(out, count)
         for i in range(count):
             target[i] = np.uint16(rounded(values[i]) >> np.uint32(16))
@@ -157,8 +161,10 @@ def read_row(matrix, expert, row, column, count, bf16, out):
 def pack(kind, rows, count, column, columns, out):
     """Columns [column, column + columns <= PANEL) of `count` rows of d at the addresses `rows`, as a panel."""
     addresses = integers(rows, count)
+    lines = columns * (4 if kind == FP32 else 2) // 64
     if kind == FP32:
         for k in range(count):
+            fetch(addresses[min(k + AHEAD, count - 1)] + 4 * column, lines)
             start, place = addresses[k] + 4 * column, out + 4 * PANEL * k
             if columns == PANEL:
                 pack_row(kind, start, start, place)
@@ -168,6 +174,8 @@ def pack(kind, rows, count, column, columns, out):
                 target[columns:] = 0
     else:
         for k in range(0, count, 2):
+            fetch(addresses[min(k + AHEAD, count - 1)] + 2 * column, lines)
+            fetch(addresses[min(k + AHEAD + 1, count - 1)] + 2 * column, lines)
             low, place = addresses[k] + 2 * column, out + 4 * PANEL * (k // 2)
             high = addresses[min(k + 1, count - 1)] + 2 * column
             if columns == PANEL and k + 1 < count:
