@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ornith_moe" / "__init__.py").read_text(encoding="utf-8")).group(1)
 ROOMS = ("kernels", "quant")  # root folders shipped as sub-packages of ornith_moe
 
-packages, package_dir = ["ornith_moe"], {"ornith_moe": "ornith_moe"}
+packages, package_dir = ["ornith_moe", "ornith_moe.cpu"], {"ornith_moe": "ornith_moe"}
 for room in ROOMS:
     for name in ["", *find_namespace_packages(str(ROOT / room), exclude=["*__pycache__*"])]:
         package = ".".join(filter(None, ["ornith_moe", room, name]))

@@ -21,9 +21,11 @@ EXPERTS = {
     # the whole layer, and the FLOP per weight byte are those of the layer.
     "35b/8": Experts(2048, 512, 32, 1),
     "35b": Experts(2048, 512, 256, 8),  # Ornith-1.0-35B, Qwen3.5-35B-A3B
+    # The 397B has 512 experts of this size, 12.9 GB in BF16. 32 of them fit, with its 10 per token.
+    "397b/16": Experts(4096, 1024, 32, 10),
 }
-SLOW_EXPERTS = ("35b",)
-TOKENS = (1, 16, 128, 1024)  # one decode step, a small batch, a large batch, a chunk of prefill or training
+SLOW_EXPERTS = ("35b", "397b/16")
+TOKENS = (1, 16, 128, 1024, 4096)  # one decode step, a small batch, a large one, chunks of prefill or training
 
 MATRICES = {  # rows, columns
     "1024x2048": (1024, 2048),  # gate_up of one 35B expert

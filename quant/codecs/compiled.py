@@ -1,12 +1,11 @@
-"""numba for the codecs: machine code that is kept on disk and never older than any file of this folder."""
+"""numba: machine code that is kept on disk and never older than any file of the function's own folder."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from numba import njit
-
-_SOURCES = sorted((path.name, path.stat().st_mtime_ns) for path in Path(__file__).parent.glob("*.py"))
 
 
 def compiled(function):
@@ -20,5 +19,10 @@ def compiled(function):
     except RuntimeError:
         return njit(nogil=True)(function)
     index = kernel._cache._cache_file
-    index._source_stamp = (index._source_stamp, _SOURCES)
+    index._source_stamp = (index._source_stamp, _sources(Path(function.__code__.co_filename).parent))
     return kernel
+
+
+@cache
+def _sources(folder):
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.py"))
