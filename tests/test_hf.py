@@ -210,11 +210,18 @@ class TestOddInputs:
 
 def upstream_layouts():
     from transformers.models.aria.modeling_aria import AriaExperts, AriaTextConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3Experts
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeExperts
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
     from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts, MuseSparkTextConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
+    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
 
+    sizes = {"hidden_size": 40, "num_attention_heads": 4, "moe_intermediate_size": 24}
     return {
+        "deepseek-v3": lambda: DeepseekV3Experts(DeepseekV3Config(**sizes, num_local_experts=7)),
+        "glm4-moe": lambda: Glm4MoeExperts(Glm4MoeConfig(**sizes, num_local_experts=7)),
+        "olmoe": lambda: OlmoeExperts(OlmoeConfig(**sizes, intermediate_size=24, num_experts=7)),
         "gpt-oss": lambda: GptOssExperts(GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=7)),
         "nemotron-h": lambda: NemotronHExperts(
             NemotronHConfig(hidden_size=40, moe_intermediate_size=24, n_routed_experts=7)
@@ -253,6 +260,9 @@ class Interleaved(torch.nn.Module):
 
 
 LAYOUTS = {
+    "deepseek-v3": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "glm4-moe": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "olmoe": "fused: plain SwiGLU, recipe bf16, cpu backend",
     "gpt-oss": "grouped_mm: biases",
     "nemotron-h": "grouped_mm: experts without a gate",
     "aria": "fused: plain SwiGLU, recipe bf16, cpu backend",
@@ -287,7 +297,7 @@ class TestLayouts:
         module = layout(name)
         module.config._experts_implementation = "ornith_fp8"
         obstacle = LAYOUTS[name].partition(": ")[2]
-        if name == "aria":
+        if LAYOUTS[name].startswith("fused"):
             obstacle = "an expert intermediate size of 24, no multiple of 128"
         assert ornith_moe.hf.why(module) == f"refused: {obstacle}; choose 'ornith' for unquantized experts"
         with pytest.raises(ValueError, match=r"experts_implementation='ornith_fp8' cannot compute .*; choose 'ornith'"):

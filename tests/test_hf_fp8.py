@@ -34,12 +34,13 @@ def restore_fp8_experts():
 
 def fp8_module(implementation="ornith", block_size=(128, 128), inner=128, hidden=256, scale="fp32", **changes):
     """FP8Experts with random weights, and those weights dequantized."""
-    options = {name: changes.pop(name) for name in ("activation_scheme",) if name in changes}
+    options = {name: changes.pop(name) for name in ("activation_scheme", "has_gate") if name in changes}
     config = hf_models.config(hidden_size=hidden, moe_intermediate_size=inner)
     for name, value in changes.items():
         setattr(config, name, value)
     config._experts_implementation = implementation
-    decorated = use_experts_implementation(FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    flags = {"has_gate": options.get("has_gate", True), "experts_interface": ALL_FP8_EXPERTS_FUNCTIONS}
+    decorated = use_experts_implementation(FP8Experts, **flags)
     module = decorated(config, block_size=block_size, **options)
     return module, fill(module, scale)
 
@@ -47,7 +48,7 @@ def fp8_module(implementation="ornith", block_size=(128, 128), inner=128, hidden
 @torch.no_grad()
 def fill(module, scale="fp32"):
     dense = []
-    for name in WEIGHTS:
+    for name in WEIGHTS if module.has_gate else ("up_proj", "down_proj"):
         parameter, scales = getattr(module, name), getattr(module, f"{name}_scale_inv")
         weight = torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
         block = tuple(-(-n // s) for n, s in zip(parameter.shape[1:], scales.shape[1:], strict=True))
@@ -93,6 +94,7 @@ class TestWeightOnly:
             ({"scale": "ue8m0"}, "fused: plain SwiGLU, stored FP8, weight-only, cpu backend"),
             ({"scale": "bf16"}, "fused: plain SwiGLU, stored FP8, weight-only, cpu backend"),
             ({"inner": 32}, "loop: scales that are not one per 128 x 128 block"),
+            ({"inner": 32, "scale": "ue8m0"}, "loop: scales that are not one per 128 x 128 block"),
             ({"inner": 160, "block_size": None}, "loop: scales that are not one per 128 x 128 block"),
             ({"inner": 160, "block_size": (64, 32)}, "loop: scales that are not one per 128 x 128 block"),
         ],
@@ -104,6 +106,21 @@ class TestWeightOnly:
         operands = inputs(hidden=options.get("hidden", 256))
         expected = run(lambda x, i, w: moe_mlp_reference(x, i, w, *dense), *operands)
         assert_all_close(run(module, *operands), expected, 1e-5)
+
+    def test_without_a_gate(self):
+        module, (w1, w2) = fp8_module(has_gate=False)
+        assert ornith_moe.hf.why(module) == "loop: experts without a gate"
+
+        def experts(x, indices, weights):
+            y = torch.zeros_like(x)
+            for expert in range(7):
+                token, slot = (indices == expert).nonzero(as_tuple=True)
+                rows = F.silu(x[token] @ w1[expert].T) @ w2[expert].T
+                y = y.index_add(0, token, rows * weights[token, slot].unsqueeze(-1))
+            return y
+
+        operands = inputs()
+        assert_all_close(run(module, *operands), run(experts, *operands), 1e-5)
 
     @pytest.mark.parametrize("inner", [128, 32], ids=["fused", "loop"])
     def test_bf16(self, inner):
