@@ -103,7 +103,10 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
         raise ValueError(f"implementation: expected one of {', '.join(_RECIPES)}, got {name!r}; select it first")
     path, reason = _path(experts, name)
     if path == "fused":
-        reason += f", {choose_backend(None, experts.down_proj.device)} backend"
+        try:
+            reason += f", {choose_backend(None, experts.down_proj.device, _RECIPES[name])} backend"
+        except ValueError as error:
+            path, reason = "refused", str(error)
     return f"{path}: {reason}"
 
 
@@ -133,7 +136,11 @@ def weight_gradients(model: torch.nn.Module, dtype: torch.dtype = torch.float32)
 
     Returns:
         The parameters, which now require gradients.
+    Raises:
+        RuntimeError: this torch has no `Tensor.grad_dtype`; 2.10 and later do.
     """
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise RuntimeError(f"weight_gradients: needs Tensor.grad_dtype, torch {torch.__version__} has none; upgrade it")
     weights = [getattr(experts, name) for experts in _fp8_experts(model) for name in _projections(experts)]
     weights = [weight for weight in weights if weight.dtype == torch.float8_e4m3fn]
     for weight in weights:

@@ -330,6 +330,13 @@ class TestReasons:
         model.set_experts_implementation("eager")
         assert set(ornith_moe.hf.explain(model).values()) == {"not ours: eager"}
 
+    def test_of_a_device_without_kernels(self, monkeypatch):
+        def refuse(*_):
+            raise ValueError("backend: 'triton' is unavailable")
+
+        monkeypatch.setattr(ornith_moe.hf, "choose_backend", refuse)
+        assert ornith_moe.hf.why(experts_module()) == "refused: backend: 'triton' is unavailable"
+
     def test_of_something_else(self):
         with pytest.raises(TypeError, match="expected an experts module of transformers, got Linear"):
             ornith_moe.hf.why(torch.nn.Linear(2, 2))
