@@ -88,5 +88,6 @@ def test_fp8_training_quantizes_again_after_a_step(models, results, name):
         model = copy.deepcopy(models["ornith_fp8"])
         mine, other = (parallel_worker.batch_of(r, True) for r in (rank, 1 - rank))
         expected = parallel_worker.sgd(model, mine, [other])
-        assert result[f"{name}, two_fp8_steps"]["losses"] == pytest.approx(expected, rel=1e-4)
-        assert expected[2] < 0.9 * expected[0]
+        # an FP8 code that rounds the other way moves the third loss by 5e-4 of itself
+        assert result[f"{name}, two_fp8_steps"]["losses"] == pytest.approx(expected, rel=2e-3)
+        assert expected[2] < 0.5 * expected[0]
