@@ -1,117 +1,318 @@
-"""transformers adapter: `import ornith_moe.hf`, then `experts_implementation="ornith"`.
+"""transformers adapter: `import ornith_moe.hf`, then `experts_implementation="ornith"` or `"ornith_fp8"`.
 
 transformers calls a registered *experts function* on every forward of an experts module: (module, tokens [T, H], ids
-[T, top_k], weights [T, top_k]) -> [T, H]. Importing this file registers `ornith` in its two registries:
+[T, top_k], weights [T, top_k]) -> [T, H]. Importing this file registers two names in both of its registries:
 
-    ALL_EXPERTS_FUNCTIONS       unquantized experts: plain SwiGLU goes to `moe_mlp`, every other layout through a loop
-    ALL_FP8_EXPERTS_FUNCTIONS   fine-grained FP8 experts, weight-only: see `ornith_fp8_experts`
+                    ALL_EXPERTS_FUNCTIONS           ALL_FP8_EXPERTS_FUNCTIONS, weights stored as (q, scale)
+    "ornith"        recipe bf16                     weight-only: dequantized, activations as they are
+    "ornith_fp8"    recipe fp8, from masters        recipe fp8 on the stored q and scale, activations quantized
 
-Select it with `from_pretrained(..., experts_implementation="ornith")`, `model.set_experts_implementation("ornith")` or,
-where only the config can be reached, with the attribute `config._experts_implementation = "ornith"`. transformers does
-not save the choice in config.json.
+Select one with `from_pretrained(..., experts_implementation=...)`, `model.set_experts_implementation(...)` or, where
+only the config can be reached, with the attribute `config._experts_implementation`. transformers does not save the
+choice in config.json.
 
-Plain means: gated, gate rows before up rows in one tensor [E, 2I, H], no bias, no norm after the expert, SiLU, and the
-default gate function. The loop honours everything else that transformers declares on the module: transposed or
-interleaved weights, biases, an own `_apply_gate` or activation, ungated experts, a norm after the expert.
+Fused is plain SwiGLU: gated, gate rows before up rows, no bias, no norm after the expert, SiLU, and a gate function
+that does no more. Transposed weights are read through a view. The rest still runs, and `why` says how and why:
+
+    unquantized, "ornith"       transformers' own `grouped_mm`, or its `batched_mm` for a few tokens on an accelerator
+    FP8                         a loop over experts around the module's own gate or activation
+    unquantized, "ornith_fp8"   an error, since another path would train with other numbers than was asked for
 
 Expert parallelism: the module then holds only its local experts, and ids >= that count are sentinels. They reach no
-GEMM, add nothing to the output and get a zero gradient. T = 0 works and keeps every parameter in the graph.
+GEMM, add nothing to the output and get a zero gradient. T = 0 works and keeps every trained parameter in the graph.
+
+FP8 weights are frozen until `weight_gradients` asks for gradients or `master_weights` replaces them.
 
 Letters: T tokens, E experts of this module, H hidden, I expert intermediate, R valid slots.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from transformers.activations import SiLUActivation
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from ornith_moe.backend import choose_backend
 from ornith_moe.functional import moe_mlp
-from ornith_moe.quant.fp8 import dequantize_fp8
+from ornith_moe.quant.fp8 import dequantize_fp8, roundtrip_fp8_tokens
+
+_RECIPES = {"ornith": "bf16", "ornith_fp8": "fp8"}
+_BLOCK = 128
+_DECODE_TOKENS = 64  # at most this many go to `batched_mm`, which copies the weights of every slot
+_logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 def ornith_experts(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts function registered as `ornith`.
+    """The experts function registered as `ornith`, for unquantized and for FP8 experts.
 
     Args:
-        self: an experts module decorated by transformers' `use_experts_implementation`.
+        self: an experts module decorated by transformers' `use_experts_implementation`; FP8Experts among them, with
+            `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] in float8_e4m3fn and `*_scale_inv` [E, rows, columns]
+            in float32, bfloat16 or UE8M0: per block, or one per matrix.
         hidden_states: [T, H]. top_k_index: [T, top_k] integers. top_k_weights: [T, top_k].
 
     Returns:
-        [T, H] in the dtype of hidden_states. The experts compute in the dtype of their weights, as in transformers'
-        `grouped_mm`, so a float32 input under autocast is cast first.
+        [T, H] in the dtype of hidden_states. Unquantized experts compute in the dtype of their weights, as in
+        transformers' `grouped_mm`, so a float32 input under autocast is cast first.
+
+    Raises:
+        ValueError: FP4-packed experts, or scales whose shape does not tile the weight.
 
     Numerics: those of `moe_mlp`; deterministic, so gradient checkpointing recomputes the same bits.
     """
-    if not _is_plain_swiglu(self):
-        linears = _dense_linears(self)
-        return _loop_over_experts(self, hidden_states, top_k_index, top_k_weights, linears, trained=self.parameters())
-    x = hidden_states.to(self.gate_up_proj.dtype)
-    y = moe_mlp(x, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
-    return y.to(hidden_states.dtype)
+    return _experts(self, hidden_states, top_k_index, top_k_weights, "ornith")
 
 
 def ornith_fp8_experts(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The FP8 experts function registered as `ornith`: weight-only, y = experts(x) with w = q * scale.
+    """The experts function registered as `ornith_fp8`: block FP8 forward, backward on the dequantized operands.
 
-    Each active expert is dequantized to the dtype of hidden_states when it is used, one at a time, in forward and again
-    in backward; activations are not quantized. The weights are frozen; hidden_states and top_k_weights get gradients.
-
-    Args:
-        self: transformers' FP8Experts: `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] in float8_e4m3fn, with
-            `*_scale_inv` [E, ceil(N / 128), ceil(K / 128)] (float32, bfloat16 or UE8M0), or one scale per matrix.
-        hidden_states: [T, H]. top_k_index: [T, top_k] integers. top_k_weights: [T, top_k].
-
-    Returns:
-        [T, H] in the dtype of hidden_states.
+    Arguments and result as in `ornith_experts`. Weights in float32 or BF16 are masters: rounded to BF16 and quantized
+    once per optimizer step, trained by gradients of their own dtype. Stored FP8 weights are used as they are.
 
     Raises:
-        ValueError: FP4-packed experts, or scales whose shape does not tile the weight.
+        ValueError: experts that are neither plain SwiGLU nor stored in FP8, I no multiple of 128 for masters, or stored
+            weights with static activation scales or other blocks than 128 x 128.
     """
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
-    up, down = _fp8_operand(self, up_name), _fp8_operand(self, "down_proj")
-
-    def linears(expert):
-        return tuple(
-            lambda rows, w=w, s=s, block=block: _FrozenFP8Linear.apply(rows, w[expert], s[expert], block)
-            for w, s, block in (up, down)
-        )
-
-    return _loop_over_experts(self, hidden_states, top_k_index, top_k_weights, linears, trained=())
+    return _experts(self, hidden_states, top_k_index, top_k_weights, "ornith_fp8")
 
 
-def _is_plain_swiglu(module) -> bool:
-    return (
-        module.has_gate
-        and module.is_concatenated
-        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
-        and getattr(module._apply_gate, "__func__", None) is _default_apply_gate
-        and (isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation)) or module.act_fn is F.silu)
+def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
+    """How an experts module is computed, and why: "fused: ...", "grouped_mm: ...", "loop: ..." or "refused: ...".
+
+    Args:
+        experts: the module. implementation: "ornith" or "ornith_fp8"; None for the one its config has chosen.
+    Raises:
+        TypeError: not an experts module of transformers. ValueError: it has chosen another implementation.
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> why(MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=8)), "ornith")
+        'fused: plain SwiGLU, recipe bf16, cpu backend'
+    """
+    if not hasattr(experts, "is_transposed") or not hasattr(experts, "down_proj"):
+        raise TypeError(f"experts: expected an experts module of transformers, got {type(experts).__name__}")
+    name = implementation or experts.config._experts_implementation
+    if name not in _RECIPES:
+        raise ValueError(f"implementation: expected one of {', '.join(_RECIPES)}, got {name!r}; select it first")
+    path, reason = _path(experts, name)
+    if path == "fused":
+        try:
+            reason += f", {choose_backend(None, experts.down_proj.device, _RECIPES[name])} backend"
+        except ValueError as error:
+            path, reason = "refused", str(error)
+    return f"{path}: {reason}"
+
+
+def explain(model: torch.nn.Module) -> dict[str, str]:
+    """`why` for every experts module of a model, by name; those that use another implementation say which.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, MixtralConfig
+        >>> config = MixtralConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
+        >>> explain(AutoModelForCausalLM.from_config(config, experts_implementation="eager"))
+        {'model.layers.0.mlp.experts': 'not ours: eager'}
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
+            chosen = module.config._experts_implementation
+            found[name] = why(module) if chosen in _RECIPES else f"not ours: {chosen}"
+    return found
+
+
+def weight_gradients(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """Ask for gradients of the stored FP8 experts: `.grad` of each q in `dtype`, that of the dequantized weight.
+
+    dL/dW for W = q * scale, scales constant. An FP8 number cannot take a small step, so this is for optimizers that
+    keep masters of their own, for statistics and for merging; to train with a usual optimizer, use `master_weights`.
+    Uses `Tensor.grad_dtype`; fused experts only, outside of `torch.compile`, which forgets it.
+
+    Returns:
+        The parameters, which now require gradients.
+    Raises:
+        RuntimeError: this torch has no `Tensor.grad_dtype`; 2.10 and later do.
+    """
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        raise RuntimeError(f"weight_gradients: needs Tensor.grad_dtype, torch {torch.__version__} has none; upgrade it")
+    weights = [getattr(experts, name) for experts in _fp8_experts(model) for name in _projections(experts)]
+    weights = [weight for weight in weights if weight.dtype == torch.float8_e4m3fn]
+    for weight in weights:
+        weight.requires_grad_(True)
+        weight.grad_dtype = dtype
+    return weights
+
+
+@torch.no_grad()
+def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """Replace the stored FP8 experts of a model by trainable dequantized weights W = q * scale.
+
+    With "ornith_fp8" they are quantized again once per optimizer step, by the quantizer that writes FP8 builds. Before
+    the first step that gives back every q bit for bit, with scales that differ by no more than BF16 rounding, 2^-8:
+    training starts from the policy that is served. One module at a time is held twice.
+
+    Args:
+        model: loaded from an FP8 checkpoint. dtype: float32, or bfloat16 for half the memory.
+    Returns:
+        The new parameters, for the optimizer.
+    """
+    masters = []
+    for experts in _fp8_experts(model):
+        for name in _projections(experts):
+            if getattr(experts, name).element_size() > 1:
+                continue
+            weight, scale, block = _stored(experts, name)
+            master = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            for expert in range(len(weight)):
+                master[expert] = dequantize_fp8(weight[expert], scale[expert], block=block, dtype=dtype)
+            setattr(experts, name, torch.nn.Parameter(master))
+            setattr(experts, f"{name}_scale_inv", None)
+            masters.append(getattr(experts, name))
+    return masters
+
+
+def _experts(module, hidden_states, top_k_index, top_k_weights, name):
+    path, reason = _path(module, name)
+    operands = hidden_states, top_k_index, top_k_weights
+    if path == "refused":
+        raise ValueError(f"{type(module).__name__}: experts_implementation={name!r} cannot compute {reason}")
+    if path != "fused":
+        _say_once(f"{type(module).__name__} takes the path {path!r} under {name!r}: {reason}")
+    if path == "loop":
+        return _loop_over_experts(module, *operands, quantize_rows=name == "ornith_fp8")
+    if path != "fused":
+        decode = len(hidden_states) <= _DECODE_TOKENS and not torch.is_grad_enabled()
+        few = decode and hidden_states.device.type != "cpu"
+        return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](module, *operands)
+
+    gate_up, down = module.gate_up_proj, module.down_proj
+    x = hidden_states
+    if gate_up.element_size() == 1:
+        gate_up, down = ((_wanted(w), s) for w, s in zip((gate_up, down), _scales(module), strict=True))
+    else:
+        if module.is_transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        if name == "ornith":
+            x = x.to(gate_up.dtype)
+    y = moe_mlp(x, top_k_index, top_k_weights, gate_up, down, recipe=_RECIPES[name])
+    return y.to(hidden_states.dtype)
+
+
+def _path(module, name):
+    """("fused", "grouped_mm", "loop" or "refused", why)."""
+    obstacle, recipe = _obstacle(module), _RECIPES[name]
+    if module.down_proj.element_size() > 1:
+        if not obstacle and name == "ornith_fp8" and _inner(module) % _BLOCK:
+            obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {_BLOCK}"
+        if not obstacle:
+            return "fused", f"plain SwiGLU, recipe {recipe}"
+        if name == "ornith_fp8":
+            return "refused", f"{obstacle}; choose 'ornith' for unquantized experts"
+        return "grouped_mm", obstacle
+    if module.down_proj.dtype != torch.float8_e4m3fn:
+        return "refused", f"{module.down_proj.dtype} weights (FP4); choose 'grouped_mm'"
+    whole_blocks = _in_whole_blocks(module)
+    if name == "ornith_fp8":
+        if module.activation_scheme == "static":
+            return "refused", "static activation scales; choose 'ornith' for weight-only"
+        if module.block_size is None or tuple(module.block_size) != (_BLOCK, _BLOCK):
+            return "refused", f"scales per {module.block_size or 'matrix'}, not per 128 x 128; choose 'ornith'"
+        if not obstacle and _inner(module) % _BLOCK:
+            obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {_BLOCK}"
+    if not obstacle and not whole_blocks:
+        obstacle = "scales that are not one per 128 x 128 block"
+    if obstacle:
+        return "loop", obstacle
+    return "fused", f"plain SwiGLU, stored FP8, {'weight-only' if recipe == 'bf16' else 'recipe ' + recipe}"
+
+
+def _obstacle(module):
+    """What makes the module more than plain SwiGLU, or None."""
+    if not module.has_gate:
+        return "experts without a gate"
+    if module.has_bias:
+        return "biases"
+    if module.has_post_expert_norm:
+        return "a norm after each expert"
+    gate = type(module)._apply_gate
+    if gate is FP8Experts._apply_gate:
+        if not (module.gate_softcap is None and module.swiglu_alpha is None and module.limit is None):
+            return "a clamped or capped gate"
+    elif gate is not _default_apply_gate:
+        return f"its own gate function, {gate.__qualname__}"
+    if not module.is_concatenated:
+        return "interleaved gate and up rows"
+    if not (isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation) or module.act_fn is F.silu):
+        return f"the activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)}"
+    return None
+
+
+def _say_once(text):
+    if not torch.compiler.is_compiling() and text not in _said:
+        _said.add(text)
+        _logger.warning(text)
+
+
+def _inner(module):
+    return module.down_proj.shape[1 if module.is_transposed else 2]
+
+
+def _fp8_experts(model):
+    return [module for module in model.modules() if isinstance(module, FP8Experts)]
+
+
+def _projections(module):
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def _scales(module):
+    return module.gate_up_proj_scale_inv.detach(), module.down_proj_scale_inv.detach()
+
+
+def _in_whole_blocks(module):
+    return all(
+        tuple(getattr(module, f"{name}_scale_inv").shape[1:])
+        == tuple(-(-size // _BLOCK) for size in getattr(module, name).shape[1:])
+        for name in _projections(module)
     )
 
 
-def _dense_linears(module):
-    """expert -> (up, down), two functions of rows, for any layout that transformers declares."""
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-
-    def split(name):  # unbind: its backward stacks the gradients once, where indexing adds E full-size zero tensors
-        biases = getattr(module, f"{name}_bias").unbind(0) if module.has_bias else None
-        return getattr(module, name).unbind(0), biases
-
-    def linear(expert, weights, biases):
-        weight = weights[expert].T if module.is_transposed else weights[expert]
-        return lambda rows: F.linear(rows.to(weight.dtype), weight, None if biases is None else biases[expert])
-
-    operands = split(up_name), split("down_proj")
-    return lambda expert: tuple(linear(expert, *operand) for operand in operands)
+def _wanted(weight):
+    """The weight, or without its gradient where that would be an FP8 number: transformers sets requires_grad on it."""
+    return weight if _wants_gradient(weight) else weight.detach()
 
 
-def _loop_over_experts(module, hidden_states, top_k_index, top_k_weights, linears, trained):
-    """y[t] = sum over k, in order, of weights[t, k] * expert(x[t]), through the module's own activation and norm."""
+def _wants_gradient(weight):
+    return weight.requires_grad and getattr(weight, "grad_dtype", weight.dtype) != weight.dtype
+
+
+def _stored(module, name):
+    """(weight [E, N, K], scale [E, ., .], block): block is the (rows, columns) of the weight that share a scale."""
+    weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv").detach()
+    if _wants_gradient(weight):
+        raise ValueError(f"{name}: the gradient of a stored FP8 weight needs fused experts; use master_weights")
+    block = []
+    declared_block = module.block_size or (None, None)
+    for size, scales, declared in zip(weight.shape[1:], scale.shape[1:], declared_block, strict=True):
+        # transformers keeps two row scales for a gate_up that is smaller than a block, and for one without blocks
+        block.append(declared if declared and -(-size // declared) == scales else -(-size // scales))
+    return weight.detach(), scale, tuple(block)
+
+
+def _loop_over_experts(module, hidden_states, top_k_index, top_k_weights, quantize_rows):
+    """y[t] = sum over k, in order, of weights[t, k] * expert(x[t]) with FP8 weights and the module's own activation."""
+    up_name, down_name = _projections(module)
+    up, down = _stored(module, up_name), _stored(module, down_name)
+
+    def linear(rows, expert, weight, scale, block):
+        return _FrozenFP8Linear.apply(rows, weight[expert], scale[expert], block, quantize_rows)
+
     (tokens, top_k), experts = top_k_index.shape, module.down_proj.shape[0]
     ids = top_k_index.reshape(-1)
     keys = torch.where((ids >= 0) & (ids < experts), ids, experts)  # sentinels sort to the end
@@ -121,51 +322,36 @@ def _loop_over_experts(module, hidden_states, top_k_index, top_k_weights, linear
     for expert, count in enumerate(keys.bincount(minlength=experts + 1)[:experts].tolist()):
         if count == 0:
             continue
-        up, down = linears(expert)
-        rows = up(hidden_states[slots[start : start + count] // top_k])
-        rows = down(module._apply_gate(rows) if module.has_gate else module.act_fn(rows))
-        outputs.append(module.post_expert_norm(rows) if module.has_post_expert_norm else rows)
+        rows = linear(hidden_states[slots[start : start + count] // top_k], expert, *up)
+        outputs.append(linear(module._apply_gate(rows) if module.has_gate else module.act_fn(rows), expert, *down))
         start += count
     outputs.append(hidden_states.new_zeros(slots.numel() - start, hidden_states.shape[1]))  # rows of the sentinels
     by_slot = torch.cat(outputs)[slots.argsort()].unflatten(0, (tokens, top_k))  # [T, top_k, H]
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     weights = top_k_weights.to(dtype).masked_fill((keys == experts).view(tokens, top_k), 0)
     y = (by_slot.to(dtype) * weights.unsqueeze(-1)).sum(1)
-    # sums over nothing: x and every trained parameter stay in the graph when no expert was active, at no cost
-    return (y + sum(t[:0].sum() for t in (hidden_states, *trained))).to(hidden_states.dtype)
-
-
-def _fp8_operand(module, name):
-    """(weight [E, N, K], scale [E, ., .], block): block is the (rows, columns) of the weight that share a scale."""
-    weight, scale = getattr(module, name).detach(), getattr(module, f"{name}_scale_inv").detach()
-    if weight.dtype != torch.float8_e4m3fn:
-        raise ValueError(
-            f"{name}: 'ornith' serves FP8 experts in float8_e4m3fn, got {weight.dtype}; "
-            "choose experts_implementation='grouped_mm' for FP4-packed experts"
-        )
-    block = []
-    declared_block = module.block_size or (None, None)
-    for size, scales, declared in zip(weight.shape[1:], scale.shape[1:], declared_block, strict=True):
-        # transformers keeps two row scales for a gate_up that is smaller than a block, and for one without blocks
-        block.append(declared if declared and -(-size // declared) == scales else -(-size // scales))
-    return weight, scale, tuple(block)
+    return (y + hidden_states[:0].sum()).to(hidden_states.dtype)  # x stays in the graph when no expert was active
 
 
 class _FrozenFP8Linear(torch.autograd.Function):
     """x @ dequantize(q, scale)^T; keeps q, not the dequantized weight, for the gradient of x."""
 
     @staticmethod
-    def forward(ctx, x, q, scale, block):
+    def forward(ctx, x, q, scale, block, quantize_rows):
         ctx.save_for_backward(q, scale)
         ctx.block = block
+        if quantize_rows:
+            ue8m0 = scale.dtype == torch.float8_e8m0fnu
+            x = roundtrip_fp8_tokens(x, scale="ue8m0" if ue8m0 else "fp32")
         return x @ dequantize_fp8(q, scale, block=block, dtype=x.dtype).T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         q, scale = ctx.saved_tensors
-        return dy @ dequantize_fp8(q, scale, block=ctx.block, dtype=dy.dtype), None, None, None
+        return dy @ dequantize_fp8(q, scale, block=ctx.block, dtype=dy.dtype), None, None, None, None
 
 
-ALL_EXPERTS_FUNCTIONS.register("ornith", ornith_experts)
-ALL_FP8_EXPERTS_FUNCTIONS.register("ornith", ornith_fp8_experts)
+for _registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+    _registry.register("ornith", ornith_experts)
+    _registry.register("ornith_fp8", ornith_fp8_experts)

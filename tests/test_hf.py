@@ -1,119 +1,91 @@
 """The experts function `ornith` inside transformers, against transformers' own `eager` and `grouped_mm`.
 
 Models are tiny and random, in float32. Modules that only exist upstream in other layouts (transposed, interleaved,
-biased, ungated, own gate, norm after the expert) are taken from the upstream models that have them; FP8 experts are
-compared with `moe_mlp` on weights dequantized beforehand. Not covered: real expert parallelism over processes,
-torch.compile, GPUs.
+biased, ungated, own gate, norm after the expert) are taken from the upstream models that have them. FP8 experts are in
+test_hf_fp8, expert parallelism and FSDP2 over processes in test_parallel. Not covered: GPUs.
 """
 
 import copy
+import doctest
+import logging
 
+import hf_models
 import pytest
 import torch
 import transformers
+from hf_models import FAMILIES, IDS, gradient_error, loss_and_gradients
 from numeric import assert_close, assert_same_bits, relative_rms
-from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 import ornith_moe as om
 import ornith_moe.hf
-from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block
-
-IDS = torch.arange(2 * 23).view(2, 23) * 7 % 97
-
-
-def tiny_config(**changes):
-    return Qwen3_5MoeTextConfig(
-        **{
-            "vocab_size": 97,
-            "hidden_size": 40,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.25,
-                "mrope_section": [1, 1, 0],
-                "mrope_interleaved": True,
-            },
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "num_experts": 7,
-            "num_experts_per_tok": 3,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 20,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture
 def model():
-    """Weights large enough that every part matters, among them the router."""
-    model = AutoModelForCausalLM.from_config(tiny_config(), experts_implementation="ornith")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model
+    return hf_models.model()
 
 
-def loss_and_gradients(model, implementation):
-    model.set_experts_implementation(implementation)
-    model.zero_grad()
-    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls that reach our function."""
+    calls = []
+    ours = ornith_moe.hf.moe_mlp
+    monkeypatch.setattr(ornith_moe.hf, "moe_mlp", lambda *a, **k: calls.append(a) or ours(*a, **k))
+    return calls
 
 
-@pytest.mark.parametrize("other", ["eager", "grouped_mm"])
-def test_loss_and_every_gradient(model, other):
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    def test_loss_and_every_gradient(self, family, calls):
+        model = hf_models.model(family)
+        loss, gradients = loss_and_gradients(model, "ornith")
+        layers = model.config.num_hidden_layers
+        fused = [explained.startswith("fused") for explained in ornith_moe.hf.explain(model).values()]
+        assert fused == [family != "gpt_oss"] * layers and len(calls) == sum(fused)
+        assert len(gradients) == len(list(model.parameters()))
+        for other in ("eager", "grouped_mm"):
+            expected_loss, expected = loss_and_gradients(model, other)
+            assert_close("loss", loss, expected_loss, 1e-6)
+            error, name = gradient_error(gradients, expected)
+            assert error < 1e-5, f"{other}, {name}: {error:.2e}"
+
+    def test_gradient_checkpointing_gives_the_same_bits(self, family):
+        model = hf_models.model(family)
+        loss, gradients = loss_and_gradients(model)
+        model.train()
+        for reentrant in (False, True):
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            again, checkpointed = loss_and_gradients(model)
+            assert_same_bits("loss", again, loss)
+            for name, gradient in gradients.items():
+                assert_same_bits(name, checkpointed[name], gradient)
+
+    def test_generates_the_same_tokens(self, family):
+        model = hf_models.model(family)
+        tokens = {}
+        for implementation in ("ornith", "eager"):
+            model.set_experts_implementation(implementation)
+            options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            tokens[implementation] = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options).tolist()
+        assert tokens["ornith"] == tokens["eager"]
+        assert len(tokens["ornith"][0]) == 23 + 12
+
+
+def test_in_float64_only_the_order_of_sums_differs():
+    """What float32 hides in rounding: a wrong term of relative size 1e-9 would show."""
+    model = hf_models.model("qwen3_moe").double()
     loss, gradients = loss_and_gradients(model, "ornith")
-    expected_loss, expected = loss_and_gradients(model, other)
-    assert_close("loss", loss, expected_loss, 1e-6)
-    total = sum(g.double().square().sum() for g in expected.values()).sqrt().item()
-    for name, gradient in gradients.items():
-        error = (gradient.double() - expected[name].double()).norm().item()
-        # a gradient below 1e-3 of the whole is a difference of larger terms: its own norm is no scale for rounding
-        scale = max(expected[name].double().norm().item(), 1e-3 * total)
-        assert error / scale < 1e-5, f"{name}: {error / scale:.2e}"
-
-
-def test_gradient_checkpointing_gives_the_same_bits(model):
-    loss, gradients = loss_and_gradients(model, "ornith")
-    model.activation_checkpointing_enable()
-    model.train()
-    again, checkpointed = loss_and_gradients(model, "ornith")
-    assert_same_bits("loss", again, loss)
-    for name, gradient in gradients.items():
-        assert_same_bits(name, checkpointed[name], gradient)
-
-
-def test_generates_the_same_tokens(model):
-    model.eval()
-    tokens = {}
-    for implementation in ("ornith", "eager", "grouped_mm"):
-        model.set_experts_implementation(implementation)
-        options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
-        tokens[implementation] = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options).tolist()
-    assert tokens["ornith"] == tokens["eager"] == tokens["grouped_mm"]
-    assert len(tokens["ornith"][0]) == 23 + 16
+    expected_loss, expected = loss_and_gradients(model, "eager")
+    assert_close("loss", loss, expected_loss, 1e-9)
+    assert gradient_error(gradients, expected)[0] < 1e-9
 
 
 class TestSelection:
-    """Every way to choose an implementation ends in our function; `calls` counts that it is really ours."""
-
-    @pytest.fixture(autouse=True)
-    def calls(self, monkeypatch):
-        calls = []
-        ours = ornith_moe.hf.moe_mlp
-        monkeypatch.setattr(ornith_moe.hf, "moe_mlp", lambda *a, **k: calls.append(1) or ours(*a, **k))
-        return calls
+    """Every way to choose an implementation ends in our function."""
 
     def test_by_argument_of_from_pretrained(self, model, tmp_path, calls):
         model.save_pretrained(tmp_path)
@@ -124,9 +96,11 @@ class TestSelection:
         assert len(calls) == 4
 
     def test_by_attribute_of_the_config(self, model, tmp_path, calls):
+        """What verl's `override_config` does: `setattr` on the loaded config, after `external_lib` was imported."""
         model.save_pretrained(tmp_path)
-        config = tiny_config()
-        config._experts_implementation = "ornith"
+        config = transformers.AutoConfig.from_pretrained(tmp_path)
+        for key, value in {"_experts_implementation": "ornith"}.items():
+            setattr(config, key, value)
         AutoModelForCausalLM.from_pretrained(tmp_path, config=config)(input_ids=IDS)
         assert len(calls) == 4
 
@@ -138,178 +112,274 @@ class TestSelection:
         model(input_ids=IDS)
         assert len(calls) == 4
 
+    def test_a_copied_model_keeps_its_choice(self, model):
+        clone = copy.deepcopy(model)
+        assert isinstance(clone, Qwen3_5MoeForCausalLM) and clone.config._experts_implementation == "ornith"
+        with torch.no_grad():
+            assert relative_rms(clone(input_ids=IDS).logits, model(input_ids=IDS).logits) == 0
 
-def experts_module(**changes):
-    config = tiny_config(**changes)
-    config._experts_implementation = "ornith"
-    module = transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeExperts(config)
+    def test_both_names_are_in_both_registries(self):
+        for registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+            assert "ornith" in registry and "ornith_fp8" in registry
+
+
+def experts_module(implementation="ornith", **changes):
+    config = hf_models.config(**changes)
+    config._experts_implementation = implementation
+    module = Qwen3_5MoeExperts(config)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return module
 
 
-def test_sentinels_of_expert_parallelism():
-    """Ids >= the local number of experts with weight 0, as a rank receives them."""
-    module = experts_module()
-    module._is_expert_parallel = True
-    x, indices, weights = torch.randn(9, 40), torch.rand(9, 7).topk(3).indices, torch.rand(9, 3)
-    indices[::2, 1], indices[4] = 7, 7
-    weights = weights.masked_fill(indices == 7, 0)
-    results = []
-    for implementation in ("ornith", "grouped_mm"):
-        module.config._experts_implementation = implementation
-        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+def inputs(tokens=9, top_k=3):
+    return torch.randn(tokens, 40), torch.rand(tokens, 7).topk(top_k).indices, torch.rand(tokens, top_k)
+
+
+def outputs_and_gradients(module, implementation, x, indices, weights):
+    module.config._experts_implementation = implementation
+    leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+    module.zero_grad()
+    y = module(leaves[0], indices, leaves[1])
+    y.square().sum().backward()
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    return {"y": y.detach(), "dx": leaves[0].grad, "dweights": leaves[1].grad} | gradients
+
+
+def assert_equals(module, other, *operands, tolerance=1e-5):
+    mine = outputs_and_gradients(module, "ornith", *operands)
+    expected = outputs_and_gradients(module, other, *operands)
+    for label, value in mine.items():
+        assert_close(label, value, expected[label], tolerance)
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"], ids=["fused", "grouped_mm"])
+class TestOddInputs:
+    """What expert parallelism and decoding hand over."""
+
+    def test_sentinels(self, hidden_act):
+        """Ids >= the local number of experts with weight 0, as a rank receives them under all_reduce."""
+        module = experts_module(hidden_act=hidden_act)
+        module._is_expert_parallel = True
+        x, indices, weights = inputs()
+        indices[::2, 1], indices[4] = 7, 7
+        assert_equals(module, "grouped_mm", x, indices, weights.masked_fill(indices == 7, 0))
+
+    def test_one_expert_per_row_with_unit_weight(self, hidden_act):
+        """As all_to_all calls it on the rows a rank received."""
+        x, indices, _ = inputs(top_k=1)
+        assert_equals(experts_module(hidden_act=hidden_act), "eager", x, indices, torch.ones(9, 1))
+
+    def test_a_dummy_row_of_nothing(self, hidden_act):
+        """As all_to_all makes it for a rank without rows: the sum over no rows, whose result it cuts away."""
+        module = experts_module(hidden_act=hidden_act)
+        rows = torch.randn(0, 40, requires_grad=True)
+        y = module(rows.sum(0, keepdim=True), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))[:0]
+        assert y.shape == (0, 40)
+        y.sum().backward()
+        assert rows.grad.shape == (0, 40)
+        assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+    def test_no_tokens_keep_the_graph(self, hidden_act):
+        module = experts_module(hidden_act=hidden_act)
+        x, weights = torch.randn(0, 40, requires_grad=True), torch.rand(0, 3, requires_grad=True)
+        module(x, torch.zeros(0, 3, dtype=torch.int64), weights).sum().backward()
+        assert all(t.grad is not None and not t.grad.any() for t in (x, weights, *module.parameters()))
+
+    def test_float32_input_with_bf16_experts(self, hidden_act):
+        """As under autocast, where a norm returns float32."""
+        module = experts_module(hidden_act=hidden_act).bfloat16()
+        x, indices, weights = inputs()
+        y = module(x, indices, weights)
+        assert y.dtype == torch.float32
+        expected = module(x.bfloat16(), indices, weights)
+        assert_close("y", y, expected.float(), 3e-3 if hidden_act == "gelu" else 1e-9)
+
+    def test_frozen_experts_get_no_gradient(self, hidden_act):
+        """As under LoRA: the input and the router still do."""
+        module = experts_module(hidden_act=hidden_act)
+        x, indices, weights = inputs()
+        expected = outputs_and_gradients(module, "eager", x, indices, weights)
         module.zero_grad()
-        y = module(leaves[0], indices, leaves[1])
-        y.square().sum().backward()
-        results.append([y, *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())])
-    for label, mine, expected in zip(("y", "dx", "dweights", "dgate_up", "ddown"), *results, strict=True):
-        assert_close(label, mine, expected, 1e-5)
+        module.requires_grad_(False)
+        mine = outputs_and_gradients(module, "ornith", x, indices, weights)
+        for label in ("y", "dx", "dweights"):
+            assert_close(label, mine[label], expected[label], 1e-5)
+        assert mine["gate_up_proj"] is None and mine["down_proj"] is None
 
 
-@pytest.mark.parametrize("hidden_act", ["silu", "gelu"], ids=["backend", "loop"])
-def test_no_tokens_keep_the_graph(hidden_act):
-    module = experts_module(hidden_act=hidden_act)
-    x, weights = torch.randn(0, 40, requires_grad=True), torch.rand(0, 3, requires_grad=True)
-    module(x, torch.zeros(0, 3, dtype=torch.int64), weights).sum().backward()
-    assert all(t.grad is not None and not t.grad.any() for t in (x, weights, *module.parameters()))
-
-
-def test_float32_input_with_bf16_experts():
-    """As under autocast, where a norm returns float32."""
-    module = experts_module().bfloat16()
-    x, indices, weights = torch.randn(9, 40), torch.rand(9, 7).topk(3).indices, torch.rand(9, 3)
-    y = module(x, indices, weights)
-    assert y.dtype == torch.float32
-    expected = om.moe_mlp(x.bfloat16(), indices, weights, module.gate_up_proj, module.down_proj)
-    assert_same_bits("y", y, expected.float())
-
-
-def other_layouts():
+def upstream_layouts():
     from transformers.models.aria.modeling_aria import AriaExperts, AriaTextConfig
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3Experts
+    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeExperts
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
     from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts, MuseSparkTextConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
+    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
 
+    sizes = {"hidden_size": 40, "num_attention_heads": 4, "moe_intermediate_size": 24}
     return {
-        "gpt-oss: transposed, interleaved, biased, own gate": lambda: GptOssExperts(
-            GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=7)
-        ),
-        "nemotron-h: no gate": lambda: NemotronHExperts(
+        "deepseek-v3": lambda: DeepseekV3Experts(DeepseekV3Config(**sizes, num_local_experts=7)),
+        "glm4-moe": lambda: Glm4MoeExperts(Glm4MoeConfig(**sizes, num_local_experts=7)),
+        "olmoe": lambda: OlmoeExperts(OlmoeConfig(**sizes, intermediate_size=24, num_experts=7)),
+        "gpt-oss": lambda: GptOssExperts(GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=7)),
+        "nemotron-h": lambda: NemotronHExperts(
             NemotronHConfig(hidden_size=40, moe_intermediate_size=24, n_routed_experts=7)
         ),
-        "aria: transposed": lambda: AriaExperts(
+        "aria": lambda: AriaExperts(
             AriaTextConfig(hidden_size=40, num_attention_heads=4, intermediate_size=24, moe_num_experts=7)
         ),
-        "muse-spark: norm after the expert": lambda: MuseSparkExperts(
+        "muse-spark": lambda: MuseSparkExperts(
             MuseSparkTextConfig(moe_hidden_size=40, moe_intermediate_size=24, num_local_experts=7)
         ),
     }
 
 
-@pytest.mark.parametrize("name", other_layouts())
-def test_other_layouts_take_the_loop(name, monkeypatch):
-    module = other_layouts()[name]()
+class Clamped(Qwen3_5MoeExperts):
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.clamp(-0.5, 0.5).chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+@use_experts_implementation(is_concatenated=False)
+class Interleaved(torch.nn.Module):
+    """Plain SwiGLU, but gate and up rows alternate, which no view undoes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts = 7
+        self.gate_up_proj = torch.nn.Parameter(torch.empty(7, 48, 40))
+        self.down_proj = torch.nn.Parameter(torch.empty(7, 40, 24))
+        self.act_fn = torch.nn.SiLU()
+
+    def _apply_gate(self, gate_up):
+        return self.act_fn(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+    def forward(self):
+        raise NotImplementedError
+
+
+LAYOUTS = {
+    "deepseek-v3": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "glm4-moe": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "olmoe": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "gpt-oss": "grouped_mm: biases",
+    "nemotron-h": "grouped_mm: experts without a gate",
+    "aria": "fused: plain SwiGLU, recipe bf16, cpu backend",
+    "muse-spark": "grouped_mm: a norm after each expert",
+    "clamped": "grouped_mm: its own gate function, Clamped._apply_gate",
+    "interleaved": "grouped_mm: its own gate function, Interleaved._apply_gate",
+    "gelu": "grouped_mm: the activation GELUActivation",
+}
+
+
+def layout(name):
+    if name == "gelu":
+        return experts_module(hidden_act="gelu")
+    if name in ("clamped", "interleaved"):
+        module = {"clamped": Clamped, "interleaved": Interleaved}[name](hf_models.config())
+    else:
+        module = upstream_layouts()[name]()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    monkeypatch.setattr(ornith_moe.hf, "moe_mlp", None)  # the backend would compute something else
-    x, indices, weights = torch.randn(9, 40), torch.rand(9, 7).topk(3).indices, torch.rand(9, 3)
-    results = []
-    for implementation in ("ornith", "grouped_mm"):
-        module.config._experts_implementation = implementation
-        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
-        module.zero_grad()
-        y = module(leaves[0], indices, leaves[1])
-        y.square().sum().backward()
-        gradients = {n: p.grad for n, p in module.named_parameters()}
-        results.append({"y": y, "dx": leaves[0].grad, "dweights": leaves[1].grad} | gradients)
-    for label, mine in results[0].items():
-        assert_close(label, mine, results[1][label], 1e-5)
+    return module
 
 
-def test_own_gate_takes_the_loop_and_skips_sentinels(monkeypatch):
-    """A clamped SwiGLU in a module whose flags are all plain, with infinite weights in the sentinel slots."""
+@pytest.mark.parametrize("name", LAYOUTS)
+class TestLayouts:
+    def test_value_and_gradients(self, name, calls):
+        module = layout(name)
+        assert ornith_moe.hf.why(module, "ornith") == LAYOUTS[name]
+        assert_equals(module, "grouped_mm", *inputs())
+        assert len(calls) == LAYOUTS[name].startswith("fused")
 
-    class Clamped(transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeExperts):
-        def _apply_gate(self, gate_up):
-            gate, up = gate_up.clamp(-0.5, 0.5).chunk(2, dim=-1)
-            return self.act_fn(gate) * up
-
-    module = experts_module()
-    module.__class__ = Clamped
-    monkeypatch.setattr(ornith_moe.hf, "moe_mlp", None)
-    x, indices, weights = torch.randn(9, 40), torch.rand(9, 7).topk(3).indices, torch.rand(9, 3)
-    indices[3, 1], indices[4] = 7, -1
-    present = (indices >= 0) & (indices < 7)
-    y = module(x, indices, weights.masked_fill(~present, torch.inf))
-    module._is_expert_parallel = True
-    module.config._experts_implementation = "grouped_mm"
-    expected = module(x, indices.masked_fill(~present, 7), weights.masked_fill(~present, 0))
-    assert_close("y", y, expected, 1e-6)
+    def test_fp8_training_is_refused_where_it_would_not_be_fp8(self, name):
+        module = layout(name)
+        module.config._experts_implementation = "ornith_fp8"
+        obstacle = LAYOUTS[name].partition(": ")[2]
+        if LAYOUTS[name].startswith("fused"):
+            obstacle = "an expert intermediate size of 24, no multiple of 128"
+        assert ornith_moe.hf.why(module) == f"refused: {obstacle}; choose 'ornith' for unquantized experts"
+        with pytest.raises(ValueError, match=r"experts_implementation='ornith_fp8' cannot compute .*; choose 'ornith'"):
+            module(*inputs())
 
 
-def fp8_module(block_size, inner=160, hidden=256):
-    config = tiny_config(hidden_size=hidden, moe_intermediate_size=inner)
-    config._experts_implementation = "ornith"
-    decorated = use_experts_implementation(FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
-    module = decorated(config, block_size=block_size)
-    dense = []
-    for name in ("gate_up_proj", "down_proj"):
-        parameter, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
-        weight = torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5
-        block = tuple(-(-n // s) for n, s in zip(parameter.shape[1:], scale.shape[1:], strict=True))
-        if block_size is not None and parameter.shape[1] > 128:
-            block = tuple(block_size)
-        q, s = quantize_fp8_block(weight, block=block)
-        parameter.data, scale.data = q, s
-        dense.append(dequantize_fp8(q, s, block=block, dtype=torch.float32))
-    module.requires_grad_(False)
-    return module, dense
+def test_transposed_weights_are_not_copied(calls):
+    module = layout("aria")
+    module.config._experts_implementation = "ornith"
+    module(*inputs())
+    (_, _, _, gate_up, down), *_ = calls
+    assert gate_up.data_ptr() == module.gate_up_proj.data_ptr() and gate_up.shape == (7, 48, 40)
+    assert down.data_ptr() == module.down_proj.data_ptr() and down.shape == (7, 40, 24)
 
 
-@pytest.fixture
-def restore_fp8_experts():
-    """The decorator changes the class in place; transformers does so at every load, a test should not."""
-    saved = {name: FP8Experts.__dict__[name] for name in ("__init__", "forward")}
-    yield
-    for name, value in saved.items():
-        setattr(FP8Experts, name, value)
+class TestReasons:
+    def test_are_logged_once(self, caplog, monkeypatch):
+        monkeypatch.setattr(ornith_moe.hf, "_said", set())
+        module = experts_module(hidden_act="gelu")
+        with caplog.at_level(logging.WARNING, "ornith_moe.hf"):
+            for _ in range(3):
+                module(*inputs())
+        assert caplog.messages == [
+            "Qwen3_5MoeExperts takes the path 'grouped_mm' under 'ornith': the activation GELUActivation"
+        ]
+
+    def test_of_a_model(self, model):
+        assert set(ornith_moe.hf.explain(model).values()) == {"fused: plain SwiGLU, recipe bf16, cpu backend"}
+        assert len(ornith_moe.hf.explain(model)) == 4
+        model.set_experts_implementation("eager")
+        assert set(ornith_moe.hf.explain(model).values()) == {"not ours: eager"}
+
+    def test_of_a_device_without_kernels(self, monkeypatch):
+        def refuse(*_):
+            raise ValueError("backend: 'triton' is unavailable")
+
+        monkeypatch.setattr(ornith_moe.hf, "choose_backend", refuse)
+        assert ornith_moe.hf.why(experts_module()) == "refused: backend: 'triton' is unavailable"
+
+    def test_of_something_else(self):
+        with pytest.raises(TypeError, match="expected an experts module of transformers, got Linear"):
+            ornith_moe.hf.why(torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="expected one of ornith, ornith_fp8, got 'eager'"):
+            ornith_moe.hf.why(experts_module("eager"))
 
 
 @pytest.mark.parametrize(
-    ("block_size", "inner"),
-    [([128, 128], 192), ([128, 128], 256), ([128, 128], 32), (None, 160)],
-    ids=["partial-block", "whole-blocks", "two-scales-in-one-block", "one-scale-per-matrix"],
+    ("implementation", "hidden_act"), [("ornith", "silu"), ("ornith_fp8", "silu"), ("ornith", "gelu")]
 )
-def test_fp8_experts_are_weight_only(restore_fp8_experts, block_size, inner):
-    module, dense = fp8_module(block_size, inner=inner)
-    indices = torch.rand(9, 7).topk(3).indices
-    indices[2], indices[5, 1] = 7, 7  # sentinels
-    x, weights = torch.randn(9, 256), torch.rand(9, 3).masked_fill(indices == 7, 0)
-    mine, truth = ([t.clone().requires_grad_() for t in (x, weights)] for _ in range(2))
-    y = module(mine[0], indices, mine[1])
-    expected = om.moe_mlp(truth[0], indices, truth[1], *dense)
-    dy = torch.randn(9, 256)
-    y.backward(dy)
-    expected.backward(dy)
-    assert_close("y", y, expected, 1e-5)
-    assert_close("dx", mine[0].grad, truth[0].grad, 1e-5)
-    assert_close("dweights", mine[1].grad, truth[1].grad, 1e-5)
+def test_compiles_as_one_graph(implementation, hidden_act):
+    """The experts call in one graph, forward and backward, then for another number of tokens."""
+    module = experts_module(implementation, hidden_act=hidden_act, moe_intermediate_size=128)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 13):
+        x, indices, weights = inputs(tokens)
+        results = []
+        for call in (module, compiled):
+            module.zero_grad()
+            leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+            y = call(leaves[0], indices, leaves[1])
+            y.square().sum().backward()
+            results.append([y.detach(), *(leaf.grad for leaf in leaves), *(p.grad for p in module.parameters())])
+        for label, mine, expected in zip(("y", "dx", "dweights", "dgate_up", "ddown"), *results, strict=True):
+            assert_close(label, mine, expected, 1e-6)
 
 
-def test_fp8_experts_refuse_fp4(restore_fp8_experts):
-    module, _ = fp8_module([128, 128], inner=256)
-    module.down_proj = torch.nn.Parameter(module.down_proj.view(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"down_proj: 'ornith' serves FP8 experts in float8_e4m3fn, got torch.int8"):
-        module(torch.randn(2, 256), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1))
+def test_fp8_training_of_masters_is_the_recipe(calls):
+    """`ornith_fp8` on unquantized experts: block FP8 forward, gradients for the masters."""
+    module = experts_module("ornith_fp8", moe_intermediate_size=128)
+    x, indices, weights = inputs()
+    mine = outputs_and_gradients(module, "ornith_fp8", x, indices, weights)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weights, module.gate_up_proj, module.down_proj)]
+    y = om.moe_mlp(leaves[0], indices, leaves[1], *leaves[2:], recipe="fp8", backend="reference")
+    y.square().sum().backward()
+    for label, expected in zip(mine, (y, *(leaf.grad for leaf in leaves)), strict=True):
+        assert_close(label, mine[label], expected, 1e-5)
+    exact = outputs_and_gradients(module, "eager", x, indices, weights)
+    assert 1e-3 < relative_rms(mine["y"], exact["y"]) < 0.1  # it did quantize
+    assert len(calls) == 1
 
 
-def test_registered_in_both_registries():
-    assert "ornith" in ALL_EXPERTS_FUNCTIONS and "ornith" in ALL_FP8_EXPERTS_FUNCTIONS
-
-
-def test_a_copied_model_keeps_its_choice(model):
-    clone = copy.deepcopy(model)
-    assert isinstance(clone, Qwen3_5MoeForCausalLM) and clone.config._experts_implementation == "ornith"
-    with torch.no_grad():
-        assert relative_rms(clone(input_ids=IDS).logits, model(input_ids=IDS).logits) == 0
+def test_docstrings_run():
+    ran = doctest.testmod(ornith_moe.hf)
+    assert ran.attempted >= 6 and not ran.failed
