@@ -32,6 +32,7 @@ class BlockCodec(GgufCodec):
 
     halves: tuple[int, ...] = ()
     important = False
+    needs_importance = False
 
     def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         """Flat values of whole rows into uint8 [blocks, bytes]; `columns` is one row of importance, or empty."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from numba import njit
+from numba.core import event
 
 _SOURCES = sorted((path.name, path.stat().st_mtime_ns) for path in Path(__file__).parent.glob("*.py"))
 
@@ -22,3 +25,25 @@ def compiled(function):
     index = kernel._cache._cache_file
     index._source_stamp = (index._source_stamp, _SOURCES)
     return kernel
+
+
+@contextmanager
+def compiling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call tell(name) before machine code of the function `name` is made; what the disk has is not told.
+
+    It takes seconds, once on a machine. The call comes from whichever thread needs the function first.
+    """
+
+    class Listener(event.Listener):
+        def on_start(self, started: event.Event) -> None:
+            tell(started.data["dispatcher"].py_func.__name__)
+
+        def on_end(self, ended: event.Event) -> None:
+            pass
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)

@@ -82,7 +82,8 @@ def test_random_bits_of_fp32(recipe, scale):
     bits = RANDOM.integers(0, 1 << 32, (256, 1024), np.uint32).view(np.float32)
     assert_equals_definition(bits, recipe, scale)
     assert_equals_definition(np.where(np.isfinite(bits), bits, np.float32(1)), recipe, scale)
-    assert_equals_definition(bits * np.float32(1e-38), recipe, scale)
+    with np.errstate(invalid="ignore"):
+        assert_equals_definition(bits * np.float32(1e-38), recipe, scale)
 
 
 @every_case
