@@ -327,6 +327,15 @@ def test_importance_never_makes_a_nan(name):
             assert np.isfinite(dequantize_gguf(quantize_gguf(WEIGHTS[kind][:8], name, imatrix=imatrix), name)).all()
 
 
+@pytest.mark.parametrize("name", IMPORTANT_TYPES)
+@pytest.mark.parametrize("factor", [1e-42, 1e-35, 1e30])
+def test_importance_of_any_size_equals_ggml_and_is_finite(name, factor):
+    """Sums that underflow or whose squares overflow."""
+    imatrix = EVEN * np.float32(factor)
+    assert_equals_ggml(FEW[:3], name, imatrix)
+    assert np.isfinite(dequantize_gguf(quantize_gguf(FEW[:3], name, imatrix=imatrix), name)).all()
+
+
 SQNR = {  # dB on normal weights, a little below what was measured
     "F16": 73, "BF16": 55, "Q8_0": 45, "Q4_0": 21.3, "Q4_1": 22.1, "Q5_0": 27.3, "Q5_1": 28.4, "Q2_K": 10.5, "Q3_K": 15,
     "Q4_K": 22, "Q5_K": 28, "Q6_K": 34, "IQ2_XXS": 8, "IQ2_XS": 9, "IQ2_S": 10.5, "IQ3_XXS": 12.4, "IQ3_S": 14.4,
