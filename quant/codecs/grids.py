@@ -373,7 +373,7 @@ class IQ2_S(GridCodec):
 
     def pack(self, indices, signs, scales, out):
         out[:, 2:34], out[:, 34:66] = indices & 255, signs
-        pack((indices >> 8).astype(np.uint8), 0, 2, 1, out, 66)
+        pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 2, 1, out, 66)
         out[:, 74:] = scales[:, ::2] | scales[:, 1::2] << 4
 
 
@@ -392,5 +392,5 @@ class IQ3_S(GridCodec):
 
     def pack(self, indices, signs, scales, out):
         out[:, 2:66], out[:, 74:106] = indices & 255, signs
-        pack((indices >> 8).astype(np.uint8), 0, 1, 1, out, 66)
+        pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 1, 1, out, 66)
         out[:, 106:] = scales[:, ::2] | scales[:, 1::2] << 4
