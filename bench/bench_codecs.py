@@ -1,12 +1,14 @@
 """Codecs on one thread, against what a user would write or install instead.
 
-FP8 (encode from BF16, decode to BF16): the rule of `ornith_moe.quant.fp8` on the whole tensor at once in plain torch,
-and the same function under torch.compile. GGUF (encode from FP32, with and without importance): ggml's C, and gguf-py
-where it has the type. Before it is timed, each row must give the bytes of a reference: the plain formulation for FP8,
-ggml's C for GGUF.
+FP8 (encode from BF16, decode to BF16): machine code for slabs (`codecs/fp8_slabs.py`) and the definition for tensors
+(`quant/fp8.py`), against the rule on the whole tensor at once in plain torch, and the same function under
+torch.compile. GGUF (encode from FP32, with and without importance): ggml's C, and gguf-py where it has the type; one
+more row of ours with two threads on two halves. Before it is timed, each row must give the bytes of a reference: the
+plain formulation for FP8, ggml's C for GGUF.
 """
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import ggml
@@ -15,15 +17,18 @@ import numpy as np
 import pytest
 import torch
 from numeric import assert_same_bits, relative_rms
-from shapes import MATRICES
+from shapes import MATRICES, SEARCHED
 
 import ornith_moe as om
+from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
+from ornith_moe.quant.codecs.grids import GridCodec
 from ornith_moe.quant.gguf_codecs import ENCODERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 128
 SCALES = {"block": torch.float32, "channel": torch.bfloat16}  # as each recipe's files store them
-FP8_CODERS = ("ours", "torch", "torch.compile")
+BLOCKS = {"block": (BLOCK, BLOCK), "channel": (1, None)}
+FP8_CODERS = ("ours", "ours, for tensors", "torch", "torch.compile")
 
 
 def plain_encode(w, recipe):
@@ -49,11 +54,29 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def as_arrays(q, scale):
+    bits = scale.view(torch.uint16) if scale.dtype == torch.bfloat16 else scale
+    return q.view(torch.uint8).numpy(), bits.numpy()
+
+
 def encoder(coder, recipe):
+    """A function of w that gives (q, scale); ours gives arrays."""
     if coder == "ours":
+        scale = "fp32" if SCALES[recipe] == torch.float32 else "bf16"
+        return lambda w: encode_fp8(w.view(torch.uint16).numpy(), BLOCKS[recipe], scale=scale)
+    if coder == "ours, for tensors":
         return om.quantize_fp8_block if recipe == "block" else om.quantize_fp8_channel
     function = plain_encode if coder == "torch" else compiled(plain_encode)
     return lambda w: function(w, recipe)
+
+
+def decoder(coder, recipe, q, scale):
+    """A function that gives the decoded matrix; ours an array."""
+    if coder == "ours":
+        arrays = as_arrays(q, scale)
+        return lambda: decode_fp8(*arrays, BLOCKS[recipe], dtype="bf16")
+    decode = {"ours, for tensors": om.dequantize_fp8, "torch": plain_decode}.get(coder) or compiled(plain_decode)
+    return lambda: decode(q, scale)
 
 
 def nbytes(*tensors):
@@ -66,12 +89,13 @@ def nbytes(*tensors):
 def test_fp8_encode(measure, recipe, matrix, coder):
     w = torch.randn(MATRICES[matrix]).bfloat16()
     encode = encoder(coder, recipe)
-    (q, scale), expected = encode(w), plain_encode(w, recipe)
-    assert_same_bits("codes", q.view(torch.uint8), expected[0].view(torch.uint8))
-    assert_same_bits("scale", scale, expected[1])
+    q, scale = plain_encode(w, recipe)
     assert relative_rms(plain_decode(q, scale), w) < 0.03
+    encoded = encode(w)
+    encoded = encoded if coder == "ours" else as_arrays(*encoded)
+    assert all(np.array_equal(ours, expected) for ours, expected in zip(encoded, as_arrays(q, scale), strict=True))
     group = f"FP8 {recipe} encode, {matrix} from BF16"
-    measure(group, coder, lambda: encode(w), peer=coder != "ours", nbytes=nbytes(w, q, scale))
+    measure(group, coder, lambda: encode(w), peer="ours" not in coder, nbytes=nbytes(w, q, scale))
 
 
 @pytest.mark.parametrize("coder", FP8_CODERS)
@@ -79,49 +103,64 @@ def test_fp8_encode(measure, recipe, matrix, coder):
 @pytest.mark.parametrize("recipe", SCALES)
 def test_fp8_decode(measure, recipe, matrix, coder):
     q, scale = plain_encode(torch.randn(MATRICES[matrix]).bfloat16(), recipe)
-    decode = {"ours": om.dequantize_fp8, "torch": plain_decode}.get(coder) or compiled(plain_decode)
-    w = decode(q, scale)
-    assert_same_bits("decoded", w, plain_decode(q, scale))
+    decode, w = decoder(coder, recipe, q, scale), plain_decode(q, scale)
+    decoded = decode()
+    assert_same_bits("decoded", torch.from_numpy(decoded).view(torch.bfloat16) if coder == "ours" else decoded, w)
     group = f"FP8 {recipe} decode, {matrix} to BF16"
-    measure(group, coder, lambda: decode(q, scale), peer=coder != "ours", nbytes=nbytes(q, scale, w))
+    measure(group, coder, decode, peer="ours" not in coder, nbytes=nbytes(q, scale, w))
 
 
-@pytest.mark.parametrize("coder", ["ours", "gguf-py", "ggml"])
+GGUF_PY = ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")  # what gguf-py 0.19 encodes
+CODERS = ("ours", "ours, 2 threads", "gguf-py", "ggml")
+CASES = [(name, coder) for name in ENCODERS for coder in CODERS if coder != "gguf-py" or name in GGUF_PY]
+PLAIN = ("F32", "F16", "BF16", "Q8_0")
+EACH = {
+    name: [case for case in CASES if wanted(case[0])]
+    for name, wanted in {
+        "plain": lambda name: name in ("BF16", "Q8_0"),
+        "search": lambda name: name not in PLAIN and not ENCODERS[name].needs_importance,
+        "importance": lambda name: name not in PLAIN and ENCODERS[name].important,
+    }.items()
+}
+
+
 @pytest.mark.parametrize("matrix", MATRICES)
-@pytest.mark.parametrize("name", ["Q8_0", "BF16"])
-def test_gguf_encode(measure, benchmark, name, matrix, coder):
-    encode_gguf(measure, benchmark, name, MATRICES[matrix], coder, f"{name} encode, {matrix} from FP32")
+@pytest.mark.parametrize(("name", "coder"), EACH["plain"])
+def test_gguf_encode(measure, benchmark, matrix, name, coder):
+    encode_gguf(measure, benchmark, name, matrix, coder, f"{name} encode, {matrix} from FP32")
 
 
-GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")  # what gguf-py 0.19 encodes
-SMALL = "1024x2048"  # the searches are bound by arithmetic, and ggml's take seconds on the large matrix
+def searched(name):
+    """The searches are bound by arithmetic, and ggml's take seconds on a large matrix."""
+    return "256x2048" if isinstance(ENCODERS[name], GridCodec) else "1024x2048"
 
 
-@pytest.mark.parametrize("coder", ["ours", "gguf-py", "ggml"])
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("F32", "F16", "BF16", "Q8_0")])
+@pytest.mark.parametrize(("name", "coder"), EACH["search"])
 def test_gguf_search(measure, benchmark, name, coder):
-    if coder == "gguf-py" and name not in GGUF_PY:
-        pytest.skip(f"gguf-py does not encode {name}")
-    encode_gguf(measure, benchmark, name, MATRICES[SMALL], coder, f"{name} encode, {SMALL} from FP32")
+    encode_gguf(measure, benchmark, name, searched(name), coder, f"{name} encode, {searched(name)} from FP32")
 
 
-@pytest.mark.parametrize("coder", ["ours", "ggml"])
-@pytest.mark.parametrize("name", [name for name, codec in ENCODERS.items() if getattr(codec, "important", False)])
+@pytest.mark.parametrize(("name", "coder"), [case for case in EACH["importance"] if case[1] != "gguf-py"])
 def test_gguf_search_with_importance(measure, benchmark, name, coder):
-    importance = np.random.default_rng(1).random(MATRICES[SMALL][1], np.float32)
-    group = f"{name} encode with importance, {SMALL} from FP32"
-    encode_gguf(measure, benchmark, name, MATRICES[SMALL], coder, group, importance)
+    group = f"{name} encode with importance, {searched(name)} from FP32"
+    encode_gguf(measure, benchmark, name, searched(name), coder, group, importance=True)
 
 
-def encode_gguf(measure, benchmark, name, shape, coder, group, importance=None):
-    rows = np.random.default_rng(0).standard_normal(shape, np.float32)
-    kind = gguf.GGMLQuantizationType[name]
-    encode = {
-        "ours": lambda: om.quantize_gguf(rows, name, imatrix=importance),
-        "gguf-py": lambda: gguf.quants.quantize(rows, kind),
-        "ggml": lambda: ggml.quantize(rows, name, importance),
-    }[coder]
-    encoded = encode()
-    assert np.array_equal(encoded, ggml.quantize(rows, name, importance))
-    info = measure(group, coder, encode, peer=coder != "ours", nbytes=nbytes(rows, encoded))
-    info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.0f} Mweights/s"
+def encode_gguf(measure, benchmark, name, matrix, coder, group, importance=False):
+    rows = np.random.default_rng(0).standard_normal(SEARCHED[matrix], np.float32)
+    imatrix = np.random.default_rng(1).random(rows.shape[1], np.float32) if importance else None
+    kind, halves = gguf.GGMLQuantizationType[name], np.split(rows, 2)
+    with ThreadPoolExecutor(2) as pool:
+        encode = {
+            "ours": lambda: om.quantize_gguf(rows, name, imatrix=imatrix),
+            "ours, 2 threads": lambda: list(
+                pool.map(lambda half: om.quantize_gguf(half, name, imatrix=imatrix), halves)
+            ),
+            "gguf-py": lambda: gguf.quants.quantize(rows, kind),
+            "ggml": lambda: ggml.quantize(rows, name, imatrix),
+        }[coder]
+        encoded = np.concatenate(encode()) if "threads" in coder else encode()
+        assert np.array_equal(encoded, ggml.quantize(rows, name, imatrix))
+        torch.set_num_threads(2 if "threads" in coder else 1)  # whose bandwidth is the limit
+        info = measure(group, coder, encode, peer="ours" not in coder, nbytes=nbytes(rows, encoded))
+    info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"

@@ -31,6 +31,7 @@ MATRICES = {  # rows, columns
     "1024x2048": (1024, 2048),  # gate_up of one 35B expert
     "4096x4096": (4096, 4096),  # larger than most caches
 }
+SEARCHED = {"256x2048": (256, 2048), **MATRICES}  # for encoders that are bound by arithmetic
 
 # Two layers with the expert and attention sizes of the 35B, but few experts and a small vocabulary: 240 MB in BF16.
 CHECKPOINT = {

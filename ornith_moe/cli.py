@@ -406,6 +406,10 @@ def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], No
         tasks: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
+            if phase == "compile":
+                if phase not in tasks:
+                    tasks[phase] = bar.console.print("compile  machine code of the codecs, kept for the next run")
+                return
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total)
             bar.update(tasks[phase], completed=done)

@@ -88,7 +88,8 @@ def convert(
         max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
         resume: go on with an unfinished conversion of the same source, builds and options.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
-        progress: called with phase ("convert", "check"), bytes done and bytes in all.
+        progress: called with phase ("convert", "check"), bytes done and bytes in all; with ("compile", 0, 0) whenever
+            machine code of a codec is made, which costs seconds once on a machine.
     Returns:
         ConversionReport.
     Raises:

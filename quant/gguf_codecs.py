@@ -9,6 +9,7 @@ an encoder can be planned, sized and decoded.
     codecs/blocks32.py   Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
     codecs/k_quants.py   Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
     codecs/codebooks.py  IQ4_NL, IQ4_XS, MXFP4, NVFP4
+    codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S
     codecs/ternary.py    TQ1_0, TQ2_0
     codecs/search.py     the searches for scales, on sixteen blocks at a time (codecs/lanes.py, codecs/tiles.py)
 
@@ -23,14 +24,15 @@ import numpy as np
 from ornith_moe.quant.codecs.blocks32 import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ornith_moe.quant.codecs.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from ornith_moe.quant.codecs.codec import GgufCodec
+from ornith_moe.quant.codecs.grids import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from ornith_moe.quant.codecs.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ornith_moe.quant.codecs.plain import BF16, F16, F32
 from ornith_moe.quant.codecs.ternary import TQ1_0, TQ2_0
 from ornith_moe.quant.gguf_types import block_shape, row_bytes
 
 CODECS = (
-    F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0,
-    TQ2_0,
+    F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S,
+    IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0, TQ2_0,
 )  # fmt: skip
 ENCODERS: dict[str, GgufCodec] = {codec.name: codec() for codec in CODECS}
 
@@ -42,11 +44,12 @@ def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | No
         array: ([..., K], float32), K a multiple of the type's block.
         type_name: a key of `ENCODERS`, for example "Q4_K".
         imatrix: ([K], float32) importance of each column, at least 0; or one for every matrix of a stack: array
-            [E, R, K] and imatrix [E, K]. Types whose ggml encoder ignores it ignore it.
+            [E, R, K] and imatrix [E, K]. Types whose ggml encoder ignores it ignore it; IQ2_XXS and IQ2_XS need it.
     Returns:
         ([..., row_bytes], uint8), the bytes ggml's C writes.
     Raises:
-        ValueError: unknown type, no encoder for it, K does not fill whole blocks, or an imatrix of another shape.
+        ValueError: unknown type, no encoder for it, K does not fill whole blocks, or an imatrix that is missing, of
+            another shape, not finite or negative.
         ConversionError: a value that is not finite (F32 and BF16 store it), or a value or scale beyond fp16.
     Numerics: IEEE fp32 without contraction in C evaluation order; deterministic, independent of how rows are grouped.
     Source: ggml-quants.c.
@@ -64,6 +67,8 @@ def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | No
     width = row_bytes(type_name, columns)
     rows = np.ascontiguousarray(array).reshape(-1, columns)
     if imatrix is None:
+        if getattr(ENCODERS[type_name], "needs_importance", False):
+            raise ValueError(f"imatrix: {type_name} is not encoded without one, nor by ggml; pass float32 [{columns}]")
         encoded = ENCODERS[type_name].encode(rows)
     else:
         importance = _checked(imatrix, array.shape)

@@ -33,7 +33,7 @@ from ornith_moe.quant.storage import Slab
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
-Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
+Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all; ("compile", 0, 0) comes from any thread
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class Pass:
 
     def write(self) -> None:
         """Write every unit that the journal does not know."""
+        from ornith_moe.quant.codecs.compiled import compiling  # not at import: planning needs no numba
+
+        with compiling(lambda function: self.progress("compile", 0, 0)):
+            self._write()
+
+    def _write(self) -> None:
         done = sum(self._size(self.work[index]) for index in self.journal.extents)
         total = sum(map(self._size, self.work))
         missing = [index for index in range(len(self.work)) if index not in self.journal.extents]

@@ -4,8 +4,7 @@ A `Storage` turns rows of a weight into rows of one output tensor (kept, BF16, a
 scales). A part may need whole groups of rows (`Part.rows`), so a slab of whole groups gives the same bytes as the whole
 weight; that is what lets a conversion see a weight in slabs and in any order.
 
-Decoding is for verification and goes through other people's code where there is any: torch's cast for FP8, the `gguf`
-package for GGUF types.
+Decoding is for verification, and GGUF types go through the `gguf` package, other people's code.
 """
 
 from __future__ import annotations
@@ -19,6 +18,11 @@ from ornith_moe.quant.checkpoint import ITEM_BYTES, matrix_shape
 from ornith_moe.quant.gguf_types import row_bytes
 
 FP8_BLOCK = 128
+FLOAT_BITS = {  # dtype: the integer that carries it, mask of its magnitude, infinity
+    "BF16": (np.uint16, np.uint16(0x7FFF), 0x7F80),
+    "F16": (np.uint16, np.uint16(0x7FFF), 0x7C00),
+    "F32": (np.uint32, np.uint32(0x7FFFFFFF), 0x7F800000),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,10 @@ class Slab:
 
     def first_non_finite(self) -> tuple[int, int, float] | None:
         """Row, column and value of the first NaN or Inf."""
-        values = self.float32
-        if np.isfinite(values.sum(dtype=np.float64)):  # finite terms cannot reach Inf in float64
+        bits, magnitude, infinity = FLOAT_BITS[self.dtype]
+        if not self.raw.size or (self.raw.view(bits) & magnitude).max() < infinity:
             return None
+        values = self.float32
         row, column = map(int, np.argwhere(~np.isfinite(values))[0])
         return row, column, float(values[row, column])
 
@@ -113,15 +118,10 @@ class FP8Channel:
         return Part("", "F8_E4M3", shape, columns), Part("_scale", "BF16", (rows, 1), 2)
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
-        import torch
-
-        from ornith_moe.quant.fp8 import quantize_fp8_channel
-
-        q, scale = quantize_fp8_channel(slab.tensor, scale="bf16")
-        return q.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+        return _encode_fp8(slab, (1, None))
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
-        return _fp8_values(parts[0]) * to_float32(parts[1], "BF16")
+        return _decode_fp8(parts, (1, None))
 
 
 class FP8Block:
@@ -138,16 +138,10 @@ class FP8Block:
         return Part("", "F8_E4M3", shape, columns), Part("_scale_inv", "BF16", grid, 2 * grid[1], FP8_BLOCK)
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
-        import torch
-
-        from ornith_moe.quant.fp8 import quantize_fp8_block
-
-        q, scale = quantize_fp8_block(slab.tensor, scale="bf16")
-        return q.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy()
+        return _encode_fp8(slab, (FP8_BLOCK, FP8_BLOCK))
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
-        scale = to_float32(parts[1], "BF16").repeat(FP8_BLOCK, axis=0).repeat(FP8_BLOCK, axis=1)
-        return _fp8_values(parts[0]) * scale
+        return _decode_fp8(parts, (FP8_BLOCK, FP8_BLOCK))
 
 
 class Gguf:
@@ -175,7 +169,15 @@ class Gguf:
 Storage = Keep | ToBF16 | FP8Channel | FP8Block | Gguf
 
 
-def _fp8_values(codes: np.ndarray) -> np.ndarray:
-    import torch
+def _encode_fp8(slab: Slab, block: tuple[int, int | None]) -> tuple[np.ndarray, ...]:
+    from ornith_moe.quant.codecs.fp8_slabs import encode_fp8  # not at import: planning needs no numba
 
-    return torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn).float().numpy()
+    rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+    codes, scale = encode_fp8(rows, block, scale="bf16")
+    return codes, scale.view(np.uint8)
+
+
+def _decode_fp8(parts: tuple[np.ndarray, ...], block: tuple[int, int | None]) -> np.ndarray:
+    from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
+
+    return decode_fp8(parts[0], parts[1].view(np.uint16), block)

@@ -44,6 +44,8 @@ MAX_PROBLEMS = 50
 # Far below what a sound encoding reaches on normal weights: FP8 31, Q8_0 45, BF16 55 dB.
 FLOOR_DB = {"keep": math.inf, "F32": 100.0, "BF16": 40.0, "F16": 40.0, "Q8_0": 30.0}
 FLOOR_DB |= {"F8_E4M3 per channel": 20.0, "F8_E4M3 per 128x128 block": 20.0}
+FLOOR_DB |= {"Q3_K": 6.0, "IQ3_S": 6.0, "IQ3_XXS": 6.0, "TQ1_0": -1.0, "TQ2_0": -1.0}
+FLOOR_DB |= {"Q2_K": 3.0, "IQ2_S": 3.0, "IQ2_XS": 3.0, "IQ2_XXS": 3.0}  # 9 dB on normal weights, less with importance
 Progress = Callable[[str, int, int], None]
 
 

@@ -32,6 +32,7 @@ class BlockCodec(GgufCodec):
 
     halves: tuple[int, ...] = ()
     important = False
+    needs_importance = False
 
     def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         """Flat values of whole rows into uint8 [blocks, bytes]; `columns` is one row of importance, or empty."""
@@ -53,10 +54,9 @@ class BlockCodec(GgufCodec):
                 raise beyond_half(rows, start + row, column)
             self.encode_blocks(x, columns, encoded)
             for offset in self.halves:
-                scale = encoded[:, offset : offset + 2].copy().view(np.uint16)[:, 0]
-                beyond = np.flatnonzero((scale & 0x7C00) == 0x7C00)
-                if beyond.size:
-                    first = int(beyond[0]) * block
+                beyond = _first_infinite(encoded, offset)
+                if beyond < len(encoded):
+                    first = beyond * block
                     row, column = divmod(first + int(np.abs(x[first : first + block]).argmax()), rows.shape[1])
                     raise beyond_half(rows, start + row, column)
         return out
@@ -80,6 +80,15 @@ def _frozen(rows: np.ndarray) -> np.ndarray:
     flat = rows.reshape(-1).view()
     flat.flags.writeable = False
     return flat
+
+
+@compiled
+def _first_infinite(encoded, offset):
+    """The first block whose fp16 at `offset` is infinite, or their number."""
+    for block in range(encoded.shape[0]):
+        if encoded[block, offset + 1] & 0x7C == 0x7C:
+            return block
+    return encoded.shape[0]
 
 
 @compiled

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from numba import njit
+from numba.core import event
 
 
 def compiled(function):
@@ -24,5 +27,27 @@ def compiled(function):
 
 
 @cache
-def _sources(folder):
+def _sources(folder: Path) -> list[tuple[str, int]]:
     return sorted((path.name, path.stat().st_mtime_ns) for path in folder.glob("*.py"))
+
+
+@contextmanager
+def compiling(tell: Callable[[str], None]) -> Iterator[None]:
+    """Call tell(name) before machine code of the function `name` is made; what the disk has is not told.
+
+    It takes seconds, once on a machine. The call comes from whichever thread needs the function first.
+    """
+
+    class Listener(event.Listener):
+        def on_start(self, started: event.Event) -> None:
+            tell(started.data["dispatcher"].py_func.__name__)
+
+        def on_end(self, ended: event.Event) -> None:
+            pass
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)

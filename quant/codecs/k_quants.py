@@ -281,9 +281,9 @@ class Q3_K(BlockCodec):
         codes, scales, d = signed(x, columns, 3, len(out))
         pack(codes, 2, 1, 32, out, 0)
         pack(codes, 0, 2, 32, out, 32)
-        s = (scales + 32).view(np.uint8)
-        out[:, 96:104] = s[:, :8] & 15 | s[:, 8:] << 4
-        out[:, 104:108] = s[:, :4] >> 4 | s[:, 4:8] >> 4 << 2 | s[:, 8:12] >> 4 << 4 | s[:, 12:] >> 4 << 6
+        s = (scales + 32).view(np.uint8).reshape(-1)
+        pack(s, 0, 4, 8, out, 96)
+        pack(s, 4, 2, 4, out, 104)
         out[:, 108:] = d
 
 

@@ -51,7 +51,7 @@ _CODES = types.Array(types.uint8, 1, "C")
 
 
 def load(x, index):
-    """Sixteen neighbours of a flat float32 array; the caller answers for the bounds."""
+    """Sixteen neighbours of a flat array, float32 or the whole numbers of uint8; the caller answers for the bounds."""
 
 
 def store(x, index, lanes):
@@ -60,6 +60,10 @@ def store(x, index, lanes):
 
 def spread(number):
     """A number in every lane."""
+
+
+def repeat(x, index):
+    """One number of a flat float32 array in every lane; the caller answers for the bounds."""
 
 
 def select(mask, a, b):
@@ -118,6 +122,10 @@ def interleave_second(a, b):
 
 def bits(mask):
     """The mask as a number, lane 0 its lowest bit."""
+
+
+def first_lane(mask):
+    """The lowest lane where the mask is set, 16 where it is nowhere."""
 
 
 def highest(lanes):
@@ -187,6 +195,13 @@ def _bits(builder, mask):
     return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32)
 
 
+def _first(builder, mask):
+    kind = ir.FunctionType(_I32, [_I32, ir.IntType(1)])
+    count = get_or_insert_function(builder.module, kind, "llvm.cttz.i32")
+    bits = builder.or_(_bits(builder, mask), _I32(1 << LANES))
+    return builder.zext(builder.call(count, [bits, ir.IntType(1)(1)]), ir.IntType(64))
+
+
 def _across(predicate):
     """Halves against each other until one lane is left: the order does not matter to a maximum."""
 
@@ -203,6 +218,16 @@ def _across(predicate):
 
 def _load(context, builder, signature, arguments):
     return builder.load(_place(context, builder, signature, arguments, _FLOATS), align=4)
+
+
+def _repeat(context, builder, signature, arguments):
+    place = _place(context, builder, signature, arguments, ir.FloatType())
+    return _wide(builder, builder.load(place, align=4))
+
+
+def _load_bytes(context, builder, signature, arguments):
+    place = _place(context, builder, signature, arguments, ir.VectorType(ir.IntType(8), LANES))
+    return builder.uitofp(builder.load(place, align=1), _FLOATS)
 
 
 def _store(context, builder, signature, arguments):
@@ -237,6 +262,8 @@ def _define(function, build, result, *choices):
 
 _EITHER = (Lanes, float32)
 _register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
+_register(load, _load_bytes, Lanes, [(kind, types.intp) for kind in (_CODES, _CODES.copy(readonly=True))])
+_register(repeat, _repeat, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
 _register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
 _define(spread, lambda builder, v: v, Lanes, (float32,))
 _define(select, lambda builder, mask, a, b: builder.select(mask, a, b), Lanes, (Mask,), _EITHER, _EITHER)
@@ -251,6 +278,7 @@ _define(absolute, _llvm("llvm.fabs"), Lanes, (Lanes,))
 _define(root, _llvm("llvm.sqrt"), Lanes, (Lanes,))
 _define(floor, _llvm("llvm.floor"), Lanes, (Lanes,))
 _define(any_lane, _any, types.boolean, (Mask,))
+_define(first_lane, _first, types.intp, (Mask,))
 _define(bits, _bits, types.uint32, (Mask,))
 _define(highest, _across(">"), float32, (Lanes,))
 _define(lowest, _across("<"), float32, (Lanes,))

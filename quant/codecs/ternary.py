@@ -38,6 +38,17 @@ def encode_trits(x, trits, d):
             store(trits, start + i, select(v >= HALF, ONE, select(v <= -HALF, -ONE, ZERO)) + ONE)
 
 
+@compiled
+def pack_digits(trits, start, run, digits, out, at):
+    """Bytes of five trits that lie `run` apart, those beyond `digits` being zero, into out[:, at:]."""
+    for block in range(out.shape[0]):
+        for i in range(run):
+            n = 0
+            for digit in range(5):
+                n = 3 * n + (trits[SUPER * block + start + run * digit + i] if digit < digits else 0)
+            out[block, at + i] = (n * 256 + 242) // 243
+
+
 class Ternary(BlockCodec):
     def encode_blocks(self, x, columns, out):
         trits, d = np.empty(x.size, np.uint8), np.empty(len(out), np.uint16)
@@ -51,14 +62,8 @@ class TQ1_0(Ternary):
 
     def pack(self, trits, out):
         """32 bytes of trits 32 apart, 16 of trits 16 apart, and 4 of four trits 4 apart with a fifth that is zero."""
-        trits = trits.reshape(len(out), SUPER)
         for at, start, run, digits in ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4)):
-            n = np.zeros((len(out), run), np.uint16)
-            for digit in range(5):
-                n *= 3
-                if digit < digits:
-                    n += trits[:, start + run * digit : start + run * (digit + 1)]
-            out[:, at : at + run] = (n * 256 + 242) // 243
+            pack_digits(trits, start, run, digits, out, at)
 
 
 class TQ2_0(Ternary):

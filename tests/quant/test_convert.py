@@ -4,6 +4,7 @@ Reference: the quantizers applied to whole tensors, and an undisturbed conversio
 with SIGKILL, a disk that is full, bytes lost after the journal had them. Not covered: power loss of a real disk.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -455,3 +456,19 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
     assert largest == 1024 * 512 * 256 * 2
     assert report["peak_rss_bytes"] < 900 * 2**20
     assert np.isclose(report["bytes_read"], 1.5 * largest, rtol=0.02)
+
+
+def test_making_machine_code_is_told(moe, tmp_path, monkeypatch):
+    """Whether code is on the disk depends on the machine, so the compiler is one that always works."""
+    from ornith_moe.quant.codecs import compiled
+
+    @contextlib.contextmanager
+    def compiling(tell):
+        tell("encode")
+        yield
+
+    monkeypatch.setattr(compiled, "compiling", compiling)
+    phases = []
+    convert(open_source(moe), tmp_path, ["gguf:Q8_0"], progress=lambda *told: phases.append(told))
+    assert phases[0] == ("compile", 0, 0)
+    assert {phase for phase, _, _ in phases} == {"compile", "convert", "check"}

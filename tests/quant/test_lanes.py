@@ -12,6 +12,7 @@ from ornith_moe.quant.codecs.lanes import (
     absolute,
     any_lane,
     bits,
+    first_lane,
     floor,
     highest,
     load,
@@ -21,6 +22,7 @@ from ornith_moe.quant.codecs.lanes import (
     minimum,
     nearest,
     nearest_within,
+    repeat,
     root,
     select,
     spread,
@@ -103,6 +105,18 @@ def test_across_lanes():
     assert run(B) == (B.max(), B.min(), sum(int(v > 0) << lane for lane, v in enumerate(B)), False, True)
 
 
+def test_first_lane_and_repeat():
+    @njit
+    def run(v, out):
+        lane = load(v, 0)
+        store(out, 0, repeat(v, 5))
+        return first_lane(lane == repeat(v, 5)), first_lane(lane == repeat(v, 0)), first_lane(lane != lane)
+
+    out = np.zeros(LANES, np.float32)
+    assert run(np.arange(3, 3 + LANES, dtype=np.float32), out) == (5, 0, LANES)
+    assert (out == 8).all()
+
+
 def test_codes_are_bytes():
     @njit
     def run(v, out):
@@ -111,6 +125,14 @@ def test_codes_are_bytes():
     out = np.zeros(LANES + 2, np.uint8)
     run(np.arange(0, 256, 17, dtype=np.float32), out)
     assert out.tolist() == [0, *range(0, 256, 17), 0]
+
+    @njit
+    def read(codes, v):
+        store(v, 0, load(codes, 1))
+
+    v = np.zeros(LANES, np.float32)
+    read(out, v)
+    assert v.tolist() == list(range(0, 256, 17))
 
 
 def test_gather_swaps_rows_and_columns():

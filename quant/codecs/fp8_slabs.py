@@ -1,0 +1,139 @@
+"""FP8 for slabs on their way to disk and back: `ornith_moe.quant.fp8` on numpy arrays, in machine code.
+
+That module is the definition and this one gives its bits, NaN payloads of decoded values aside: IEEE division, twice;
+the scale rounded before it divides; a block with NaN or Inf gets a NaN scale and code 0x7f throughout. Each block is
+read twice while it lies in cache, for its largest magnitude and for its codes; no block is padded or copied.
+
+N rows, K columns; a block is (rows, columns), with None for whole rows: (128, 128), (1, None) and (1, 128).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.lanes import LANES, load, spread, store
+from ornith_moe.quant.codecs.small_floats import farther, farthest, load_e4m3, rounded, store_e4m3
+
+SCALES = {"fp32": (0, np.float32), "bf16": (16, np.uint16), "ue8m0": (23, np.uint8)}  # bits below those of fp32, bits
+MIN_SCALE, E4M3_MAX = np.float32(2.0**-126), np.float32(448)
+
+
+def encode_fp8(
+    rows: np.ndarray, block: tuple[int, int | None], *, scale: str, bf16_first: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """q[i, j] = e4m3fn(rows[i, j] / s) with one scale s per block.
+
+    Args:
+        rows: ([N, K], uint16 as the bits of BF16, or float32 or float16), contiguous.
+        block: rows and columns that share a scale; None for all columns. Columns a multiple of 16.
+        scale: dtype of the scale, "fp32", "bf16" or "ue8m0".
+        bf16_first: round to BF16 before anything else, as weights are; activations are taken as given.
+    Returns:
+        q: ([N, K], uint8).
+        scale: ([ceil(N / rows), ceil(K / columns)], float32, or uint16 or uint8 as the bits of BF16 or UE8M0).
+    Raises:
+        ValueError: columns of a block that are no multiple of 16.
+    Numerics: the bits of `quantize_fp8_block`, `quantize_fp8_channel` and `quantize_fp8_tokens`.
+    """
+    if rows.dtype == np.float16:
+        rows = rows.astype(np.float32)
+    n, k = rows.shape
+    x, padded = _whole_lanes(rows)
+    bn, bk = _block(block, padded)
+    codes = np.empty((n, padded), np.uint8)
+    bits = np.empty((-(-n // bn), 1 if block[1] is None else -(-padded // bk)), np.uint32)
+    shift, dtype = SCALES[scale]
+    round_first = bf16_first and rows.dtype != np.uint16
+    _encode(x, n, padded, bn, bk, round_first, shift, codes.reshape(-1), bits)
+    if shift:
+        bits = (bits >> shift).astype(dtype)
+    return np.ascontiguousarray(codes[:, :k]), bits.view(dtype)
+
+
+def decode_fp8(
+    codes: np.ndarray, scale: np.ndarray, block: tuple[int, int | None], *, dtype: str = "fp32"
+) -> np.ndarray:
+    """rows[i, j] = codes[i, j] * scale[i // block[0], j // block[1]], the inverse.
+
+    Args:
+        codes: ([N, K], uint8).
+        scale, block: as `encode_fp8` returns and takes them.
+        dtype: "fp32", or "bf16" for the bits of BF16 as uint16.
+    Returns: ([N, K], float32 or uint16).
+    """
+    shift = {dtype: shift for shift, dtype in SCALES.values()}[scale.dtype.type]
+    factors = (scale.astype(np.uint32) << shift).view(np.float32) if shift else scale
+    n, k = codes.shape
+    x, padded = _whole_lanes(codes)
+    bn, bk = _block(block, padded)
+    out = np.empty((n, padded), {"fp32": np.float32, "bf16": np.uint16}[dtype])
+    _decode(x, n, padded, bn, bk, np.ascontiguousarray(factors), out.reshape(-1))
+    return np.ascontiguousarray(out[:, :k])
+
+
+def _block(block: tuple[int, int | None], columns: int) -> tuple[int, int]:
+    rows, width = block
+    if width is not None and width % LANES:
+        raise ValueError(f"block: expected columns in multiples of {LANES} or None, got {block}")
+    return rows, width or max(columns, LANES)
+
+
+def _whole_lanes(rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Flat and read-only, with rows filled up by zeros to whole lanes, and the columns of that."""
+    padding = -rows.shape[1] % LANES
+    if padding:
+        rows = np.pad(rows, ((0, 0), (0, padding)))
+    flat = rows.reshape(-1).view()
+    flat.flags.writeable = False
+    return flat, rows.shape[1]
+
+
+@compiled
+def _scale_of(amax, shift):
+    """The scale that goes with `amax`, rounded to a dtype whose bits lie `shift` below those of fp32."""
+    if not amax < np.float32(np.inf):
+        return np.float32(np.nan)
+    if amax == 0:
+        return np.float32(1)
+    s = max(np.float32(amax / E4M3_MAX), MIN_SCALE)
+    bits = np.float32(s).view(np.uint32)
+    if shift == 16:  # to nearest even
+        bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    elif shift == 23:  # up: any mantissa bit carries into the exponent
+        bits = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+    return np.uint32(bits).view(np.float32)
+
+
+@compiled
+def _encode(x, n, k, bn, bk, round_first, shift, codes, scales):
+    for i in range(scales.shape[0]):
+        first, last = bn * i, min(bn * (i + 1), n)
+        for j in range(scales.shape[1]):
+            left, right = bk * j, min(bk * (j + 1), k)
+            largest = spread(np.float32(0))
+            for row in range(first, last):
+                for at in range(k * row + left, k * row + right, LANES):
+                    largest = farther(largest, load(x, at))
+            if round_first:  # rounding keeps the order of magnitudes
+                largest = rounded(largest)
+            s = _scale_of(farthest(largest), shift)
+            scales[i, j] = np.float32(s).view(np.uint32)
+            for row in range(first, last):
+                if np.isnan(s):
+                    codes[k * row + left : k * row + right] = 0x7F
+                elif round_first:
+                    for at in range(k * row + left, k * row + right, LANES):
+                        store_e4m3(codes, at, rounded(load(x, at)) / s)
+                else:
+                    for at in range(k * row + left, k * row + right, LANES):
+                        store_e4m3(codes, at, load(x, at) / s)
+
+
+@compiled
+def _decode(codes, n, k, bn, bk, scales, out):
+    for row in range(n):
+        for j in range(scales.shape[1]):
+            s = scales[row // bn, j]
+            for at in range(k * row + bk * j, k * row + min(bk * (j + 1), k), LANES):
+                store(out, at, load_e4m3(codes, at) * s)
