@@ -459,7 +459,7 @@ def _resumable(partial: Path) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(*, speed: bool = True) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that draws one bar per phase with rate (of bytes) and time left; silent where stderr is no terminal."""
+    """A callback that draws one bar per phase with rate (of bytes) and time left; silent without a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = [TextColumn("{task.description:8}"), BarColumn(), TextColumn("{task.percentage:3.0f} %")]

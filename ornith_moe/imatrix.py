@@ -1,4 +1,4 @@
-"""Measure an importance matrix: run a checkpoint on text, one layer in memory at a time, and watch what its weights see.
+"""Measure an importance matrix: run a checkpoint on text, one layer in memory at a time, and watch what weights see.
 
     for each layer, in order:                        read its weights
         for each batch of chunks:                    x = layer(x), x [chunks, ctx, H] kept in a file
@@ -125,7 +125,7 @@ def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndar
     ids = encode(source.folder, read_text(text))
     whole = len(ids) // ctx
     if not whole:
-        raise CheckpointError(f"{text}: has {len(ids)} tokens, expected at least one chunk of {ctx}; pass a smaller --ctx")
+        raise CheckpointError(f"{text}: has {len(ids)} tokens, a chunk has {ctx}; give more text or a smaller --ctx")
     windows = np.array(ids[: whole * ctx], np.int64).reshape(whole, ctx)[:chunks]
     if windows.max() >= source.architecture.vocabulary:
         raise CheckpointError(
@@ -277,7 +277,7 @@ class _Model:
         parent, _, kind = name.rpartition(".")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
         numbers = [[self.index.get(f"{parent}.{e}.{part}.weight") for part in parts] for e in range(shape[0])]
-        if not parts or None in sum(numbers, []):
+        if not parts or any(None in members for members in numbers):
             raise CheckpointError(f"{self.source.folder}: transformers' model has {name}, the checkpoint does not")
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(self.source.dtype(numbers[0][0]), torch.float32)
         packed = torch.empty(shape, dtype=dtype)
@@ -328,7 +328,7 @@ def _experts(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """y[t] = sum over k of weights[t, k] * expert(x[t]), an expert at a time; `names` are those of gate, up and down."""
+    """y[t] = sum over k of weights[t, k] * expert(x[t]), an expert at a time; `names`: of gate, up and down."""
     gate, up, down = names
     y = torch.zeros_like(hidden_states)
     experts = len(module.gate_up_proj)

@@ -246,7 +246,7 @@ def _read_legacy(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
     entries = {}
     for _ in range(integer(1, max(size // 17, 1), "entries")):
         try:
-            entry = file.read(integer(1, min(MAX_NAME_BYTES, max(left(1), 1)), "bytes of a name")).decode()
+            entry = file.read(integer(1, min(MAX_NAME_BYTES, max(left(1) - 4, 1)), "bytes of a name")).decode()
         except UnicodeDecodeError:
             raise damaged("a name is not UTF-8") from None
         calls = integer(-(1 << 31), (1 << 31) - 1, "calls")
@@ -259,7 +259,7 @@ def _read_legacy(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
     if left(4):
         keys["imatrix.chunk_count"] = max(integer(-(1 << 31), (1 << 31) - 1, "chunks"), 0)
     if left(4):
-        dataset = file.read(integer(0, left(1), "bytes of a dataset's name"))
+        dataset = file.read(integer(0, max(left(1) - 4, 0), "bytes of a dataset's name"))
         keys["imatrix.datasets"] = [dataset.decode(errors="replace")] if dataset else []
     return entries, keys
 
