@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def importance(nano: Path, folder: Path) -> dict[str, Any]:
 
 def surprises(kl: dict[str, float]) -> list[str]:
     """Where KL does not go as fewer bits and importance promise."""
-    pairs = [*zip(LADDER, LADDER[1:], strict=False), *((f"{build} imatrix", build) for build in WITH_IMPORTANCE)]
+    pairs = [*pairwise(LADDER), *((f"{build} imatrix", build) for build in WITH_IMPORTANCE)]
     return [f"KL of {low} is {kl[low]:.6f}, of {high} {kl[high]:.6f}" for low, high in pairs if not kl[low] < kl[high]]
 
 

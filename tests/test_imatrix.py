@@ -2,7 +2,7 @@
 
 References: hooks in the whole model as transformers runs it, and llama.cpp's own inputs of every matrix product on the
 F32 GGUF of the same checkpoint, which is what llama-imatrix sums (tests/llama.py). Random fixtures say whether sums are
-those of the right columns, not whether they help: the demo measures that. Not covered: models beyond one layer's memory.
+those of the right columns, not whether they help: the demo measures that. Not covered: models larger than memory.
 """
 
 import json
@@ -130,7 +130,7 @@ def test_every_quantized_weight_has_an_entry(made, tmp_path):
 
 def test_one_layer_at_a_time_and_the_same_bytes(made, tmp_path, monkeypatch):
     """When a layer is loaded, the one before is gone; batches of another size give the same file but for rounding."""
-    _, folder, report, imatrix = made
+    _, folder, _, imatrix = made
     loaded, load = [], module._Model._load_layer
 
     def watched(self, number, sums):
