@@ -49,10 +49,12 @@ from ornith_moe.quant.source import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ("gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K_M", "gguf:Q4_K_M", "gguf:Q3_K_M", "gguf:Q2_K")
-BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", *LADDER, "gguf:IQ4_XS")
-WITH_IMPORTANCE = ("gguf:IQ4_XS", "gguf:Q4_K_M", "gguf:Q3_K_M", "gguf:Q2_K")
+BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", *LADDER, "gguf:IQ4_XS", "gguf:Q4_0")
+# Over 7,168 held-out positions an importance matrix lowered nano's KL by 13 +- 2 % for Q4_0, 5 +- 2 % for Q2_K and
+# 4 +- 1 % for Q3_K_S; 2 % for Q3_K_M, and -2 and -3 % for Q4_K_M and IQ4_XS, are within their noise.
+WITH_IMPORTANCE = ("gguf:Q4_0", "gguf:Q2_K")
 PROMPT = "def __init__(self, "
-WINDOWS, WINDOW_TOKENS, POSITIONS = 10, 128, 16
+WINDOWS, WINDOW_TOKENS, POSITIONS = 16, 128, 16
 TEXT_BYTES, CHUNKS, CHUNK_TOKENS = 2_000_000, 128, 256  # of the importance matrix
 
 err = Console(stderr=True)

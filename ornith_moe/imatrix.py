@@ -31,9 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 
-from ornith_moe.compare import _one_line, _quiet_transformers, encode, read_text
+from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, read_text
 from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.convert import peak_rss_bytes
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
@@ -85,6 +84,7 @@ def make_imatrix(
     Numerics: fp32 layers, fp64 sums; equal up to summation order to what hooks in the whole model see.
     """
     output, began = Path(output), time.monotonic()
+    _require("transformers", "hf")
     if source.checkpoint is None:
         raise PlanError(f"{source.name}: is a config without weights; an importance matrix needs the checkpoint folder")
     if os.path.lexists(output):
@@ -150,15 +150,19 @@ class _Model:
     """A checkpoint that runs layer by layer; `entries` are those of each layer, in the order in which `run` sums."""
 
     def __init__(self, source: Source, ids: np.ndarray, folder: Path, process_output: bool, progress: Progress):
+        import transformers
+
         self.source, self.ids, self.folder, self.progress = source, ids, folder, progress
         self.index = {weight.name: number for number, weight in enumerate(source.weights)}
         self.prefix = source.weights[0].name.removesuffix("embed_tokens.weight")
         self.coverage: list[Coverage] = []
         try:
-            config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(
+                source.folder, local_files_only=True, trust_remote_code=False
+            )
             with torch.device("meta"):
                 whole = transformers.AutoModelForCausalLM.from_config(
-                    config.get_text_config(decoder=True), dtype=torch.float32
+                    config.get_text_config(decoder=True), dtype=torch.float32, trust_remote_code=False
                 )
         except Exception as error:  # whatever its reader of configs raises
             raise CheckpointError(f"{source.folder}: transformers refuses it: {_one_line(error)}") from None
@@ -218,7 +222,7 @@ class _Model:
                     values, counts = sums.of(name, matrices, columns)
                     reached = int((counts > 0).sum())
                     self.coverage.append(
-                        Coverage(name, "F32", matrices, reached, int(counts.min()), int(counts.max()))
+                        Coverage(name, "", matrices, reached, int(counts.min()), int(counts.max()))
                     )
                     yield values, counts
                 del step

@@ -62,7 +62,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How well one tensor of a model is covered: `covered` of `matrices` were reached, by `least` to `most` tokens."""
+    """How well one tensor is covered: `covered` of its `matrices` were reached, by `least` to `most` tokens."""
 
     tensor: str
     type: str
