@@ -47,7 +47,7 @@ from ornith_moe.quant.stream import units
 ENCODING = 1  # raised when a storage gives other bytes, so that two versions never share a conversion
 PARTIAL = ".ornith-partial"
 NON_FINITE = ("error", "keep-bf16")
-_KINDS = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
+_VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 32 << 20
@@ -252,7 +252,7 @@ def _place(
                 file_type=FILE_TYPES[plan.file_type].id,
                 mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
                 pre=tokenizer_pre,
-            ) + [Entry(key, value, _KINDS[type(value)]) for key, value in plan.metadata.items()]
+            ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
             layout = gguf_layout(plan, final.name, source.architecture.gguf_architecture, metadata)
         else:
             final, layout = out / plan.build, safetensors_layout(plan, max_shard_bytes)

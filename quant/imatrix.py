@@ -80,7 +80,8 @@ class Imatrix:
         self.name = Path(file.name).name
         self.entries = dict(entries)
         self.datasets = tuple(keys.get("imatrix.datasets", ()))
-        self.chunk_count, self.chunk_size = (int(keys.get(f"imatrix.chunk_{what}", 0)) for what in ("count", "size"))
+        chunks = (keys.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))
+        self.chunk_count, self.chunk_size = (number if 0 <= number < 1 << 31 else 0 for number in chunks)
         self.architecture = keys.get("general.architecture")
         self.digest = self._check()
 
@@ -305,4 +306,4 @@ def _sound(values: np.ndarray) -> bool:
 
 
 def _text(text: str) -> str:
-    return text.encode()[:LONGEST_TEXT].decode(errors="ignore")
+    return text.encode(errors="replace")[:LONGEST_TEXT].decode(errors="ignore")

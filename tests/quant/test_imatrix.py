@@ -125,6 +125,20 @@ def test_reads_the_older_format(tmp_path):
     assert bare.metadata() == {"quantize.imatrix.file": "bare.dat", "quantize.imatrix.entries_count": 1}
 
 
+@pytest.mark.parametrize("count", [1 << 31, (1 << 63) + 1])
+def test_a_number_of_chunks_beyond_reason_is_none(tmp_path, count):
+    writer = gguf.GGUFWriter(tmp_path / "\udcff.gguf", "imatrix")
+    writer.add_uint64("imatrix.chunk_count", count)
+    writer.add_tensor("a.in_sum2", np.ones((1, 4), np.float32))
+    writer.add_tensor("a.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    keys = open_imatrix(tmp_path / "\udcff.gguf").metadata()
+    assert keys == {"quantize.imatrix.file": "?.gguf", "quantize.imatrix.entries_count": 1}
+
+
 def test_one_count_serves_all_experts(tmp_path):
     found = open_imatrix(write_gguf(tmp_path / "im.gguf", {"a": (np.arange(12).reshape(3, 4) + 1, [2])}))
     assert np.array_equal(found.importance("a", 2, 4), (np.arange(8, 12) + 1) / 2)
