@@ -42,6 +42,7 @@ setup(
         "safetensors>=0.5",
         "gguf>=0.18",
         "numba>=0.61",
+        "regex>=2024.4",
         "typer>=0.15",
         "rich>=13.7",
         "xxhash>=3.4",

@@ -181,7 +181,7 @@ def compile_requests(
         for key, report in pool.run(distinct):
             reports[key] = report
             if progress:
-                progress("compile", len(reports), len(distinct))
+                progress("kernels", len(reports), len(distinct))
     return [reports[request.key] for request in requests]
 
 

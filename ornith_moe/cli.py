@@ -1,4 +1,4 @@
-"""`ornith-moe`: plan, convert, verify, inspect, compare, kernels, doctor.
+"""`ornith-moe`: plan, convert, imatrix, verify, inspect, compare, kernels, doctor.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
 it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
@@ -49,6 +49,13 @@ out = _Out(markup=False, emoji=False, highlight=False, width=None if os.isatty(1
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
+class NonFinite(StrEnum):
+    """What to do with a weight that holds a NaN or an infinity."""
+
+    error = "error"
+    keep_bf16 = "keep-bf16"
+
+
 class Mtp(StrEnum):
     """What to do with multi-token-prediction tensors."""
 
@@ -76,6 +83,20 @@ MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="
 TokenizerPre = Annotated[
     str | None, typer.Option(metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
 ]
+ImatrixOption = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance of columns, of llama.cpp.")
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", metavar="REGEX=TYPE", help="GGUF type of the tensors whose name it fits; the first that fits."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="More REGEX=TYPE, one a line, after those above.")
+]
+EmbeddingType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the token embedding.")]
+OutputType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the output head.")]
 
 
 @app.command()
@@ -86,6 +107,11 @@ def plan(
     to: To,
     mtp: MtpOption = None,
     max_shard_size: MaxShard = "5GB",
+    imatrix: ImatrixOption = None,
+    tensor_type: TensorType = None,
+    recipe: RecipeFile = None,
+    token_embedding_type: EmbeddingType = None,
+    output_tensor_type: OutputType = None,
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
@@ -94,7 +120,8 @@ def plan(
     from ornith_moe.quant.layout import shard_tensors
 
     opened = open_any(source, mtp=mtp, config_only=True)
-    plans = [plan_build(opened, build) for build in to]
+    asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
+    plans = [plan_build(opened, build, recipe=asked, imatrix=importance) for build in to]
     files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
     if as_json:
         print_json(
@@ -113,6 +140,7 @@ def plan(
         table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
     say(opened.name)
     out.print(table)
+    _print_coverage(plan.coverage for plan in plans)
     for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *plan.fallbacks])]:
         say(f"- {note}")
 
@@ -130,13 +158,25 @@ def convert(
     mtp: MtpOption = None,
     max_shard_size: MaxShard = "5GB",
     tokenizer_pre: TokenizerPre = None,
+    imatrix: ImatrixOption = None,
+    tensor_type: TensorType = None,
+    recipe: RecipeFile = None,
+    token_embedding_type: EmbeddingType = None,
+    output_tensor_type: OutputType = None,
+    non_finite: Annotated[
+        NonFinite,
+        typer.Option(help="Stop at a NaN or an infinity, or read once more and leave such tensors unquantized."),
+    ] = NonFinite.error,
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint."""
+    from dataclasses import asdict
+
     from ornith_moe.quant.convert import PARTIAL
     from ornith_moe.quant.convert import convert as run
     from ornith_moe.quant.hub import open_any
 
+    asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     opened = open_any(source, mtp=mtp)
     with _resumable(target / PARTIAL), progress_bar() as progress:
         report = run(
@@ -148,6 +188,9 @@ def convert(
             resume=resume,
             max_shard_bytes=max_shard_size,
             tokenizer_pre=tokenizer_pre,
+            recipe=asked,
+            imatrix=importance,
+            non_finite=non_finite,
             progress=progress,
         )
     if as_json:
@@ -159,6 +202,9 @@ def convert(
                 "tensors": build.tensors,
                 "tensor_bytes": build.tensor_bytes,
                 "seconds": build.seconds,
+                "fallbacks": build.fallbacks,
+                "notes": build.notes,
+                "imatrix": [asdict(found) for found in build.coverage],
             }
             for build in report.builds
         ]
@@ -177,9 +223,78 @@ def convert(
     for build in report.builds:
         table.add_row(build.build, shown(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
     out.print(table)
+    _print_coverage(build.coverage for build in report.builds)
+    for build in report.builds:
+        for note in [*build.notes, *build.fallbacks]:
+            say(f"- {note}")
     seconds = max(build.seconds for build in report.builds)
     out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "
               f"peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")  # fmt: skip
+
+
+@app.command()
+def imatrix(
+    source: Source,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to run the model on, in UTF-8.")],
+    output: Annotated[Path, typer.Option(metavar="OUT", help="GGUF file to write.")] = Path("imatrix.gguf"),
+    chunks: Annotated[int | None, typer.Option(min=1, help="Chunks of text; default all of it.")] = None,
+    ctx: Annotated[int, typer.Option(min=8, max=1 << 17, help="Tokens of a chunk.")] = 512,
+    process_output: Annotated[
+        bool, typer.Option("--process-output", help="The output head too, which is better encoded without.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how much each column of each weight matters, for `convert --imatrix`, one layer in memory at a time."""
+    from dataclasses import asdict
+
+    from ornith_moe.imatrix import make_imatrix
+    from ornith_moe.quant.hub import open_any
+
+    opened = open_any(source, mtp="drop")
+    with progress_bar(counted=True) as progress:
+        report = make_imatrix(
+            opened, text, output, chunks=chunks, ctx=ctx, process_output=process_output, progress=progress
+        )
+    if as_json:
+        print_json(asdict(report) | {"path": str(report.path), "notes": report.notes})
+        return
+    say(f"{report.path}: {len(report.coverage)} tensors from {report.chunks} chunks of {report.ctx} tokens")
+    _print_coverage([report.coverage])
+    for note in report.notes:
+        say(f"- {note}")
+    out.print(f"{report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")
+
+
+def _asked(imatrix: Path | None, tensor_type, recipe: Path | None, embedding: str | None, output: str | None):
+    """What the options ask of a GGUF: a recipe and an importance matrix, or None."""
+    from ornith_moe.quant.imatrix import open_imatrix
+    from ornith_moe.quant.recipe import parse_recipe
+
+    asked = parse_recipe(
+        tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output
+    )
+    return asked, open_imatrix(imatrix) if imatrix else None
+
+
+def _print_coverage(coverages) -> None:
+    """What an importance matrix knows of each kind of tensor, and each tensor that it knows only in part."""
+    tensors = {found.tensor: found for coverage in coverages for found in coverage}
+    if not tensors:
+        return
+    kinds: dict[str, list] = {}
+    for found in tensors.values():
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", found.tensor, count=1), []).append(found)
+    table = Table("importance of", "tensors", "experts reached", "tokens of an expert")
+    for kind, members in kinds.items():
+        reached, of = (sum(getattr(found, what) for found in members) for what in ("covered", "matrices"))
+        least, most = min(found.least for found in members), max(found.most for found in members)
+        experts = f"{reached:,} of {of:,}" if of > len(members) else "-"
+        table.add_row(shown(kind), f"{len(members):,}", experts, f"{least:,} to {most:,}")
+    out.print(table)
+    for found in tensors.values():
+        if found.covered < found.matrices:
+            say(f"- {found.tensor}: {found.matrices - found.covered} of {found.matrices} experts were never reached "
+                "and count all columns alike")  # fmt: skip
 
 
 @app.command()
@@ -407,7 +522,7 @@ def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], No
 
         def update(phase: str, done: int, total: int) -> None:
             if phase == "compile":
-                if phase not in tasks:
+                if phase not in tasks and err.is_terminal:
                     tasks[phase] = bar.console.print("compile  machine code of the codecs, kept for the next run")
                 return
             if phase not in tasks:

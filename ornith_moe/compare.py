@@ -185,12 +185,12 @@ def held_out_windows(tokens: Sequence[int], *, windows: int = 8, length: int = 2
     return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
 
 
-def encode(folder: str | Path, text: str) -> list[int]:
-    """Token ids of `text` by the tokenizer.json of a checkpoint folder, without special tokens."""
+def encode(folder: str | Path, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of `text` by the tokenizer.json of a checkpoint folder; `special`: with the special tokens it adds."""
     tokenizers = _require("tokenizers", "hf")
     path = Path(folder) / "tokenizer.json"
     try:
-        return tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+        return tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=special).ids
     except Exception as error:  # the library raises bare Exception for a damaged file
         raise CheckpointError(f"{path}: not a tokenizer that can be loaded: {error}") from None
 

@@ -7,20 +7,23 @@
 
 Safetensors builds name experts one by one and keep the vision tower as it is; a text GGUF stacks experts and leaves the
 vision tower out. A linear layer of a fused group (q k v; gate up; in_proj_qkv in_proj_z) is quantized with all of its
-group or not at all, because the engines concatenate them at load. Sources: facts of the published builds, by header and
-byte count; vLLM and SGLang loaders for the fused groups.
+group or not at all, because the engines concatenate them at load; the experts of a layer are one such group. Sources:
+facts of the published builds, by header and byte count; vLLM and SGLang loaders for the fused groups.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from ornith_moe.quant.architectures.weight import GgufPlace, Weight
 from ornith_moe.quant.errors import PlanError
-from ornith_moe.quant.gguf_types import FILE_TYPES, tensor_types
+from ornith_moe.quant.gguf_types import EMBEDDING, FILE_TYPES, HEAD, FileType, tensor_types
+from ornith_moe.quant.imatrix import USES_IMATRIX, Coverage, Imatrix
+from ornith_moe.quant.recipe import Recipe
 from ornith_moe.quant.source import Source
 from ornith_moe.quant.storage import FP8_BLOCK, FP8Block, FP8Channel, Gguf, Keep, Part, Storage, ToBF16
 
@@ -72,6 +75,11 @@ class BuildPlan:
     notes: list[str] = field(default_factory=list)
     max_tensor_parallel: int | None = None
     config: dict[str, Any] = field(default_factory=dict)  # quantization_config of a safetensors build
+    coverage: list[Coverage] = field(default_factory=list)  # of the tensors encoded with importance
+    metadata: dict[str, str | int] = field(default_factory=dict)  # more keys of a GGUF
+    kept: frozenset[int] = frozenset()  # weights that hold a NaN or an infinity and may
+    non_finite: list[str] = field(default_factory=list)  # the tensors these are in
+    needs_imatrix: list[str] = field(default_factory=list)  # tensors of a type that is noise without importance
 
     @property
     def tensor_bytes(self) -> int:
@@ -86,25 +94,49 @@ class BuildPlan:
         return self.build.removeprefix("gguf:")
 
 
-def plan_build(source: Source, build: str) -> BuildPlan:
+def plan_build(
+    source: Source,
+    build: str,
+    *,
+    recipe: Recipe | None = None,
+    imatrix: Imatrix | None = None,
+    kept: Mapping[int, str] | None = None,
+    stored: Mapping[str, str] | None = None,
+) -> BuildPlan:
     """Decide tensors, storages and names of `build` from the headers of `source`.
 
+    Args:
+        recipe: types that the user asks for in a GGUF.
+        imatrix: importance of the columns of a GGUF's tensors.
+        kept: {index of a weight: what is wrong with its values}; it stays BF16 (F32 where it would be), with all that
+            its build stores or fuses with it.
+        stored: {tensor: GGUF type} of a build that exists; goes before what would be decided here.
     Raises:
-        PlanError: an unknown build, or one this model cannot have.
+        PlanError: an unknown build, or one this model cannot have; an importance matrix of another model.
     """
+    kept = kept or {}
     if build == "fp8-channel":
-        return _plan_channel(source)
-    if build == "fp8-block":
-        return _plan_block(source)
-    if build == "bf16":
+        plan = _plan_channel(source, kept)
+    elif build == "fp8-block":
+        plan = _plan_block(source, kept)
+    elif build == "bf16":
         plan = BuildPlan(build, max_tensor_parallel=_tensor_parallel(source))
         for index, weight in enumerate(source.weights):
             _add(plan, source, index, weight, ToBF16())
-        return plan
-    if build.startswith("gguf:") and build.removeprefix("gguf:") in FILE_TYPES:
-        return _plan_gguf(source, build)
-    known = ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES)])
-    raise PlanError(f"build {build!r} is unknown; expected one of {known}")
+    elif build.startswith("gguf:") and build.removeprefix("gguf:") in FILE_TYPES:
+        plan = _plan_gguf(source, build, recipe or Recipe(), imatrix, kept, stored or {})
+    else:
+        known = ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES)])
+        raise PlanError(f"build {build!r} is unknown; expected one of {known}")
+    plan.kept = frozenset(kept)
+    held = {plan.tensors[step.tensors[0]].name: step.weight for step in plan.steps if step.weight in kept}
+    plan.non_finite = list(held)
+    plan.fallbacks += [
+        f"{source.weights[index].name}: {kept[index]}; tensor {tensor} is stored as "
+        f"{next(t.dtype for t in plan.tensors if t.name == tensor)}"
+        for tensor, index in held.items()
+    ]
+    return plan
 
 
 def _add(plan: BuildPlan, source: Source, index: int, weight: Weight, storage: Storage) -> None:
@@ -116,21 +148,26 @@ def _add(plan: BuildPlan, source: Source, index: int, weight: Weight, storage: S
     plan.steps.append(Step(index, storage, parts, tuple(range(first, len(plan.tensors)))))
 
 
-def _plan_channel(source: Source) -> BuildPlan:
+def _plan_channel(source: Source, kept: Mapping[int, str]) -> BuildPlan:
     model = source.architecture
     ignore = [*model.CHANNEL_IGNORE, *([model.CHANNEL_IGNORE_MTP] if source.has_mtp else [])]
     patterns = [re.compile(item[3:]) for item in ignore if item.startswith("re:")]
     names = {item for item in ignore if not item.startswith("re:")}
     plan = BuildPlan("fp8-channel", max_tensor_parallel=_tensor_parallel(source))
+    groups = {_group(source.weights[index]) for index in kept}
+    skipped: dict[str, None] = {}
     for index, weight in enumerate(source.weights):
         module = _module(weight)
         quantize = weight.is_linear and module not in names and not any(p.match(module) for p in patterns)
+        if quantize and _group(weight) in groups:
+            quantize = False
+            skipped[module if weight.expert is None else rf"re:^{re.escape(_group(weight))}\..*"] = None
         _add(plan, source, index, weight, FP8Channel() if quantize else Keep())
-    plan.config = compressed_tensors_config(ignore)
+    plan.config = compressed_tensors_config([*ignore, *skipped])
     return plan
 
 
-def _plan_block(source: Source) -> BuildPlan:
+def _plan_block(source: Source, kept: Mapping[int, str]) -> BuildPlan:
     model = source.architecture
     plan = BuildPlan("fp8-block", max_tensor_parallel=_tensor_parallel(source, FP8_BLOCK))
 
@@ -142,15 +179,17 @@ def _plan_block(source: Source) -> BuildPlan:
     partial = {  # fused groups with a member that is not whole blocks
         _group(weight) for weight in source.weights if wanted(weight) and any(n % FP8_BLOCK for n in weight.shape)
     }
+    groups = partial | {_group(source.weights[index]) for index in kept}
     skipped: dict[str, None] = {}
     for index, weight in enumerate(source.weights):
-        quantize = wanted(weight) and _group(weight) not in partial
-        if wanted(weight) and not quantize:
+        quantize = wanted(weight) and _group(weight) not in groups
+        if wanted(weight) and _group(weight) in partial:
             shape = "x".join(map(str, weight.shape))
             plan.fallbacks.append(f"{weight.name}: {shape}, it or its fused group is not whole 128x128 blocks, kept")
         if not quantize:
             module = _module(weight)
-            skipped |= dict.fromkeys([module, *model.block_skip_aliases(module)])
+            experts = [_group(weight)] if weight.expert is not None else []
+            skipped |= dict.fromkeys([*experts, module, *model.block_skip_aliases(module)])
         _add(plan, source, index, weight, FP8Block() if quantize else Keep())
     if any(weight.role == "vision" for weight in source.weights):
         root = model.VISION_PREFIX.rstrip(".")
@@ -165,22 +204,49 @@ def _plan_block(source: Source) -> BuildPlan:
     return plan
 
 
-def _plan_gguf(source: Source, build: str) -> BuildPlan:
+def _plan_gguf(
+    source: Source,
+    build: str,
+    recipe: Recipe,
+    imatrix: Imatrix | None,
+    kept: Mapping[int, str],
+    stored: Mapping[str, str],
+) -> BuildPlan:
     plan, model = BuildPlan(build), source.architecture
     file_type = FILE_TYPES[plan.file_type]
     places = [model.gguf_place(weight) for weight in source.weights]
     shapes = {place.name: place.shape for place in places if place}
     types, plan.fallbacks = tensor_types(
-        shapes.items(), file_type, layers=source.layers, experts=model.experts, gqa=model.heads // model.kv_heads
+        shapes.items(),
+        file_type,
+        layers=source.layers,
+        experts=model.experts,
+        gqa=model.heads // model.kv_heads,
+        imatrix=imatrix is not None,
+        recipe=recipe,
     )
+    other = {name for name in types.keys() & stored.keys() if "F32" != types[name] != stored[name]}
+    types |= {name: stored[name] for name in other}
+    types |= {place.name: "BF16" for place in map(places.__getitem__, kept) if place and types[place.name] != "F32"}
+    if imatrix:
+        quantizable = {name: (shapes[name], kind) for name, kind in types.items() if kind != "F32"}
+        matched = imatrix.match(quantizable, model.gguf_architecture)
+        plan.coverage = [found for found in matched if found.type in USES_IMATRIX]
+        plan.metadata = imatrix.metadata() if plan.coverage else {}
+    _note(plan, file_type, recipe, imatrix, types, other)
+
     for name, values in model.gguf_constants().items():
         plan.tensors.append(OutputTensor(name, "F32", (len(values),), 4 * len(values), tuple(values)))
     storages = {name: Gguf(name) for name in set(types.values())}
+    covered = {found.tensor for found in plan.coverage}
     index_of: dict[str, int] = {}
     for index, (weight, place) in enumerate(zip(source.weights, places, strict=True)):
         if place is None:
             continue
         storage = storages[types[place.name]]
+        if place.name in covered:
+            row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
+            storage = Gguf(storage.name, row)
         parts = storage.parts(weight.shape, source.dtype(index))
         if place.name not in index_of:
             index_of[place.name] = len(plan.tensors)
@@ -190,6 +256,44 @@ def _plan_gguf(source: Source, build: str) -> BuildPlan:
     if any(weight.role == "vision" for weight in source.weights):
         plan.notes.append("the vision tower is left out: a text GGUF has no place for it (an mmproj file would)")
     return plan
+
+
+def _note(
+    plan: BuildPlan,
+    file_type: FileType,
+    recipe: Recipe,
+    imatrix: Imatrix | None,
+    types: Mapping[str, str],
+    other: set[str],
+) -> None:
+    """What a user should know of the types of a GGUF."""
+    build = plan.build
+    if recipe.tensor_types and not file_type.quantized:
+        plan.notes.append(f"{build}: tensor types are for quantized file types, and are left out as by llama-quantize")
+    elif unused := recipe.unused(types):
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        plan.notes.append(f"{build}: no tensor has a name that {unused[0]!r}{more} fits")
+    served = {name for name, kind in types.items() if kind in USES_IMATRIX}
+    if imatrix and file_type.quantized:
+        full = sum(found.covered == found.matrices for found in plan.coverage)
+        plan.notes.append(
+            f"{build}: {imatrix.name} covers {len(plan.coverage)} of the {len(served)} tensors that importance can "
+            f"serve, {full} of them in every expert; what it does not cover counts all columns alike"
+        )
+    free = {EMBEDDING, HEAD, *(found.tensor for found in plan.coverage)}
+    plan.needs_imatrix = sorted(name for name in types.keys() - free if types[name] in file_type.needs_imatrix)
+    if plan.needs_imatrix:
+        name, count = plan.needs_imatrix[0], len(plan.needs_imatrix)
+        plan.notes.append(
+            f"{build}: {count} tensors, the first {name} as {types[name]}, cannot be encoded without an importance "
+            "matrix that covers them; give one with --imatrix"
+        )
+    if other:
+        name = min(other)
+        plan.notes.append(
+            f"{len(other)} tensors are not of the types that {plan.file_type} alone means, the first is {name} as "
+            f"{types[name]}: a recipe, an importance matrix or another program decided them"
+        )
 
 
 def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
@@ -221,8 +325,10 @@ def _module(weight: Weight) -> str:
 
 
 def _group(weight: Weight) -> str:
-    """The fused group of a linear layer; its own name when it is fused with nothing."""
+    """The fused group of a linear layer: all experts of a layer, or its own name when it is fused with nothing."""
     parent, _, leaf = _module(weight).rpartition(".")
+    if weight.expert is not None:
+        return parent.rpartition(".")[0]
     return f"{parent}.{_FUSED.get(leaf, leaf)}"
 
 
@@ -247,6 +353,7 @@ def plan_json(plan: BuildPlan, files: int) -> dict[str, Any]:
         "fallbacks": plan.fallbacks,
         "max_tensor_parallel": plan.max_tensor_parallel,
         "notes": plan.notes,
+        "imatrix": [asdict(found) for found in plan.coverage],
     }
 
 

@@ -25,23 +25,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
+from gguf import GGUFValueType
 
 from ornith_moe.quant.builds import BuildPlan, plan_build
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.gguf_codecs import ENCODERS
-from ornith_moe.quant.gguf_metadata import gguf_metadata
+from ornith_moe.quant.gguf_metadata import Entry, gguf_metadata
 from ornith_moe.quant.gguf_types import FILE_TYPES
+from ornith_moe.quant.imatrix import Coverage, Imatrix
 from ornith_moe.quant.journal import JOURNAL, Journal
 from ornith_moe.quant.layout import DEFAULT_MAX_SHARD_BYTES, gguf_layout, safetensors_layout
 from ornith_moe.quant.pipeline import Pass, PlacedBuild, Progress, one_thread_each, reserved
 from ornith_moe.quant.publish import final_paths, finish, publish, side_files
+from ornith_moe.quant.recipe import Recipe
+from ornith_moe.quant.scan import non_finite_weights
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FP8_BLOCK, Gguf
 from ornith_moe.quant.stream import units
 
 ENCODING = 1  # raised when a storage gives other bytes, so that two versions never share a conversion
 PARTIAL = ".ornith-partial"
+NON_FINITE = ("error", "keep-bf16")
+_VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 32 << 20
@@ -56,6 +62,9 @@ class BuildReport:
     tensor_bytes: int
     files: int
     seconds: float  # of the whole pass: builds are made side by side
+    fallbacks: tuple[str, ...]
+    notes: tuple[str, ...]
+    coverage: tuple[Coverage, ...]  # by the importance matrix
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,9 @@ def convert(
     resume: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     tokenizer_pre: str | None = None,
+    recipe: Recipe | None = None,
+    imatrix: Imatrix | None = None,
+    non_finite: str = "error",
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `builds` of `source` into the folder `out`.
@@ -88,8 +100,11 @@ def convert(
         max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
         resume: go on with an unfinished conversion of the same source, builds and options.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
-        progress: called with phase ("convert", "check"), bytes done and bytes in all; with ("compile", 0, 0) whenever
-            machine code of a codec is made, which costs seconds once on a machine.
+        recipe: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
+        non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
+            tensors that hold one unquantized, with what is fused with them.
+        progress: called with phase ("scan", "convert", "check"), bytes done and bytes in all; with ("compile", 0, 0)
+            whenever machine code of a codec is made, which costs seconds once on a machine.
     Returns:
         ConversionReport.
     Raises:
@@ -103,11 +118,19 @@ def convert(
         raise PlanError(f"{source.name}: is a config without weights; a conversion needs the checkpoint folder")
     if len(set(builds)) != len(builds) or not builds:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
+    if non_finite not in NON_FINITE:
+        raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {non_finite!r}")
     jobs, slab_bytes = _slabs(source, len(builds), max_memory, jobs)
-    plans = [plan_build(source, name) for name in builds]
+
+    def planned(kept: dict[int, str]) -> list[BuildPlan]:
+        return [plan_build(source, name, recipe=recipe, imatrix=imatrix, kept=kept) for name in builds]
+
+    plans = planned({})
     for plan in plans:
         _check_encoders(plan)
     _check_out(source, out, staging, resume)
+    if non_finite == "keep-bf16":
+        plans = planned(non_finite_weights(source, slab_bytes=slab_bytes, jobs=jobs, progress=progress))
     placed = _place(source, out, staging, plans, max_shard_bytes, tokenizer_pre)
     _check_space(out, staging, placed)
     if not resume:
@@ -117,7 +140,7 @@ def convert(
     began = time.monotonic()
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        with Journal(staging, _identity(source, placed, sides), slab_bytes, resume=resume) as journal:
+        with Journal(staging, _identity(source, placed, sides, imatrix), slab_bytes, resume=resume) as journal:
             resumed, bytes_read = len(journal.extents), 0
             if not journal.checked:
                 _check_names(placed)
@@ -140,7 +163,17 @@ def convert(
         raise ConversionError(_disk_sentence(error, out, staging)) from error
     seconds = round(time.monotonic() - began, 3)
     reports = tuple(
-        BuildReport(b.plan.build, b.final, len(b.plan.tensors), b.plan.tensor_bytes, len(b.layout.files), seconds)
+        BuildReport(
+            b.plan.build,
+            b.final,
+            len(b.plan.tensors),
+            b.plan.tensor_bytes,
+            len(b.layout.files),
+            seconds,
+            tuple(b.plan.fallbacks),
+            tuple(b.plan.notes),
+            tuple(b.plan.coverage),
+        )
         for b in placed
     )
     return ConversionReport(reports, bytes_read, peak_rss_bytes(), resumed)
@@ -184,6 +217,11 @@ def _check_encoders(plan: BuildPlan) -> None:
             f"{plan.build}: needs {', '.join(lacking)}, which this version can plan but not encode yet; "
             f"it encodes {', '.join(ENCODERS)}"
         )
+    if plan.needs_imatrix:
+        raise PlanError(
+            f"{plan.build}: {plan.needs_imatrix[0]} and {len(plan.needs_imatrix) - 1} more tensors get a type that is "
+            "noise without an importance matrix; give one that covers them with --imatrix"
+        )
 
 
 def _check_out(source: Source, out: Path, staging: Path, resume: bool) -> None:
@@ -215,7 +253,7 @@ def _place(
                 file_type=FILE_TYPES[plan.file_type].id,
                 mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
                 pre=tokenizer_pre,
-            )
+            ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
             layout = gguf_layout(plan, final.name, source.architecture.gguf_architecture, metadata)
         else:
             final, layout = out / plan.build, safetensors_layout(plan, max_shard_bytes)
@@ -243,9 +281,12 @@ def _check_space(out: Path, staging: Path, placed: list[PlacedBuild]) -> None:
         )
 
 
-def _identity(source: Source, placed: list[PlacedBuild], sides: list[dict[str, bytes]]) -> str:
-    """A digest of all that determines the bytes of a conversion: source, builds, headers and side files."""
-    digest = xxhash.xxh3_128(json.dumps([ENCODING, source.checkpoint.fingerprint]).encode())
+def _identity(
+    source: Source, placed: list[PlacedBuild], sides: list[dict[str, bytes]], imatrix: Imatrix | None
+) -> str:
+    """A digest of all that determines the bytes of a conversion: source, importance, builds, headers, side files."""
+    importance = [imatrix.digest] if imatrix else []
+    digest = xxhash.xxh3_128(json.dumps([ENCODING, source.checkpoint.fingerprint, *importance]).encode())
     for build, files in zip(placed, sides, strict=True):
         digest.update(build.plan.build.encode())
         for payload in [*(file.header for file in build.layout.files), *files.values()]:

@@ -116,6 +116,7 @@ class Pass:
         self.journal, self.jobs = journal, jobs
         self.progress: Progress = progress or (lambda phase, done, total: None)
         self.bytes_read = 0
+        self.kept = frozenset().union(*(build.plan.kept for build in placed))  # by the user's leave
         self.steps: list[list[tuple[PlacedBuild, Step]]] = [[] for _ in source.weights]
         for build in placed:
             for step in build.plan.steps:
@@ -192,7 +193,8 @@ class Pass:
         unit = self.work[index]
         weight = self.source.weights[unit.weight]
         slab = read_unit(self.source, unit)
-        _refuse_non_finite(weight, unit, slab)
+        if unit.weight not in self.kept:
+            _refuse_non_finite(weight, unit, slab)
         extents = []
         for build, step in self.steps[unit.weight]:
             try:
@@ -240,7 +242,7 @@ def _refuse_non_finite(weight: Weight, unit: Unit, slab: Slab) -> None:
         row, column, value = found
         raise ConversionError(
             f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
-            "so mend the checkpoint first"
+            "so mend the checkpoint first, or keep its tensor unquantized with --non-finite keep-bf16"
         )
 
 

@@ -71,6 +71,8 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         "tensor_bytes": build.plan.tensor_bytes,
         "files": files,
     }
+    if build.plan.non_finite:
+        manifest["non_finite"] = build.plan.non_finite
     _write_file(build.staging / MANIFEST, _json_bytes(manifest))
     sync_folder(build.staging)
 

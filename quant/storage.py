@@ -9,6 +9,7 @@ Decoding is for verification, and GGUF types go through the `gguf` package, othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,10 +146,10 @@ class FP8Block:
 
 
 class Gguf:
-    """One GGUF type; float32 rows in, blocks out."""
+    """One GGUF type; float32 rows in, blocks out. `importance` gives that of the columns, float32 [K], when asked."""
 
-    def __init__(self, type_name: str):
-        self.name = type_name
+    def __init__(self, type_name: str, importance: Callable[[], np.ndarray] | None = None):
+        self.name, self.importance = type_name, importance
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
         return (Part("", self.name, shape, row_bytes(self.name, matrix_shape(shape)[1])),)
@@ -158,7 +159,7 @@ class Gguf:
 
         if self.name == slab.dtype:
             return (slab.raw,)
-        return (quantize_gguf(slab.float32, self.name),)
+        return (quantize_gguf(slab.float32, self.name, imatrix=self.importance() if self.importance else None),)
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
         from ornith_moe.quant.gguf_codecs import dequantize_gguf

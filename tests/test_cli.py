@@ -120,6 +120,13 @@ def test_damage_is_exit_code_3(converted, tmp_path):
         (["plan", "gemma-4-31b", "--to", "bf16", "--mtp", "keep"], "announces no MTP"),
         (["plan", "hf://nobody", "--to", "bf16"], "expected hf://org/name"),
         (["verify", "{out}"], "no build here"),
+        (["plan", "{src}", "--to", "gguf:Q4_K_M", "--tensor-type", "(x=q8_0"], "is no regular expression"),
+        (["plan", "{src}", "--to", "gguf:Q4_K_M", "--tensor-type", "x=q99"], "is no type; expected one of"),
+        (["plan", "{src}", "--to", "gguf:Q4_K_M", "--recipe", "{out}"], "expected a recipe"),
+        (["plan", "{src}", "--to", "gguf:Q4_K_M", "--imatrix", "{src}/config.json"], "not an importance matrix"),
+        (["convert", "{src}", "{out}", "--to", "gguf:Q4_K_M", "--tensor-type", "up=nvfp4x"], "is no type"),
+        (["convert", "{src}", "{out}", "--to", "gguf:IQ2_XXS"], "needs"),
+        (["imatrix", "{src}", "--text", "{out}", "--output", "{out}.gguf"], "expected a text file in UTF-8"),
         (["inspect", "{out}"], "expected a folder"),
     ],
 )
@@ -132,7 +139,8 @@ def test_failures_are_one_sentence(moe, tmp_path, arguments, word):
 @pytest.mark.parametrize(
     "arguments",
     [["plan"], ["plan", "ornith-1.0-9b"], ["nothing"], ["convert", "a", "b", "--to", "bf16", "--max-memory", "much"],
-     ["convert", "a", "b", "--to", "bf16", "--jobs", "0"], ["plan", "ornith-1.0-9b", "--to", "bf16", "--mtp", "maybe"]],
+     ["convert", "a", "b", "--to", "bf16", "--jobs", "0"], ["plan", "ornith-1.0-9b", "--to", "bf16", "--mtp", "maybe"],
+     ["convert", "a", "b", "--to", "bf16", "--non-finite", "zero"], ["imatrix", "a"]],
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments):
     ornith_moe(*arguments, code=2)

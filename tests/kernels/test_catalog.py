@@ -74,7 +74,7 @@ def test_rows_and_layers_as_json(monkeypatch):
     monkeypatch.setattr(catalog, "passes", lambda: pair)
     done = []
     rows, layers = catalog.catalog(["gfx950"], lambda phase, n, of: done.append((phase, n, of)))
-    assert done[-1][0] == "compile" and done[-1][1] == done[-1][2]
+    assert done[-1][0] == "kernels" and done[-1][1] == done[-1][2]
     as_json = [catalog.row_json(row) for row in rows]
     pinned = {
         "kernel", "shape", "arch", "registers", "spills", "shared_bytes", "matrix_instructions", "tma", "occupancy",

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from ornith_moe.compare import compare, log_probs, open_client
 from ornith_moe.quant.convert import convert
 from ornith_moe.quant.fp8 import dequantize_fp8
+from ornith_moe.quant.gguf_codecs import ENCODERS
+from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.source import open_source
 
 TOKENS = np.random.default_rng(0).integers(0, 230, 48)  # ids every fixture's tokenizer has
@@ -66,6 +68,21 @@ def test_other_types_load_and_complete(tmp_path, build):
         assert isinstance(client.complete("def route(", 4), str)
         found = compare(truth, client, TOKENS, POSITIONS)
     assert 0 < found.kl_mean < 1  # random weights: no measure of quality
+
+
+def test_llama_cpp_loads_every_mixture(tmp_path):
+    """K-quants, codebooks, ternary and mixed types: each loads and its logits are not those of noise."""
+    folder = fixtures.qwen35moe(tmp_path / "model", mtp=True)
+    types = [name for name, kind in FILE_TYPES.items() if kind.base in ENCODERS and not kind.name.endswith("K_S")]
+    report = convert(open_source(folder), tmp_path / "out", [f"gguf:{name}" for name in types])
+    with open_client(folder) as truth:
+        p = log_probs(truth, TOKENS[None], POSITIONS)
+        for build in report.builds:
+            with open_client(build.path) as client:
+                q = log_probs(client, TOKENS[None], POSITIONS)
+            assert np.isfinite(q).all(), build.build
+            if "TQ" not in build.build:  # ternary numbers say nothing of other weights
+                assert np.corrcoef(p.reshape(-1), q.reshape(-1))[0, 1] > 0.2, build.build  # 0.02 by chance
 
 
 @pytest.mark.parametrize("build", ["fp8-channel", "fp8-block", "bf16"])
