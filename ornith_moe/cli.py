@@ -55,6 +55,14 @@ class Mtp(StrEnum):
     drop = "drop"
 
 
+class Device(StrEnum):
+    """Where a conversion encodes; the bytes are the same."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
@@ -129,6 +137,9 @@ def convert(
     mtp: MtpOption = None,
     max_shard_size: MaxShard = "5GB",
     tokenizer_pre: TokenizerPre = None,
+    device: Annotated[
+        Device, typer.Option(help="Encode FP8, Q8_0, Q4_K, Q5_K and Q6_K on a GPU, CUDA or ROCm, where there is one.")
+    ] = Device.auto,
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint."""
@@ -137,6 +148,9 @@ def convert(
     from ornith_moe.quant.hub import open_any
 
     opened = open_any(source, mtp=mtp)
+    from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch: after all that can fail at once
+
+    where, _ = choose_device(device)
     with _resumable(target / PARTIAL), progress_bar() as progress:
         report = run(
             opened,
@@ -147,6 +161,7 @@ def convert(
             resume=resume,
             max_shard_bytes=max_shard_size,
             tokenizer_pre=tokenizer_pre,
+            encoders=gpu_encoders(where) if where == "cuda" else None,
             progress=progress,
         )
     if as_json:
@@ -164,6 +179,7 @@ def convert(
         print_json(
             {
                 "builds": builds,
+                "device": where,
                 "bytes_read": report.bytes_read,
                 "peak_rss_bytes": report.peak_rss_bytes,
                 "resumed_units": report.resumed_units,

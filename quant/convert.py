@@ -34,7 +34,7 @@ from ornith_moe.quant.gguf_metadata import gguf_metadata
 from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.journal import JOURNAL, Journal
 from ornith_moe.quant.layout import DEFAULT_MAX_SHARD_BYTES, gguf_layout, safetensors_layout
-from ornith_moe.quant.pipeline import Pass, PlacedBuild, Progress, one_thread_each, reserved
+from ornith_moe.quant.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
 from ornith_moe.quant.publish import final_paths, finish, publish, side_files
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FP8_BLOCK, Gguf
@@ -76,6 +76,7 @@ def convert(
     resume: bool = False,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     tokenizer_pre: str | None = None,
+    encoders: Encoders | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `builds` of `source` into the folder `out`.
@@ -88,6 +89,7 @@ def convert(
         max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
         resume: go on with an unfinished conversion of the same source, builds and options.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
+        encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
         progress: called with phase ("convert", "check"), bytes done and bytes in all.
     Returns:
         ConversionReport.
@@ -121,7 +123,8 @@ def convert(
             if not journal.checked:
                 _check_names(placed)
                 with reserved(placed, fresh=not resumed) as files, one_thread_each():
-                    run = Pass(source, placed, units(source, journal.slab_bytes), files, journal, jobs, progress)
+                    work = units(source, journal.slab_bytes)
+                    run = Pass(source, placed, work, files, journal, jobs, progress, encoders)
                     run.write()
                     digests = run.check()
                     bytes_read = run.bytes_read
