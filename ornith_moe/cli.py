@@ -63,6 +63,14 @@ class Mtp(StrEnum):
     drop = "drop"
 
 
+class Device(StrEnum):
+    """Where a conversion encodes; the bytes are the same."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def parse_size(text: str | int) -> int:
     """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
@@ -167,6 +175,9 @@ def convert(
         NonFinite,
         typer.Option(help="Stop at a NaN or an infinity, or read once more and leave such tensors unquantized."),
     ] = NonFinite.error,
+    device: Annotated[
+        Device, typer.Option(help="Encode FP8, Q8_0, Q4_K, Q5_K and Q6_K on a GPU, CUDA or ROCm, where there is one.")
+    ] = Device.auto,
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint."""
@@ -178,6 +189,9 @@ def convert(
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     opened = open_any(source, mtp=mtp)
+    from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch: after all that can fail at once
+
+    where, _ = choose_device(device)
     with _resumable(target / PARTIAL), progress_bar() as progress:
         report = run(
             opened,
@@ -191,6 +205,7 @@ def convert(
             recipe=asked,
             imatrix=importance,
             non_finite=non_finite,
+            encoders=gpu_encoders(where) if where == "cuda" else None,
             progress=progress,
         )
     if as_json:
@@ -211,6 +226,7 @@ def convert(
         print_json(
             {
                 "builds": builds,
+                "device": where,
                 "bytes_read": report.bytes_read,
                 "peak_rss_bytes": report.peak_rss_bytes,
                 "resumed_units": report.resumed_units,

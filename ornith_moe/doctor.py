@@ -23,12 +23,15 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
 
     from ornith_moe.backend import RECIPES, backends
+    from ornith_moe.gpu_encoders import choose_device
     from ornith_moe.quant.builds import SAFETENSORS_BUILDS
     from ornith_moe.quant.gguf_codecs import ENCODERS
     from ornith_moe.quant.gguf_types import FILE_TYPES
 
     planned = [name for name in FILE_TYPES if name not in ENCODERS]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    where, why = choose_device()
+    encoded = {"cuda": f"{why} for FP8, Q8_0, Q4_K, Q5_K and Q6_K; the CPU for the rest", "cpu": f"the CPU: {why}"}
     return {
         "machine": {
             "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -46,6 +49,7 @@ def examine() -> dict[str, dict[str, Any]]:
         "MoE recipes": {recipe: _who_computes(recipe, backends()) for recipe in RECIPES},
         "builds": {
             "written": ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in ENCODERS)]),
+            "encoded by": encoded[where],
             "planned only": ", ".join(f"gguf:{name}" for name in planned) or "none",
         },
     }

@@ -36,7 +36,7 @@ from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.imatrix import Coverage, Imatrix
 from ornith_moe.quant.journal import JOURNAL, Journal
 from ornith_moe.quant.layout import DEFAULT_MAX_SHARD_BYTES, gguf_layout, safetensors_layout
-from ornith_moe.quant.pipeline import Pass, PlacedBuild, Progress, one_thread_each, reserved
+from ornith_moe.quant.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
 from ornith_moe.quant.publish import final_paths, finish, publish, side_files
 from ornith_moe.quant.recipe import Recipe
 from ornith_moe.quant.scan import non_finite_weights
@@ -88,6 +88,7 @@ def convert(
     recipe: Recipe | None = None,
     imatrix: Imatrix | None = None,
     non_finite: str = "error",
+    encoders: Encoders | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `builds` of `source` into the folder `out`.
@@ -103,6 +104,7 @@ def convert(
         recipe: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
+        encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
         progress: called with phase ("scan", "convert", "check"), bytes done and bytes in all; with ("compile", 0, 0)
             whenever machine code of a codec is made, which costs seconds once on a machine.
     Returns:
@@ -145,7 +147,8 @@ def convert(
             if not journal.checked:
                 _check_names(placed)
                 with reserved(placed, fresh=not resumed) as files, one_thread_each():
-                    run = Pass(source, placed, units(source, journal.slab_bytes), files, journal, jobs, progress)
+                    work = units(source, journal.slab_bytes)
+                    run = Pass(source, placed, work, files, journal, jobs, progress, encoders)
                     run.write()
                     digests = run.check()
                     bytes_read = run.bytes_read

@@ -71,14 +71,14 @@ def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | No
             raise ValueError(f"imatrix: {type_name} is not encoded without one, nor by ggml; pass float32 [{columns}]")
         encoded = ENCODERS[type_name].encode(rows)
     else:
-        importance = _checked(imatrix, array.shape)
+        importance = checked_imatrix(imatrix, array.shape)
         stack = rows.reshape(len(importance), -1, columns)
         encoded = np.concatenate([ENCODERS[type_name].encode(*pair) for pair in zip(stack, importance, strict=True)])
     return encoded.reshape(*array.shape[:-1], width)
 
 
-def _checked(imatrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The importance of each matrix, [E, K]."""
+def checked_imatrix(imatrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The importance of each matrix of a stack of this shape, [E, K]; ValueError if it cannot be that."""
     if imatrix.dtype != np.float32 or imatrix.shape not in (shape[-1:], (*shape[:-2], shape[-1])):
         raise ValueError(
             f"imatrix: expected float32 {shape[-1:]} or one row for each matrix of {shape}, got {imatrix.dtype} "

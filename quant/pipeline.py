@@ -12,7 +12,7 @@ import hashlib
 import os
 import resource
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,11 +29,12 @@ from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
 from ornith_moe.quant.journal import Extent, Journal
 from ornith_moe.quant.layout import Layout
 from ornith_moe.quant.source import Source, weight_matrix
-from ornith_moe.quant.storage import Slab
+from ornith_moe.quant.storage import Slab, Storage
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
 Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all; ("compile", 0, 0) comes from any thread
+Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ class Pass:
         journal: Journal,
         jobs: int,
         progress: Progress | None,
+        encoders: Encoders | None = None,
     ):
         self.source, self.placed, self.work, self.files = source, placed, work, files
         self.journal, self.jobs = journal, jobs
         self.progress: Progress = progress or (lambda phase, done, total: None)
+        self.encoders = encoders or {}
         self.bytes_read = 0
         self.kept = frozenset().union(*(build.plan.kept for build in placed))  # by the user's leave
         self.steps: list[list[tuple[PlacedBuild, Step]]] = [[] for _ in source.weights]
@@ -198,7 +201,8 @@ class Pass:
         extents = []
         for build, step in self.steps[unit.weight]:
             try:
-                encoded = step.storage.encode(transform(step.place, slab))
+                encode = self.encoders.get(step.storage.name, type(step.storage).encode)
+                encoded = encode(step.storage, transform(step.place, slab))
             except OrnithError as error:
                 raise ConversionError(
                     f"{weight.name}, from row {unit.start}: {error} (build {build.plan.build})"
