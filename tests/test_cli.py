@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from ornith_moe.cli import shown
+from ornith_moe.terminal import shown
 from ornith_moe.quant.publish import MANIFEST
 
 PLAN_KEYS = {"build", "tensors", "tensor_bytes", "files", "fallbacks", "max_tensor_parallel"}
