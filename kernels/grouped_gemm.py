@@ -389,6 +389,8 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
     scales = None
     if b_scale is not None:
         scales = ("" if fp8_a else "dequantize ") + ("channel" if weights.per_row else "block")
+        if scales == "dequantize channel" and b_scale.shape[2] != k:
+            raise AssertionError(f"{product}: weights are dequantized by a scale per column of K, got {b_scale.shape}")
     step, block_m = block_k(a.dtype, b.dtype), min(tile.block_m or plan.block_m, plan.block_m)
     block_n = min(tile.block_n, triton.next_power_of_2(columns))
     quantizes = quantize or dpre_code is not None
@@ -407,7 +409,8 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
     else:
         operand = b
     # Rows in the order of the plan are a matrix; a tile that reaches past its expert reads rows that it does not store.
-    a_tma = tma is not None and not gather and a.stride(1) == 1 and a.stride(0) * a.element_size() % 16 == 0
+    a_tma = tma is not None and not gather and len(a) > 0 and a.stride(1) == 1
+    a_tma = a_tma and a.stride(0) * a.element_size() % 16 == 0
     rows = TensorDescriptor(a, list(a.shape), [a.stride(0), 1], [block_m, step]) if a_tma else a
     scale_out = dpre_scale if dpre_scale is not None else c_scale
     shift = 23 if scale_out is not None and scale_out.dtype == torch.uint8 else 0

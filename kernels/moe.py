@@ -84,7 +84,7 @@ def moe_forward(x, indices, weights, experts, *, recipe="bf16", save=False, ue8m
             f" of gate and of up, got I = {experts.down.value.shape[2]}; use recipe='fp8_channel' or 'bf16'"
         )
     num_experts = gate_up_w.value.shape[0]
-    tiles = _tiles(x, gate_up_w, indices.numel(), batch_invariant)
+    tiles = pass_tiles(x, gate_up_w, indices.numel(), batch_invariant)
     plan = build_plan(indices, num_experts, tiles.block_m, first_expert=first_expert)
     group = None if recipe == "fp8_channel" else GROUP
     kind = "ue8m0" if ue8m0 else "fp32"
@@ -117,7 +117,7 @@ def moe_backward(dy, saved, experts, *, recipe="bf16", wants=(True,) * 4, ue8m0=
     wants_dx, wants_dweights, wants_dgate_up, wants_ddown = wants
     plan, x, full = saved.plan, saved.x, recipe == "fp8_full"
     slots, num_experts = plan.row_to_slot.numel(), experts.gate_up.value.shape[0]
-    tiles = _tiles(dy, experts.gate_up, slots, batch_invariant)
+    tiles = pass_tiles(dy, experts.gate_up, slots, batch_invariant)
     kind = "ue8m0" if ue8m0 else "fp32"
     dyq, dy_scale = quantize_fp8_tokens(dy, group=GROUP, scale=kind) if full else (dy, None)
     dpre, wa, partial, dpre_q, dpre_scale = dswiglu(
@@ -159,7 +159,8 @@ def strip_width(hidden):
     return max(-(-hidden // 2 // GROUP), 1) * GROUP
 
 
-def _tiles(x, w, slots, batch_invariant) -> Tiles:
+def pass_tiles(x, w, slots, batch_invariant) -> Tiles:
+    """The tiles of a pass over `slots` rows with rows like x and weights w; forward and backward may differ."""
     operands = "fp8" if w.value.dtype == FP8 else "fp32" if x.element_size() == 4 else "bf16"
     rows = INVARIANT_ROWS if batch_invariant else slots / w.value.shape[0]
     return tiles_for(target(x.device).arch, operands, rows)

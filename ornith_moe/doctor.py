@@ -28,7 +28,8 @@ def examine() -> dict[str, dict[str, Any]]:
     from ornith_moe.quant.gguf_codecs import ENCODERS
     from ornith_moe.quant.gguf_types import FILE_TYPES
 
-    planned = [name for name in FILE_TYPES if name not in ENCODERS]
+    planned = [kind.name for kind in FILE_TYPES.values() if not {kind.base, kind.head} <= ENCODERS.keys()]
+    written = [*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES if name not in planned)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     where, why = choose_device()
     encoded = {"cuda": f"{why} for FP8, Q8_0, Q4_K, Q5_K and Q6_K; the CPU for the rest", "cpu": f"the CPU: {why}"}
@@ -48,7 +49,7 @@ def examine() -> dict[str, dict[str, Any]]:
         },
         "MoE recipes": {recipe: _who_computes(recipe, backends()) for recipe in RECIPES},
         "builds": {
-            "written": ", ".join([*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in ENCODERS)]),
+            "written": ", ".join(written),
             "encoded by": encoded[where],
             "planned only": ", ".join(f"gguf:{name}" for name in planned) or "none",
         },

@@ -43,7 +43,7 @@ def moe_backward(
 ):  # fmt: skip
     """dx, dweights (fp32), dgate_up, ddown (in `grad_dtypes`); what nobody wants is None and not computed."""
     experts, dy = _experts(gate_up, down, recipe, dy.dtype), dy.contiguous()
-    tiles = moe._tiles(dy, experts.gate_up, indices.numel(), batch_invariant)  # those that moe_backward will choose
+    tiles = moe.pass_tiles(dy, experts.gate_up, indices.numel(), batch_invariant)  # those that moe_backward will choose
     plan = build_plan(indices, experts.gate_up.value.shape[0], tiles.block_m)
     x = None if x is None else x.contiguous()
     return moe.moe_backward(

@@ -14,8 +14,8 @@ import gguf
 import numpy as np
 import pytest
 
-from ornith_moe.terminal import shown
 from ornith_moe.quant.publish import MANIFEST
+from ornith_moe.terminal import shown
 
 PLAN_KEYS = {"build", "tensors", "tensor_bytes", "files", "fallbacks", "max_tensor_parallel"}
 

@@ -41,6 +41,7 @@ SASS = """
         /*00a0*/                   BRA `(.L_x_3) ;
 """
 AMD = """
+	s_mov_b32 s0, 0
 .LBB0_1:
 \tv_add_u32 v0, v0, v1
 .LBB0_2:
