@@ -5,6 +5,7 @@ VENV ?= .venv
 # An editable install sees the two folders through the links in ornith_moe/; a checkout that has lost them installs a copy.
 INSTALL ?= $(if $(wildcard ornith_moe/quant/.),--editable .,.)
 ARGS ?=
+WORKERS ?= $(shell nproc)
 TORCH := $(shell grep '^torch==' requirements.txt)
 TRITON := triton==3.9.0
 BIN := $(VENV)/bin
@@ -27,7 +28,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/python demo/run.py $(ARGS)
 
 test: lint
-	@$(BIN)/pytest -m 'not gpu' $(ARGS)
+	@$(BIN)/pytest -m 'not gpu' -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/pytest -m gpu $(ARGS)

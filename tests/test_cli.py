@@ -125,7 +125,7 @@ def test_damage_is_exit_code_3(converted, tmp_path):
         (["plan", "{src}", "--to", "gguf:Q4_K_M", "--recipe", "{out}"], "expected a recipe"),
         (["plan", "{src}", "--to", "gguf:Q4_K_M", "--imatrix", "{src}/config.json"], "not an importance matrix"),
         (["convert", "{src}", "{out}", "--to", "gguf:Q4_K_M", "--tensor-type", "up=nvfp4x"], "is no type"),
-        (["convert", "{src}", "{out}", "--to", "gguf:IQ2_XXS"], "needs"),
+        (["convert", "{src}", "{out}", "--to", "gguf:IQ2_XXS"], "noise without an importance matrix"),
         (["imatrix", "{src}", "--text", "{out}", "--output", "{out}.gguf"], "expected a text file in UTF-8"),
         (["inspect", "{out}"], "expected a folder"),
     ],

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ornith_moe.compare import compare, log_probs, open_client
+from ornith_moe.imatrix import make_imatrix
 from ornith_moe.quant.convert import convert
 from ornith_moe.quant.fp8 import dequantize_fp8
 from ornith_moe.quant.gguf_codecs import ENCODERS
 from ornith_moe.quant.gguf_types import FILE_TYPES
+from ornith_moe.quant.imatrix import open_imatrix
 from ornith_moe.quant.source import open_source
 
 TOKENS = np.random.default_rng(0).integers(0, 230, 48)  # ids every fixture's tokenizer has
@@ -73,8 +75,12 @@ def test_other_types_load_and_complete(tmp_path, build):
 def test_llama_cpp_loads_every_mixture(tmp_path):
     """K-quants, codebooks, ternary and mixed types: each loads and its logits are not those of noise."""
     folder = fixtures.qwen35moe(tmp_path / "model", mtp=True)
+    source, text = open_source(folder, mtp="drop"), tmp_path / "text.txt"  # which measures no MTP layer
+    text.write_text("def route(x):\n    return x\n" * 40)
+    make_imatrix(source, text, tmp_path / "im.gguf", chunks=2, ctx=64, process_output=True)  # some types insist on one
     types = [name for name, kind in FILE_TYPES.items() if kind.base in ENCODERS and not kind.name.endswith("K_S")]
-    report = convert(open_source(folder), tmp_path / "out", [f"gguf:{name}" for name in types])
+    builds = [f"gguf:{name}" for name in types]
+    report = convert(source, tmp_path / "out", builds, imatrix=open_imatrix(tmp_path / "im.gguf"))
     with open_client(folder) as truth:
         p = log_probs(truth, TOKENS[None], POSITIONS)
         for build in report.builds:
