@@ -4,7 +4,7 @@ import numpy as np
 
 COLUMNS = 2048
 _random = np.random.default_rng(0)
-FEW = _random.standard_normal((37, COLUMNS)).astype(np.float32)
+FEW = _random.standard_normal((37, COLUMNS)).astype(np.float32)  # 296 super-blocks: the last of 16 is not full
 _SPREAD = np.exp(4 * _random.standard_normal((37, COLUMNS // 32))).repeat(32, axis=1).astype(np.float32)
 WEIGHTS = {
     "normal": FEW,

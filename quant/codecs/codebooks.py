@@ -55,9 +55,9 @@ def entry(v):
 
 @compiled
 def code_of(v):
-    """The code of that entry."""
+    """The code of that entry; 15 for NaN, 0 times the reciprocal of a subnormal scale, where C's search ends too."""
     twice = v + v
-    code = spread(ZERO)
+    code = select(v == v, spread(ZERO), spread(np.float32(15)))
     for k in range(15):
         code = select(twice >= BETWEEN[k], np.float32(k + 1), code)
     return code

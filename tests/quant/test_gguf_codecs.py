@@ -12,11 +12,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import codec_cases
 import ggml
 import gguf
 import numpy as np
 import pytest
 import torch
+from codec_cases import COLUMNS, FEW, IMPORTANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,39 +30,9 @@ from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.gguf_codecs import ENCODERS, dequantize_gguf, quantize_gguf
 from ornith_moe.quant.gguf_types import block_shape
 
-COLUMNS = 2048
-RANDOM = np.random.default_rng(0)
-NORMAL = RANDOM.standard_normal((512, COLUMNS)).astype(np.float32)
-FEW = NORMAL[:37]  # 296 super-blocks: the last tile of sixteen is not full
-SPREAD = np.exp(4 * RANDOM.standard_normal((37, COLUMNS // 32))).repeat(32, axis=1).astype(np.float32)
-WEIGHTS = {
-    "normal": NORMAL,  # a million
-    "heavy-tailed": FEW**5,
-    "bf16": (FEW.view(np.uint32) & 0xFFFF0000).view(np.float32),
-    "constant": np.full((4, COLUMNS), -0.37, np.float32),
-    "almost constant": 1 + FEW * np.float32(1e-6),
-    "tiny": FEW * np.float32(1e-30),
-    "near the epsilons": FEW * np.float32(1e-14),
-    "subnormal fp16": FEW * np.float32(1e-6),
-    "subnormal": FEW * np.float32(1e-41),
-    "large": FEW * np.float32(1e4),
-    "zeros": np.zeros((4, COLUMNS), np.float32),
-    "sparse": FEW * (RANDOM.random(FEW.shape) < 0.05),  # zeros of both signs
-    "halves": (np.arange(4 * COLUMNS, dtype=np.float32).reshape(4, COLUMNS) % 255 - 127) / 2,
-    "positive": np.abs(FEW),
-    "ternary": np.sign(np.round(FEW)),
-    "mixed blocks": np.clip(FEW * SPREAD, -6e4, 6e4),
-    "mixed values": np.clip(FEW * np.exp(8 * RANDOM.standard_normal(FEW.shape)).astype(np.float32), -6e4, 6e4),
-    "negative zero": np.full((1, COLUMNS), -0.0, np.float32),
-}
-EVEN = (0.1 + RANDOM.random(COLUMNS)).astype(np.float32)
-IMPORTANCE = {
-    "even": EVEN,
-    "sparse": EVEN * (RANDOM.random(COLUMNS) < 0.1),
-    "wide": np.exp(6 * RANDOM.standard_normal(COLUMNS)).astype(np.float32),
-    "zero blocks": EVEN * (np.arange(COLUMNS) // 256 % 2 > 0),
-    "zero": np.zeros(COLUMNS, np.float32),
-}
+NORMAL = np.random.default_rng(0).standard_normal((512, COLUMNS)).astype(np.float32)  # a million
+WEIGHTS = codec_cases.WEIGHTS | {"normal": NORMAL}
+EVEN = IMPORTANCE["even"]
 BLOCK_TYPES = [name for name, codec in ENCODERS.items() if isinstance(codec, BlockCodec)]
 IMPORTANT_TYPES = [name for name in BLOCK_TYPES if ENCODERS[name].important]
 PLAIN_TYPES = [name for name in ENCODERS if not getattr(ENCODERS[name], "needs_importance", False)]
@@ -233,6 +205,14 @@ def test_where_ggml_changed_we_follow_the_newer():
 
 
 values = st.floats(width=32, allow_nan=False, min_value=-60000, max_value=60000)
+
+
+@pytest.mark.parametrize("build", ggml.BUILDS)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS"])
+def test_a_scale_without_a_finite_reciprocal(name, build):
+    """Importance of 1e-45 leaves a subnormal scale; 0 / it is NaN, which hypothesis found to get another code."""
+    rows, weights = (np.resize(np.array(few, np.float32), 256) for few in ([0, 1, 0, 0, 0], [0, 1e-45, 0, 0, 1]))
+    assert_equals_ggml(rows[None], name, weights, build)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
