@@ -6,7 +6,7 @@ cast each active expert, scale it, torch.mm.
 
 Peers: `grouped_mm` always, `eager` where its backward is not absurd (it adds a zero gradient of all experts for each
 active one), `batched_mm` where the weights it gathers per token are not. Ours is never left out.
-A step longer than LONG_S is timed three times; the check is its warm-up.
+A step frees what it made, as a training step does. One longer than LONG_S is timed three times, after a warm one.
 
 FLOP: 6 T top_k H I forward, three times that with backward. Bytes: the active experts' weights once, with backward
 twice, and then the dense gradient of all experts. The note is the peak of the process's resident memory during one step
@@ -113,7 +113,7 @@ def check(case, y, gradients, allowance):
 
 
 def peak_memory(step):
-    """("+... MiB", seconds) of one step: how far the resident memory rose above what it was."""
+    """How far the resident memory rises above what it is, in one step: "+... MiB"."""
     release()
     gc.collect()
     try:
@@ -121,10 +121,8 @@ def peak_memory(step):
         before = resident("VmRSS")
     except OSError:
         before = None
-    began = time.perf_counter()
     step()
-    seconds = time.perf_counter() - began
-    return "" if before is None else f"+{max(resident('VmHWM') - before, 0) >> 10} MiB", seconds
+    return "" if before is None else f"+{max(resident('VmHWM') - before, 0) >> 10} MiB"
 
 
 def resident(name):
@@ -161,16 +159,19 @@ def test_moe_mlp(measure, shape, dtype, tokens, backward, implementation):
 
     peer = implementation != "ours"
     check(case, *step(), allowance=PEERS_ALLOWANCE if peer else 1)
-    note, seconds = peak_memory(step)
+    note = peak_memory(step)  # from here on memory is as steps leave it to one another
+    began = time.perf_counter()
+    step()
+    rounds = 3 if time.perf_counter() - began > LONG_S else None
     weight_bytes = sum(t[0].nbytes for t in (case.gate_up_proj, case.down_proj)) * case.indices.unique().numel()
     nbytes = weight_bytes * (2 if backward else 1) + 2 * case.x.nbytes
     if backward:
         nbytes += case.gate_up_proj.nbytes + case.down_proj.nbytes
     group = f"moe_mlp {shape} {dtype}, T = {tokens}, {'forward + backward' if backward else 'forward'}"
-    rounds = 3 if seconds > LONG_S else None
     info = measure(
-        group, implementation, step, peer=peer, nbytes=nbytes, flops=flops, dtype=DTYPES[dtype], rounds=rounds
-    )
+        group, implementation, lambda: step() and None, peer=peer, nbytes=nbytes, flops=flops, dtype=DTYPES[dtype],
+        rounds=rounds,
+    )  # fmt: skip
     info["note"] = note
 
 
