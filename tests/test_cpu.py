@@ -187,6 +187,33 @@ def test_neither_threads_nor_the_batch_change_a_bit(dtype):
             assert_same_bits(name, got[name], whole[name][keep])
 
 
+@pytest.mark.parametrize("save", [False, True])
+def test_bf16_of_many_rows_is_summed_in_panels(save, bf16_kind, monkeypatch):
+    """300 rows an expert, so four panels and a rest, and 320 columns, so a whole strip and a part of one."""
+    layer = Layer(600, 2, 192, 320, 1, dtype=torch.bfloat16)
+    layer.indices = torch.arange(600).view(-1, 1) % 2
+    expected, before = layer.expected()["y"], torch.get_num_threads()
+
+    def forward():
+        return moe_forward(layer.x, layer.indices, layer.weights, *layer.plain(), save=save)
+
+    y, saved = forward()
+    assert_close("y", y, expected, TOLERANCE[torch.bfloat16])
+    if save:
+        gate_up = torch.cat([layer.x[e::2].double() @ layer.gate_up[e].double().T for e in range(2)])
+        assert_close("pre", saved.pre, gate_up, TOLERANCE[torch.bfloat16])
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert_same_bits("y", forward()[0], y)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(native, "_MANY_ROWS", 1000)
+    other = forward()[0]
+    assert_close("y", other, expected, TOLERANCE[torch.bfloat16])
+    assert (other != y).any(), "both orders gave the same bits: were there two?"
+
+
 def test_many_threads_at_once():
     layer = Layer(200, 4, 128, 96, 2)
     whole, results = layer.run(), []

@@ -24,9 +24,10 @@ Recipes (d is the dtype of x; * means quantized and dequantized to d, with the b
 | fp8_full | as fp8 | as fp8 | dy*, dpre* by weights | as fp8 |
 | fp8_channel | * per row | d(e4m3 * scale), per row | as fp8 | as fp8 |
 
-Precision: docs/numerics.md. Sums are float32, each in an order that follows from the shapes: no thread count, no other
-token and no repetition changes a bit of y. The kernels compile at their first use (numba; once per machine where the
-cache can be written).
+Precision: docs/numerics.md. Sums are float32, each in an order that follows from the shapes: no thread count and no
+repetition changes a bit of y, and no other token does, except in BF16 where the experts of a call have 256 rows or more
+on average (`native`, or `loop` on AMX from 32): those rows sum in another order. The kernels compile at their first
+use (numba; once per machine where the cache can be written).
 
 Letters: T tokens, E experts, H hidden, I expert intermediate.
 Source: the router gradient from <da', a'> is SonicMoE's observation (Guo et al. 2025); the rest is original.
@@ -42,7 +43,7 @@ from ornith_moe.cpu.native import Weights
 from ornith_moe.cpu.routed import group_by_expert, regroup
 from ornith_moe.quant.fp8 import roundtrip_fp8_tokens
 
-__all__ = ["RECIPES", "Saved", "Weights", "describe", "moe_backward", "moe_forward", "moe_mlp_cpu"]
+__all__ = ["RECIPES", "Saved", "Weights", "describe", "moe_backward", "moe_forward"]
 
 RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 _GROUP = 128
@@ -208,37 +209,3 @@ def _check(recipe, gate_up, down):
             f"recipe: {recipe!r} needs an expert intermediate size in multiples of {_GROUP}, or a block would hold rows"
             f" of gate and of up, got I = {down.value.shape[2]}; use recipe='fp8_channel' or 'bf16'"
         )
-
-
-def moe_mlp_cpu(
-    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
-) -> torch.Tensor:
-    """`moe_forward` with recipe "bf16" under autograd: y [T, H] in the dtype of x.
-
-    Example:
-        >>> import torch
-        >>> from ornith_moe.cpu import moe_mlp_cpu
-        >>> x, w13, w2 = torch.ones(1, 2), torch.ones(3, 8, 2), torch.ones(3, 2, 4)
-        >>> moe_mlp_cpu(x, torch.tensor([[2]]), torch.tensor([[0.5]]), w13, w2)
-        tensor([[7.0464, 7.0464]])
-    """
-    return _MoEMLP.apply(x, indices, weights, gate_up_proj, down_proj)
-
-
-class _MoEMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, indices, weights, gate_up_proj, down_proj):
-        experts = Weights(gate_up_proj), Weights(down_proj)
-        y, saved = moe_forward(x, indices, weights, *experts, save=any(ctx.needs_input_grad))
-        if saved is not None:
-            ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weights, gate_up_proj, down_proj, *saved)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weights, gate_up_proj, down_proj, *saved = ctx.saved_tensors
-        wants = tuple(ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
-        experts = Weights(gate_up_proj), Weights(down_proj)
-        dx, dweights, dgate_up, ddown = moe_backward(dy, x, weights, Saved(*saved), *experts, wants=wants)
-        return dx, None, None if dweights is None else dweights.to(weights.dtype), dgate_up, ddown

@@ -18,26 +18,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.cpu.forward import int32s, share, sigmoid
+from ornith_moe.cpu.forward import int32s, outer_rows, share, sigmoid, words_of
 from ornith_moe.cpu.rows import float_of, floats, integers, narrow, pack, pack_weight, rounded, widen
-from ornith_moe.cpu.tiles import ADD, BF16, FP32, OUTER_ROWS, PANEL, STORE, outer_tile, take
+from ornith_moe.cpu.tiles import ADD, BF16, FP32, PANEL, STORE, take
 from ornith_moe.quant.codecs.compiled import compiled
-
-
-@compiled
-def outer_rows(kind, m, a_rows, a_step, panel, words, c_rows, c_offset, store):
-    """C[i][c_offset ...] = A[i] @ panel, as `outer_tile` writes it, for m rows, in tiles of about equal height."""
-    tiles, done = (m + OUTER_ROWS - 1) // OUTER_ROWS, 0
-    for tile in range(tiles):
-        rows = (m - done + tiles - tile - 1) // (tiles - tile)
-        outer_tile(kind, rows, a_rows + 8 * done, a_step, panel, words, c_rows + 8 * done, c_offset, store)
-        done += rows
-
-
-@compiled
-def words_of(kind, count):
-    """Words of `count` numbers of d along the contraction."""
-    return count if kind == FP32 else (count + 1) // 2
 
 
 @compiled

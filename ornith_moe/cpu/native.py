@@ -22,6 +22,7 @@ _ROWS_BYTES = 512 << 10  # of activations that meet each row of a weight while b
 _STRIP = 64  # columns of I, and two of these of H, that one task computes: 512 KB of weights of the 35B
 _BLOCK = -(-256 // PANEL) * PANEL  # rows of a weight gradient that one task computes ...
 _BLOCK_WORDS = 512  # ... and words of the contraction that it packs at a time
+_MANY_ROWS = 256  # per expert, from which turning them into panels pays
 
 
 class Weights(NamedTuple):
@@ -44,13 +45,16 @@ def gate_up(x, rows, weight, save, kind=None):
     pre = empty((rows.slots, 2 * inner), x.dtype) if save else None
     a_bytes = -(-inner * size // VECTOR_BYTES) * VECTOR_BYTES
     a = empty((rows.slots, a_bytes // size), x.dtype)
-    chunk = _chunk(x_bytes)
+    panels = kind != FP32 and rows.used >= _MANY_ROWS * max(len(rows.active), 1)
+    panels = panels and weight.scale is None and hidden * size == x_bytes and x_bytes % 64 == inner % 16 == 0
+    chunk, strip = max(_chunk(x_bytes), PANEL), _STRIP * (4 if panels else 1)
     matrix, _alive = _matrix(weight)
-    tasks = len(rows.active) * -(-inner // _STRIP)
-    scratch = chunk * (20 + 8 * _STRIP) + 64 + DOT_COLUMNS * x_bytes
+    tasks = len(rows.active) * -(-inner // strip)
+    scratch = chunk * (20 + 8 * strip) + 64 + DOT_COLUMNS * x_bytes
+    scratch += (16 * strip + PANEL * (x_bytes + 4 * strip)) * panels
     run(
         forward.gate_up, tasks, _work(rows, weight), scratch, kind, x.data_ptr(), x_bytes, rows.addresses, matrix,
-        _address(pre), a.data_ptr(), a_bytes, hidden, x_bytes, inner, _STRIP, chunk,
+        _address(pre), a.data_ptr(), a_bytes, hidden, x_bytes, inner, strip, chunk, panels,
     )  # fmt: skip
     return a[:, :inner], pre
 
