@@ -2,8 +2,10 @@
 
     rows, layers = catalog(["sm90"])        the tables of `ornith-moe kernels`
 
-The launches are recorded from `route_forward`, `moe_forward`, `moe_backward` and the casts of the weights, with meta
-tensors: nobody keeps a list of them. Launches that specialize alike are compiled once, whatever asks for them.
+The launches are recorded from `route_forward`, `moe_forward`, `moe_backward`, the casts of the weights and the GGUF
+encoders, with meta tensors: nobody keeps a list of them. Launches that specialize alike are compiled once, whatever
+asks for them. The encoders' searches are bound by instructions in loops that the model does not count, so they have no
+modelled time.
 
 A row is one kernel of one pass: if the pass starts it several times (strips of the down projection), bytes and time are
 those of all its launches. Two passes that differ in nothing for a kernel share its row.
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ornith_moe.kernels import fp8_cast, moe, routing
+from ornith_moe.kernels import fp8_cast, gguf_encode, moe, routing
 from ornith_moe.kernels.compile import PROCESSORS, Report, compile_requests, specialize
 from ornith_moe.kernels.grouped_gemm import Weights
 from ornith_moe.kernels.launch import Launch, recording
@@ -32,7 +34,8 @@ ARCHS = tuple(PROCESSORS)
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction of one layer ("forward", "backward") or the casts of its weights ("weights")."""
+    """One direction of one layer ("forward", "backward"), the casts of its weights ("weights"), or the encoding of its
+    gate_up as GGUF ("encode", the recipe is the type)."""
 
     model: str
     tokens: int
@@ -49,6 +52,7 @@ class Pass:
 def passes() -> list[Pass]:
     """What `ornith-moe kernels` shows: all recipes at 8192 tokens, and the sizes that take other tiles."""
     found = [Pass("35B", 0, recipe, "weights") for recipe in ("fp8_full", "fp8_channel")]
+    found += [Pass("35B", 0, name, "encode") for name in gguf_encode.ENCODED]
     for model, tokens, recipes in (
         ("35B", 8192, ("fp8", "bf16", "fp8_full", "fp8_channel")),
         ("35B", 64, ("fp8", "bf16")),
@@ -80,6 +84,12 @@ def record(arch: str, which: Pass) -> list[Launch]:
                 else:
                     fp8_cast.quantize_fp8_block(weight)
                     fp8_cast.quantize_fp8_block_both(weight)
+            return launches
+        if which.direction == "encode":
+            rows = torch.empty(s.experts * 2 * s.inner, s.hidden, dtype=torch.bfloat16, **meta)
+            gguf_encode.encode(rows, which.recipe)
+            if which.recipe != "Q8_0":
+                gguf_encode.encode(rows, which.recipe, torch.empty(s.experts, s.hidden, **meta))
             return launches
         x = torch.empty(t, s.hidden, dtype=torch.bfloat16, **meta)
         logits = torch.empty(t, s.experts, **meta)
@@ -165,6 +175,7 @@ def catalog(
 def row_json(row: Row) -> dict[str, Any]:
     """A row of `ornith-moe kernels --json`."""
     report, e = row.report, row.estimate
+    modelled = row.which.direction != "encode"
     return {
         "kernel": row.kernel,
         "shape": row.which.shape,
@@ -180,10 +191,10 @@ def row_json(row: Row) -> dict[str, Any]:
         "occupancy": report.occupancy,
         "hot_loop_instructions": report.loop.instructions if report.loop else None,
         "launches": e.launches,
-        "modelled_us": e.us,
-        "bound": e.bound,
+        "modelled_us": e.us if modelled else None,
+        "bound": e.bound if modelled else "instructions",
         "bytes": e.bytes,
-        "share_of_limit": e.share_of_limit,
+        "share_of_limit": e.share_of_limit if modelled else None,
     }
 
 

@@ -305,7 +305,8 @@ def encode(x: torch.Tensor, type_name: str, importance: torch.Tensor | None = No
         lanes = rows = min(triton.next_power_of_2(max(8 * blocks, 2)), 1 << 14)
 
     def start(label, kernel, count, width, *args):
-        launch(f"gguf_encode {type_name} {label}", kernel, (triton.cdiv(count, width),), *args, width)
+        weighted = "" if importance is None else " with importance"
+        launch(f"gguf_encode {type_name}{weighted} {label}", kernel, (triton.cdiv(count, width),), *args, width)
 
     flags = torch.empty(triton.cdiv(blocks, rows), dtype=torch.int32, device=x.device)
     if type_name == "Q8_0":

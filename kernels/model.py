@@ -62,7 +62,7 @@ DEVICES = {
 _L2_SHARE = 0.5  # of the capacity that whole tensors can count on beside what streams through
 _WRITTEN = {
     "c_ptr", "pre_ptr", "wa_ptr", "dweights_ptr", "dpre_code_ptr", "dpre_scale_ptr", "dw_ptr", "y_ptr", "q_ptr",
-    "scale_ptr", "q_t_ptr", "scale_t_ptr", "rank_ptr", "table_ptr", "counts_ptr", "dlogits_ptr",
+    "scale_ptr", "q_t_ptr", "scale_t_ptr", "rank_ptr", "table_ptr", "counts_ptr", "dlogits_ptr", "out_ptr", "flags_ptr",
 }  # fmt: skip
 _OPERANDS = {"grouped_gemm_kernel": ("a", "b"), "grouped_wgrad_kernel": ("g_ptr", "x_ptr")}  # loaded tile by tile
 

@@ -431,9 +431,9 @@ def kernels(
         numbers = [row[key] for key in ("registers", "spills", "shared_bytes", "hot_loop_instructions")]
         table.add_row(
             *(row[key] for key in ("arch", "shape", "recipe", "pass", "kernel")),
-            *("-" if number is None else f"{number:,}" for number in numbers),
-            matrix or "-", "yes" if row["tma"] else "-", f"{row['modelled_us']:,.1f}", row["bound"],
-            f"{row['share_of_limit']:.0%}",
+            *(_figure(number, ",") for number in numbers),
+            matrix or "-", "yes" if row["tma"] else "-", _figure(row["modelled_us"], ",.1f"), row["bound"],
+            _figure(row["share_of_limit"], ".0%"),
         )  # fmt: skip
     out.print(table)
     table = Table("device", "shape", "recipe", "forward us", "of the bound", "forward + backward us", "TFLOP/s")
@@ -445,6 +445,10 @@ def kernels(
         )  # fmt: skip
     out.print(table)
     say("Times are modelled from the compiled code and byte counts, none was measured; see docs/performance.md.")
+
+
+def _figure(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
 
 
 @app.command()
