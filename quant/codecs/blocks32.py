@@ -25,7 +25,9 @@ from ornith_moe.quant.codecs.lanes import (
     floor,
     highest,
     load,
+    load_field,
     lowest,
+    mask_of,
     maximum,
     minimum,
     select,
@@ -33,7 +35,8 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
-from ornith_moe.quant.codecs.tiles import gather, half_bits, importance, new_tile, pack
+from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack
+from ornith_moe.quant.gguf_types import block_shape
 
 BLOCK = 32
 HALF = np.float32(0.5)
@@ -170,10 +173,54 @@ def search_blocks(x, columns, code_bits, affine, codes, d):
                 codes[BLOCK * (block + lane) + i] = np.uint8(q[LANES * i + lane])
 
 
+@compiled
+def take_codes(blocks, at, code_bits, half):
+    """Codes of a half of a block, 0 or 1, as `put_codes` laid them at `at`."""
+    q = load_field(blocks, at if code_bits == 4 else at + 4, 4 * half, 15)
+    if code_bits == 5:
+        fifth = blocks[at + 2 * half] | blocks[at + 2 * half + 1] << 8
+        q = select(mask_of(np.uint32(fifth)), q + np.float32(16), q)
+    return q
+
+
+@compiled
+def decode_signed(blocks, code_bits, size, out):
+    n = np.float32(2 ** (code_bits - 1))
+    for block in range(out.size // BLOCK):
+        at = size * block
+        d = half_at(blocks, at)
+        for half in range(2):
+            q = take_codes(blocks, at + 2, code_bits, half)
+            store(out, BLOCK * block + LANES * half, (q - n) * d)
+
+
+@compiled
+def decode_affine(blocks, code_bits, size, out):
+    for block in range(out.size // BLOCK):
+        at = size * block
+        d, low = half_at(blocks, at), half_at(blocks, at + 2)
+        for half in range(2):
+            q = take_codes(blocks, at + 4, code_bits, half)
+            store(out, BLOCK * block + LANES * half, q * d + low)
+
+
+@compiled
+def decode_q8_0(blocks, out):
+    for block in range(out.size // BLOCK):
+        d = half_at(blocks, 34 * block)
+        for i in range(0, BLOCK, LANES):
+            q = load(blocks, 34 * block + 2 + i)
+            store(out, BLOCK * block + i, select(q >= np.float32(128), q - np.float32(256), q) * d)
+
+
 class Block32(BlockCodec):
     code_bits: int
     affine: bool
     important = True
+
+    def decode_blocks(self, blocks, out):
+        decode = decode_affine if self.affine else decode_signed
+        decode(blocks, self.code_bits, block_shape(self.name)[1], out)
 
     def encode_blocks(self, x, columns, out):
         if not columns.size:
@@ -209,3 +256,6 @@ class Q8_0(BlockCodec):
 
     def encode_blocks(self, x, columns, out):
         encode_q8_0(x, out.reshape(-1))
+
+    def decode_blocks(self, blocks, out):
+        decode_q8_0(blocks, out)
