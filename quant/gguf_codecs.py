@@ -9,7 +9,7 @@ ggml's C (tests/quant/test_gguf_codecs.py), and whatever the bytes, decoded valu
     codecs/blocks32.py   Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
     codecs/k_quants.py   Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
     codecs/codebooks.py  IQ4_NL, IQ4_XS, MXFP4, NVFP4
-    codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S; IQ1_S and IQ1_M decode only
+    codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S (codecs/grid_decoders.py; IQ1_S, IQ1_M decode only)
     codecs/ternary.py    TQ1_0, TQ2_0
     codecs/search.py     the searches for scales, on sixteen blocks at a time (codecs/lanes.py, codecs/tiles.py)
 
@@ -25,7 +25,8 @@ import numpy as np
 from ornith_moe.quant.codecs.blocks32 import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ornith_moe.quant.codecs.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from ornith_moe.quant.codecs.codec import GgufCodec
-from ornith_moe.quant.codecs.grids import IQ1_M, IQ1_S, IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
+from ornith_moe.quant.codecs.grid_decoders import IQ1_M, IQ1_S
+from ornith_moe.quant.codecs.grids import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from ornith_moe.quant.codecs.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ornith_moe.quant.codecs.plain import BF16, F16, F32
 from ornith_moe.quant.codecs.ternary import TQ1_0, TQ2_0

@@ -25,7 +25,6 @@ from ornith_moe.quant.codecs.lanes import (
     floor,
     highest,
     load,
-    load_field,
     lowest,
     mask_of,
     maximum,
@@ -35,7 +34,7 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
-from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack
+from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack, unpack
 from ornith_moe.quant.gguf_types import block_shape
 
 BLOCK = 32
@@ -174,13 +173,9 @@ def search_blocks(x, columns, code_bits, affine, codes, d):
 
 
 @compiled
-def take_codes(blocks, at, code_bits, half):
-    """Codes of a half of a block, 0 or 1, as `put_codes` laid them at `at`."""
-    q = load_field(blocks, at if code_bits == 4 else at + 4, 4 * half, 15)
-    if code_bits == 5:
-        fifth = blocks[at + 2 * half] | blocks[at + 2 * half + 1] << 8
-        q = select(mask_of(np.uint32(fifth)), q + np.float32(16), q)
-    return q
+def fifth(blocks, at, i):
+    """Where the codes from i on have their fifth bit."""
+    return mask_of(np.uint32(blocks[at + i // 8] | blocks[at + i // 8 + 1] << 8))
 
 
 @compiled
@@ -189,9 +184,11 @@ def decode_signed(blocks, code_bits, size, out):
     for block in range(out.size // BLOCK):
         at = size * block
         d = half_at(blocks, at)
-        for half in range(2):
-            q = take_codes(blocks, at + 2, code_bits, half)
-            store(out, BLOCK * block + LANES * half, (q - n) * d)
+        for i in range(0, BLOCK, LANES):
+            q = unpack(blocks, at + size - 16, 4, 16, i)
+            if code_bits == 5:
+                q = select(fifth(blocks, at + 2, i), q + np.float32(16), q)
+            store(out, BLOCK * block + i, (q - n) * d)
 
 
 @compiled
@@ -199,9 +196,11 @@ def decode_affine(blocks, code_bits, size, out):
     for block in range(out.size // BLOCK):
         at = size * block
         d, low = half_at(blocks, at), half_at(blocks, at + 2)
-        for half in range(2):
-            q = take_codes(blocks, at + 4, code_bits, half)
-            store(out, BLOCK * block + LANES * half, q * d + low)
+        for i in range(0, BLOCK, LANES):
+            q = unpack(blocks, at + size - 16, 4, 16, i)
+            if code_bits == 5:
+                q = select(fifth(blocks, at + 4, i), q + np.float32(16), q)
+            store(out, BLOCK * block + i, q * d + low)
 
 
 @compiled

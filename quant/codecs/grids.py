@@ -1,7 +1,5 @@
 """IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S: groups of 4 or 8 magnitudes are one point of a grid; signs lie apart.
 
-IQ1_S and IQ1_M, which have a decoder only, have points of values -1, 0 and 1 and for every group a sign of 1/8.
-
               values of a scale   group, levels, points   signs           bits per weight
     IQ2_XXS   32                  8, 3, 256               7 of 8          2.06      needs importance
     IQ2_XS    16                  8, 3, 512               7 of 8          2.31      needs importance
@@ -31,12 +29,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 
 from ornith_moe.quant.codecs.blocks32 import HALF
-from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.grid_decoders import GridDecoder, even, fields, grid_values, joined
 from ornith_moe.quant.codecs.lanes import (
     LANES,
     absolute,
@@ -44,7 +41,6 @@ from ornith_moe.quant.codecs.lanes import (
     floor,
     load,
     lowest,
-    mask_of,
     maximum,
     nearest,
     repeat,
@@ -54,17 +50,7 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import ZERO, clamp, positive_scale
-from ornith_moe.quant.codecs.tiles import (
-    SUPER,
-    gather,
-    half_bits,
-    half_value,
-    importance,
-    new_tile,
-    pack,
-    sum_of_squares,
-)
-from ornith_moe.quant.gguf_types import block_shape
+from ornith_moe.quant.codecs.tiles import SUPER, gather, half_bits, importance, new_tile, pack, sum_of_squares
 
 F = np.float32
 ONE, TWO = F(1), F(2)
@@ -324,62 +310,6 @@ def encode_grid(x, columns, rule, grid, indices, signs, scales, d):
                 signs[b * count * eights : (b + 1) * count * eights] = 0
 
 
-@compiled
-def decode_grid(d, indices, signs, scales, unit, delta, points, out):
-    """+- d * (s + 1/2) * unit * point, or d * (s + 1/2) * unit * (point - 1 +- delta) where there is a delta.
-
-    `points` holds each as the bytes of one number; rows of indices, signs (a byte for every 8 values) and scales are
-    super-blocks.
-    """
-    groups, count = indices.shape[1], scales.shape[1]
-    chosen = np.empty(groups, points.dtype)
-    magnitudes = chosen.view(np.uint8)
-    for block in range(d.size):
-        for g in range(groups):
-            chosen[g] = points[indices[block, g]]
-        step = half_value(d[block])
-        for i in range(0, SUPER, LANES):
-            scale = step * (HALF + F(scales[block, i * count // SUPER])) * unit
-            minus = mask_of(np.uint32(signs[block, i // 8] | signs[block, i // 8 + 1] << 8))
-            v = load(magnitudes, i)
-            if delta != ZERO:
-                v = (v + select(minus, -ONE - delta, delta - ONE)) * scale
-            else:
-                v = v * select(minus, -scale, scale)
-            store(out, SUPER * block + i, v)
-
-
-class GridDecoder(BlockCodec):
-    """A type whose groups are points of a grid."""
-
-    unit, delta = F(0.25), F(0)
-
-    def decode_blocks(self, blocks, out):
-        blocks = blocks.reshape(-1, block_shape(self.name)[1])
-        parts = (np.ascontiguousarray(part) for part in self.unpack(blocks))
-        decode_grid(self.half(blocks), *parts, self.unit, self.delta, self.points, out)
-
-    def half(self, blocks):
-        """The bits of d."""
-        return blocks[:, :2].copy().view("<u2")[:, 0]
-
-    def unpack(self, blocks):
-        """Of uint8 [B, bytes]: indices uint16 [B, groups], signs uint8 [B, 32], scales uint8 [B, 8 or 16]."""
-        raise NotImplementedError
-
-    @cached_property
-    def points(self) -> np.ndarray:
-        values = grid_values(self.name) + self.delta.astype(bool)
-        return values.astype(np.uint8).view(f"u{values.shape[1]}")[:, 0]
-
-
-def grid_values(name: str) -> np.ndarray:
-    """float32 [points, group]."""
-    source = getattr(gguf.quants, name)
-    source.init_grid()
-    return source.grid.reshape(source.grid_shape)
-
-
 class GridCodec(GridDecoder):
     """One with an encoder; `distances` is how many different ones the neighbours of a group may have."""
 
@@ -416,24 +346,6 @@ def words(signs, scales):
     return word.astype("<u4").view(np.uint8).reshape(len(signs), -1, 4)
 
 
-EVEN = np.array([s | s.bit_count() % 2 << 7 for s in range(128)], np.uint8)  # seven signs and the eighth they entail
-
-
-def unpack_words(blocks):
-    """Signs and scales of `words`."""
-    word = np.ascontiguousarray(blocks).view("<u4")
-    return EVEN[word[..., None] >> np.arange(0, 28, 7, np.uint32) & 127].reshape(len(word), -1), word >> 28
-
-
-def fields(codes, *shifts, mask):
-    """Those of each code beside each other, [B, n * len(shifts)]."""
-    return (codes[..., None] >> np.array(shifts, codes.dtype) & codes.dtype.type(mask)).reshape(len(codes), -1)
-
-
-def joined(low, high):
-    return low | high.astype(np.uint16) << 8
-
-
 class IQ2_XXS(GridCodec):
     name, distances, needs_importance = "IQ2_XXS", 2, True
     rule = Rule(32, 8, 3, True, F(1), F(0), F(1e-15), 6, F(0.1), True, 2, F(1), True)
@@ -443,9 +355,8 @@ class IQ2_XXS(GridCodec):
         out[:, 2:] = np.concatenate([points, words(signs, scales)], axis=2).reshape(len(out), -1)
 
     def unpack(self, blocks):
-        parts = blocks[:, 2:].reshape(-1, 8, 8)
-        signs, scales = unpack_words(parts[..., 4:].reshape(-1, 32))
-        return parts[..., :4].reshape(-1, 32).astype(np.uint16), signs, scales.astype(np.uint8)
+        points = blocks[:, 2:].reshape(-1, 8, 8)[..., :4].reshape(-1, 32).astype(np.uint16)
+        return points, even(fields(blocks, 2, 8, 8, 32, 7, 4, 7)), fields(blocks, 2, 8, 8, 60, 0, 1, 4)
 
 
 class IQ2_XS(GridCodec):
@@ -458,7 +369,7 @@ class IQ2_XS(GridCodec):
 
     def unpack(self, blocks):
         both = blocks[:, 2:66].copy().view("<u2")
-        return both & 511, EVEN[both >> 9], fields(blocks[:, 66:], 0, 4, mask=15)
+        return both & 511, even((both >> 9).astype(np.uint8)), fields(blocks, 66, 8, 1, 0, 4, 2, 4)
 
 
 class IQ2_S(GridCodec):
@@ -471,8 +382,8 @@ class IQ2_S(GridCodec):
         out[:, 74:] = scales[:, ::2] | scales[:, 1::2] << 4
 
     def unpack(self, blocks):
-        high = fields(blocks[:, 66:74], 0, 2, 4, 6, mask=3)
-        return joined(blocks[:, 2:34], high), blocks[:, 34:66], fields(blocks[:, 74:], 0, 4, mask=15)
+        points = joined(blocks[:, 2:34], fields(blocks, 66, 8, 1, 0, 2, 4, 2))
+        return points, blocks[:, 34:66], fields(blocks, 74, 8, 1, 0, 4, 2, 4)
 
 
 class IQ3_XXS(GridCodec):
@@ -484,8 +395,8 @@ class IQ3_XXS(GridCodec):
         out[:, 66:] = words(signs, scales).reshape(len(out), -1)
 
     def unpack(self, blocks):
-        signs, scales = unpack_words(blocks[:, 66:])
-        return blocks[:, 2:66].astype(np.uint16), signs, scales.astype(np.uint8)
+        signs, scales = even(fields(blocks, 66, 8, 4, 0, 7, 4, 7)), fields(blocks, 66, 8, 4, 28, 0, 1, 4)
+        return blocks[:, 2:66].astype(np.uint16), signs, scales
 
 
 class IQ3_S(GridCodec):
@@ -498,31 +409,5 @@ class IQ3_S(GridCodec):
         out[:, 106:] = scales[:, ::2] | scales[:, 1::2] << 4
 
     def unpack(self, blocks):
-        high = fields(blocks[:, 66:74], *range(8), mask=1)
-        return joined(blocks[:, 2:66], high), blocks[:, 74:106], fields(blocks[:, 106:], 0, 4, mask=15)
-
-
-class IQ1_S(GridDecoder):
-    name, unit, delta = "IQ1_S", F(2), F(0.125)
-
-    def unpack(self, blocks):
-        high = blocks[:, 34:].copy().view("<u2")
-        signs = np.where(high >> 15, 255, 0).astype(np.uint8).repeat(4, axis=1)
-        scales = (high >> 12 & 7).astype(np.uint8)
-        return joined(blocks[:, 2:34], fields(high, 0, 3, 6, 9, mask=7)), signs, scales
-
-
-class IQ1_M(GridDecoder):
-    """The four quarters of d are the highest four bits of the scales' four words."""
-
-    name, unit, delta = "IQ1_M", F(2), F(0.125)
-
-    def half(self, blocks):
-        quarters = blocks[:, 48:].copy().view("<u2") >> 12
-        return quarters[:, 0] | quarters[:, 1] << 4 | quarters[:, 2] << 8 | quarters[:, 3] << 12
-
-    def unpack(self, blocks):
-        high, words = blocks[:, 32:48], blocks[:, 48:].copy().view("<u2")
-        signs = fields(high, 3, 7, mask=1) * np.uint8(255)
-        scales = fields(words, 0, 3, 6, 9, mask=7).astype(np.uint8)
-        return joined(blocks[:, :32], fields(high, 0, 4, mask=7)), signs, scales
+        points = joined(blocks[:, 2:66], fields(blocks, 66, 8, 1, 0, 1, 8, 1))
+        return points, blocks[:, 74:106], fields(blocks, 106, 4, 1, 0, 4, 2, 4)

@@ -1,4 +1,4 @@
-"""F32, F16, BF16: one value each, rounded to nearest even. Source: ggml.c (`ggml_fp32_to_*_row`, `ggml_*_to_fp32_row`)."""
+"""F32, F16, BF16: one value each, rounded to nearest even. Source: ggml.c (`ggml_fp32_to_*_row` and back)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,18 @@ import numpy as np
 from ornith_moe.quant.codecs.blocks32 import HALF, reciprocal
 from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, absolute, floor, highest, load, low_byte, maximum, select, spread, store
+from ornith_moe.quant.codecs.lanes import (
+    LANES,
+    absolute,
+    floor,
+    highest,
+    load,
+    low_byte,
+    maximum,
+    select,
+    spread,
+    store,
+)
 from ornith_moe.quant.codecs.search import ZERO
 from ornith_moe.quant.codecs.tiles import SUPER, half_at, half_bits, pack, unpack
 

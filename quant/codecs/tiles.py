@@ -1,11 +1,20 @@
-"""What block codecs share: tiles of sixteen blocks, weights, fp16 in integer arithmetic, codes packed to bytes and back."""
+"""What block codecs share: tiles of sixteen blocks, weights, fp16 in integers, codes packed to bytes and back."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, interleave_first, interleave_second, load, load_field, root, spread, store
+from ornith_moe.quant.codecs.lanes import (
+    LANES,
+    interleave_first,
+    interleave_second,
+    load,
+    load_field,
+    root,
+    spread,
+    store,
+)
 
 SUPER = 256  # values of a super-block
 
