@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ornith_moe.quant.convert import convert
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.gguf_codecs import DECODERS
 from ornith_moe.quant.inspect import inspect
 from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import open_source
@@ -288,6 +289,22 @@ def test_any_gguf_type_is_verified_or_noted(tmp_path, kind, rows):
     noted = kind in ("I64", "F64", "Q8_K", "Q1_0")
     assert result.ok
     assert result.notes[1:] == noted * [f"tensor t: {kind} is not decoded here, its values are unchecked"]
+
+
+@pytest.mark.parametrize("build", ["gguf:Q8_0"], indirect=True)
+def test_a_codec_wrong_both_ways_is_found(build, source, monkeypatch):
+    """Encoder and decoder agree on twice the values, so only another decoder can tell."""
+    codec = DECODERS["Q8_0"]
+    sound = codec.decode_blocks
+
+    def doubled(blocks, out):
+        sound(blocks, out)
+        out *= 2
+
+    assert verify(build).ok
+    monkeypatch.setattr(codec, "decode_blocks", doubled)
+    problems = verify(build, source).problems
+    assert problems and all("Q8_0 from row 0 on decodes to other values with the gguf package" in p for p in problems)
 
 
 @pytest.mark.parametrize(("shape", "block", "row"), [((7, 68), 11, 5), ((34 * 8,), 7, 7 * 32)])
