@@ -8,8 +8,9 @@ Three questions, each answerable without the one after it:
 1. Whole: headers tile their files, the index fits, every FP8 tensor has a scale of the right shape, no value decodes to
    NaN or Inf, no scale is zero or negative.
 2. Unchanged: every file has the size and sha256 of the manifest the conversion left.
-3. True (`against` a source): the tensors are those the plan names; every weight, decoded by our codecs and carried back through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights
-   must be equal; others must reach a floor that only damage falls below, well under what each format gives.
+3. True (`against` a source): the tensors are those the plan names; every weight, decoded by our codecs and carried back
+   through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights must be equal;
+   others must reach a floor that only damage falls below, well under what each format gives.
 
 What is wrong both ways would hide here. The transforms themselves are therefore tested on logits, and our decoders
 against ggml's C and the `gguf` package; the start of every slab of a GGUF is decoded by that package too.

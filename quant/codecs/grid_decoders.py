@@ -3,7 +3,7 @@
     IQ2_*, IQ3_*   +- point * (d * (s + 1/2) * unit)          a point of magnitudes; eight signs in a byte
     IQ1_*          (point - 1 +- 1/8) * (d * (s + 1/2) * 2)   a point of -1, 0 and 1, stored one higher; a sign a group
 
-Types differ in where they lay the parts of a super-block: each `unpack` brings them to the same arrays. Source:
+Types differ in where they lay the parts of a super-block, which an `unpack` of each brings to the same arrays. Source:
 ggml-quants.c (`dequantize_row_iq*`); the points come from the `gguf` package.
 """
 
@@ -20,7 +20,6 @@ from ornith_moe.quant.codecs.compiled import compiled
 from ornith_moe.quant.codecs.lanes import LANES, load, mask_of, select, store
 from ornith_moe.quant.codecs.search import ZERO
 from ornith_moe.quant.codecs.tiles import SUPER, half_value
-from ornith_moe.quant.gguf_types import block_shape
 
 ONE = np.float32(1)
 
@@ -47,30 +46,12 @@ def decode_grid(d, indices, signs, scales, unit, delta, points, out):
 
 
 @compiled
-def fields(blocks, at, words, width, shift, step, count, bits):
-    """`count` fields, `step` bits apart, of each of so many little-endian words of `width` bytes from byte `at` on."""
-    out = np.empty((blocks.shape[0], words * count), np.uint8)
-    for block in range(blocks.shape[0]):
-        for i in range(words):
-            word = np.uint64(0)
-            for k in range(width):
-                word |= np.uint64(blocks[block, at + width * i + k]) << np.uint64(8 * k)
-            for k in range(count):
-                field = word >> np.uint64(shift + step * k) & np.uint64((1 << bits) - 1)
-                out[block, count * i + k] = np.uint8(field)
-    return out
-
-
-def even(signs):
-    """Seven signs and the eighth that makes the number of minuses even."""
-    parity = signs ^ signs >> 4
-    parity ^= parity >> 2
-    parity ^= parity >> 1
-    return signs | parity << 7
-
-
-def joined(low, high):
-    return low | high.astype(np.uint16) << 8
+def number(blocks, at, count):
+    """A little-endian number of `count` bytes."""
+    value = 0
+    for i in range(count):
+        value |= int(blocks[at + i]) << 8 * i
+    return value
 
 
 def grid_values(name: str) -> np.ndarray:
@@ -81,23 +62,21 @@ def grid_values(name: str) -> np.ndarray:
 
 
 class GridDecoder(BlockCodec):
-    """A type whose groups are points of a grid."""
+    """A type whose groups are points of a grid.
 
+    `unpack(blocks, d, indices, signs, scales)` takes flat bytes apart: of every super-block the bits of d [1], points
+    [32 or 64], eight signs in each of [32] bytes and scales [8 or 16].
+    """
+
+    sub: int  # values that share a scale
     unit, delta = np.float32(0.25), ZERO
 
     def decode_blocks(self, blocks, out):
-        blocks = blocks.reshape(-1, block_shape(self.name)[1])
-        indices, signs, scales = self.unpack(blocks)
-        signs = np.ascontiguousarray(signs)
-        decode_grid(self.half(blocks), indices, signs, scales, self.unit, self.delta, self.points, out)
-
-    def half(self, blocks):
-        """The bits of d."""
-        return blocks[:, :2].copy().view("<u2")[:, 0]
-
-    def unpack(self, blocks):
-        """Of uint8 [B, bytes]: indices uint16 [B, groups], signs uint8 [B, 32], scales uint8 [B, 8 or 16]."""
-        raise NotImplementedError
+        count = out.size // SUPER
+        d, indices = np.empty(count, np.uint16), np.empty((count, SUPER // self.points.itemsize), np.uint16)
+        signs, scales = np.empty((count, SUPER // 8), np.uint8), np.empty((count, SUPER // self.sub), np.uint8)
+        self.unpack(blocks, d, indices, signs, scales)
+        decode_grid(d, indices, signs, scales, self.unit, self.delta, self.points, out)
 
     @cached_property
     def points(self) -> np.ndarray:
@@ -105,25 +84,42 @@ class GridDecoder(BlockCodec):
         return values.astype(np.uint8).view(f"u{values.shape[1]}")[:, 0]
 
 
-class IQ1_S(GridDecoder):
-    name, unit, delta = "IQ1_S", np.float32(2), np.float32(0.125)
+@compiled
+def unpack_iq1_s(blocks, d, indices, signs, scales):
+    """Words of 16 bits: four times the three high bits of a point, three bits of scale, a sign."""
+    for b in range(d.size):
+        at = 50 * b
+        d[b] = number(blocks, at, 2)
+        for j in range(8):
+            word = number(blocks, at + 34 + 2 * j, 2)
+            scales[b, j] = word >> 12 & 7
+            for k in range(4 * j, 4 * j + 4):
+                indices[b, k] = blocks[at + 2 + k] | (word >> 3 * (k % 4) & 7) << 8
+                signs[b, k] = 255 * (word >> 15)
 
-    def unpack(self, blocks):
-        points = joined(blocks[:, 2:34], fields(blocks, 34, 8, 2, 0, 3, 4, 3))
-        signs = fields(blocks, 34, 8, 2, 15, 0, 4, 1) * np.uint8(255)
-        return points, signs, fields(blocks, 34, 8, 2, 12, 0, 1, 3)
+
+@compiled
+def unpack_iq1_m(blocks, d, indices, signs, scales):
+    """Nibbles: the three high bits of a point and its sign. Words of 16 bits: four scales and a quarter of d."""
+    for b in range(d.size):
+        at, half = 56 * b, 0
+        for j in range(4):
+            word = number(blocks, at + 48 + 2 * j, 2)
+            half |= word >> 12 << 4 * j
+            for k in range(4):
+                scales[b, 4 * j + k] = word >> 3 * k & 7
+        d[b] = half
+        for k in range(32):
+            nibble = blocks[at + 32 + k // 2] >> 4 * (k % 2) & 15
+            indices[b, k] = blocks[at + k] | (nibble & 7) << 8
+            signs[b, k] = 255 * (nibble >> 3)
+
+
+class IQ1_S(GridDecoder):
+    name, sub, unit, delta = "IQ1_S", 32, np.float32(2), np.float32(0.125)
+    unpack = staticmethod(unpack_iq1_s)
 
 
 class IQ1_M(GridDecoder):
-    """The four quarters of d are the highest four bits of the scales' four words."""
-
-    name, unit, delta = "IQ1_M", np.float32(2), np.float32(0.125)
-
-    def half(self, blocks):
-        quarters = blocks[:, 48:].copy().view("<u2") >> 12
-        return quarters[:, 0] | quarters[:, 1] << 4 | quarters[:, 2] << 8 | quarters[:, 3] << 12
-
-    def unpack(self, blocks):
-        points = joined(blocks[:, :32], fields(blocks, 32, 16, 1, 0, 4, 2, 3))
-        signs = fields(blocks, 32, 16, 1, 3, 4, 2, 1) * np.uint8(255)
-        return points, signs, fields(blocks, 48, 4, 2, 0, 3, 4, 3)
+    name, sub, unit, delta = "IQ1_M", 16, np.float32(2), np.float32(0.125)
+    unpack = staticmethod(unpack_iq1_m)

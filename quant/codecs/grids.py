@@ -33,7 +33,7 @@ import numpy as np
 
 from ornith_moe.quant.codecs.blocks32 import HALF
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.grid_decoders import GridDecoder, even, fields, grid_values, joined
+from ornith_moe.quant.codecs.grid_decoders import GridDecoder, grid_values, number
 from ornith_moe.quant.codecs.lanes import (
     LANES,
     absolute,
@@ -317,6 +317,10 @@ class GridCodec(GridDecoder):
     rule: Rule
     distances: int
 
+    @property
+    def sub(self) -> int:
+        return self.rule.sub
+
     def encode_blocks(self, x, columns, out):
         groups, eights, count = SUPER // self.rule.group, SUPER // 8, SUPER // self.rule.sub
         indices, signs = np.empty(len(out) * groups, np.uint16), np.empty(len(out) * eights, np.uint8)
@@ -346,34 +350,99 @@ def words(signs, scales):
     return word.astype("<u4").view(np.uint8).reshape(len(signs), -1, 4)
 
 
+EVEN = np.array([s | s.bit_count() % 2 << 7 for s in range(128)], np.uint8)  # seven signs and the eighth they entail
+
+
+@compiled
+def unpack_iq2_xxs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 66 * b
+        d[b] = number(blocks, at, 2)
+        for j in range(8):
+            word = number(blocks, at + 6 + 8 * j, 4)
+            scales[b, j] = word >> 28
+            for k in range(4):
+                indices[b, 4 * j + k] = blocks[at + 2 + 8 * j + k]
+                signs[b, 4 * j + k] = EVEN[word >> 7 * k & 127]
+
+
+@compiled
+def unpack_iq2_xs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 74 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(32):
+            both = number(blocks, at + 2 + 2 * k, 2)
+            indices[b, k], signs[b, k] = both & 511, EVEN[both >> 9]
+        unpack_nibbles(blocks, at + 66, scales[b])
+
+
+@compiled
+def unpack_iq2_s(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 82 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(32):
+            indices[b, k] = blocks[at + 2 + k] | (blocks[at + 66 + k // 4] >> 2 * (k % 4) & 3) << 8
+            signs[b, k] = blocks[at + 34 + k]
+        unpack_nibbles(blocks, at + 74, scales[b])
+
+
+@compiled
+def unpack_iq3_xxs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 98 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(64):
+            indices[b, k] = blocks[at + 2 + k]
+        for j in range(8):
+            word = number(blocks, at + 66 + 4 * j, 4)
+            scales[b, j] = word >> 28
+            for k in range(4):
+                signs[b, 4 * j + k] = EVEN[word >> 7 * k & 127]
+
+
+@compiled
+def unpack_iq3_s(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 110 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(64):
+            indices[b, k] = blocks[at + 2 + k] | (blocks[at + 66 + k // 8] >> k % 8 & 1) << 8
+        for k in range(32):
+            signs[b, k] = blocks[at + 74 + k]
+        unpack_nibbles(blocks, at + 106, scales[b])
+
+
+@compiled
+def unpack_nibbles(blocks, at, scales):
+    for j in range(scales.size):
+        scales[j] = blocks[at + j // 2] >> 4 * (j % 2) & 15
+
+
 class IQ2_XXS(GridCodec):
     name, distances, needs_importance = "IQ2_XXS", 2, True
+    unpack = staticmethod(unpack_iq2_xxs)
     rule = Rule(32, 8, 3, True, F(1), F(0), F(1e-15), 6, F(0.1), True, 2, F(1), True)
 
     def pack(self, indices, signs, scales, out):
         points = indices.reshape(len(out), -1, 4).astype(np.uint8)
         out[:, 2:] = np.concatenate([points, words(signs, scales)], axis=2).reshape(len(out), -1)
 
-    def unpack(self, blocks):
-        points = blocks[:, 2:].reshape(-1, 8, 8)[..., :4].reshape(-1, 32).astype(np.uint16)
-        return points, even(fields(blocks, 2, 8, 8, 32, 7, 4, 7)), fields(blocks, 2, 8, 8, 60, 0, 1, 4)
-
 
 class IQ2_XS(GridCodec):
     name, distances, needs_importance = "IQ2_XS", 2, True
+    unpack = staticmethod(unpack_iq2_xs)
     rule = Rule(16, 8, 3, True, F(1), F(0), F(1e-15), 9, F(0.1), False, 0, F(1), True)
 
     def pack(self, indices, signs, scales, out):
         out[:, 2:66] = (indices | signs.astype(np.uint16) << 9).astype("<u2").view(np.uint8)
         out[:, 66:] = scales[:, ::2] | scales[:, 1::2] << 4
 
-    def unpack(self, blocks):
-        both = blocks[:, 2:66].copy().view("<u2")
-        return both & 511, even((both >> 9).astype(np.uint8)), fields(blocks, 66, 8, 1, 0, 4, 2, 4)
-
 
 class IQ2_S(GridCodec):
     name, distances = "IQ2_S", 1
+    unpack = staticmethod(unpack_iq2_s)
     rule = Rule(16, 8, 3, False, F(2), F(0.25), F(1e-8), 9, F(0.1), False, 0, F(0.9875), False)
 
     def pack(self, indices, signs, scales, out):
@@ -381,33 +450,23 @@ class IQ2_S(GridCodec):
         pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 2, 1, out, 66)
         out[:, 74:] = scales[:, ::2] | scales[:, 1::2] << 4
 
-    def unpack(self, blocks):
-        points = joined(blocks[:, 2:34], fields(blocks, 66, 8, 1, 0, 2, 4, 2))
-        return points, blocks[:, 34:66], fields(blocks, 74, 8, 1, 0, 4, 2, 4)
-
 
 class IQ3_XXS(GridCodec):
     name, distances, unit = "IQ3_XXS", 2, F(0.5)
+    unpack = staticmethod(unpack_iq3_xxs)
     rule = Rule(32, 4, 8, True, F(2), F(0), F(1e-8), 15, F(0.2), False, 0, F(1.0125), True)
 
     def pack(self, indices, signs, scales, out):
         out[:, 2:66] = indices
         out[:, 66:] = words(signs, scales).reshape(len(out), -1)
 
-    def unpack(self, blocks):
-        signs, scales = even(fields(blocks, 66, 8, 4, 0, 7, 4, 7)), fields(blocks, 66, 8, 4, 28, 0, 1, 4)
-        return blocks[:, 2:66].astype(np.uint16), signs, scales
-
 
 class IQ3_S(GridCodec):
     name, distances, unit = "IQ3_S", 3, F(2)
+    unpack = staticmethod(unpack_iq3_s)
     rule = Rule(32, 4, 8, False, F(2), F(0), F(1e-45), 9, F(0.2), False, 1, F(1.033), False)
 
     def pack(self, indices, signs, scales, out):
         out[:, 2:66], out[:, 74:106] = indices & 255, signs
         pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 1, 1, out, 66)
         out[:, 106:] = scales[:, ::2] | scales[:, 1::2] << 4
-
-    def unpack(self, blocks):
-        points = joined(blocks[:, 2:66], fields(blocks, 66, 8, 1, 0, 1, 8, 1))
-        return points, blocks[:, 74:106], fields(blocks, 106, 4, 1, 0, 4, 2, 4)

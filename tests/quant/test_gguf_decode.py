@@ -74,7 +74,7 @@ def test_every_number_of_two_bytes(name):
 
 @pytest.mark.parametrize("name", HALVES)
 def test_every_fp16_scale(name):
-    """All 65536 of each scale of a block, of large blocks one in thirteen, over random codes, in the order of evaluation of ggml's C."""
+    """Each scale of a block, all 65536 of it, of large blocks one in thirteen, over random codes."""
     scales = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
     if block_shape(name)[0] == 256:
         scales = scales[::13]
