@@ -167,13 +167,17 @@ def encode_gguf(measure, benchmark, name, matrix, coder, group, importance=False
     info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"
 
 
+DECODED = [(name, "1024x2048") for name in DECODERS if name != "F32"]
+DECODED += [(name, "4096x4096") for name in ("BF16", "Q8_0", "Q4_K", "Q6_K")]
+
+
 @pytest.mark.parametrize("coder", CODERS)
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "F32"])
-def test_gguf_decode(measure, benchmark, name, coder):
-    """Random bytes below 0x70, so that no scale is infinite."""
+@pytest.mark.parametrize(("name", "matrix"), DECODED)
+def test_gguf_decode(measure, benchmark, name, matrix, coder):
+    """Random bytes below 0x70, so that no scale is infinite. Every call makes its result: new pages in the larger."""
     if coder == "ggml" and name in PLAIN[:3]:
         pytest.skip("no symbol of ggml's C")
-    rows, columns = SEARCHED["1024x2048"]
+    rows, columns = MATRICES[matrix]
     encoded = np.random.default_rng(0).integers(0, 0x70, (rows, row_bytes(name, columns)), np.uint8)
     kind, halves = gguf.GGMLQuantizationType[name], np.split(encoded, 2)
     with ThreadPoolExecutor(2) as pool:
@@ -186,6 +190,6 @@ def test_gguf_decode(measure, benchmark, name, coder):
         decoded = np.concatenate(decode()) if "threads" in coder else decode()
         assert np.array_equal(decoded.view(np.uint32), gguf.quants.dequantize(encoded, kind).view(np.uint32))
         torch.set_num_threads(2 if "threads" in coder else 1)
-        group = f"{name} decode, 1024x2048 to FP32"
+        group = f"{name} decode, {matrix} to FP32"
         measure(group, coder, decode, peer="ours" not in coder, nbytes=nbytes(encoded, decoded))
     benchmark.extra_info["note"] = f"{decoded.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"

@@ -13,6 +13,7 @@ from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.gguf_types import block_shape, row_bytes
 
 CHUNK = 1 << 17  # values at a time: half a MB of input, so that checks and stages find it in cache
+DECODED = 1 << 20  # as many when decoding: it has few stages, and threads wait for the interpreter's lock between calls
 INFINITE, BEYOND = (int(np.float32(v).view(np.uint32)) for v in (np.inf, 2**29))  # 2^29: no fp16 * 128 * 32 is as large
 NO_COLUMNS = np.empty(0, np.float32)
 NO_COLUMNS.flags.writeable = False
@@ -51,7 +52,7 @@ class BlockCodec(GgufCodec):
     def decode(self, rows: np.ndarray) -> np.ndarray:
         block, size = block_shape(self.name)
         out = np.empty((rows.shape[0], rows.shape[1] // size * block), np.float32)
-        blocks, values, step = frozen(rows), out.reshape(-1), CHUNK // block
+        blocks, values, step = frozen(rows), out.reshape(-1), DECODED // block
         for start in range(0, out.size // block, step):
             stop = start + step
             self.decode_blocks(blocks[size * start : size * stop], values[block * start : block * stop])

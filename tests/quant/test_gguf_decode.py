@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ornith_moe as om
-from ornith_moe.quant.codecs.codec import CHUNK, BlockCodec
+from ornith_moe.quant.codecs.codec import DECODED, BlockCodec
 from ornith_moe.quant.gguf_codecs import DECODERS, ENCODERS, dequantize_gguf, quantize_gguf
 from ornith_moe.quant.gguf_types import block_shape
 
@@ -62,7 +62,7 @@ def test_random_bytes_decode_as_in_ggml(name, build):
 def test_random_bytes_decode_as_in_gguf_py(name):
     """More than one chunk of blocks, and a last one that is not full."""
     block = block_shape(name)[0]
-    encoded = random_bytes(name, 3, CHUNK // 2 // block + 7, seed=1)
+    encoded = random_bytes(name, 3, DECODED // 2 // block + 7, seed=1)
     assert_same_floats(dequantize_gguf(encoded, name), by_gguf_py(encoded, name))
 
 
@@ -159,7 +159,7 @@ def test_shapes_and_memory(name):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_two_threads(name):
-    encoded = random_bytes(name, 16, 2 * CHUNK // 16 // block_shape(name)[0])
+    encoded = random_bytes(name, 16, DECODED // 8 // block_shape(name)[0])
     with ThreadPoolExecutor(2) as pool:
         parts = list(pool.map(lambda part: dequantize_gguf(part, name), np.split(encoded, 8)))
     assert_same_floats(np.concatenate(parts), dequantize_gguf(encoded, name))
