@@ -94,7 +94,8 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     Args:
         build: path that `convert` reported.
         source: what it was made from, `open_source(folder)`.
-        progress: called with phase ("hash", "read", "compare"), bytes done and bytes in all.
+        progress: called with phase ("hash", "read", "compare"), bytes done and bytes in all; with ("compile", 0, 0)
+            from any thread when machine code is made, once on a machine.
     Returns:
         Verification: `ok`, number of tensors, per role `sqnr_db` (None when exact) and `max_abs_error`, problems found.
     Raises:
@@ -116,9 +117,12 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     else:
         _check_manifest(path, manifest, result, progress)
         allowed = _non_finite(manifest, found, result)
-    _check_values(found, result, progress, allowed)
-    if source is not None and result.ok:
-        _compare(path, found, source, result, progress)
+    from ornith_moe.quant.codecs.compiled import compiling  # not at import: numba is heavy
+
+    with compiling(lambda function: progress("compile", 0, 0)):
+        _check_values(found, result, progress, allowed)
+        if source is not None and result.ok:
+            _compare(path, found, source, result, progress)
     return result
 
 
@@ -263,7 +267,7 @@ def _check_scale(name: str, tensor: FoundTensor, found: dict[str, FoundTensor], 
 def _is_decoded(dtype: str) -> bool:
     if dtype == "F8_E4M3":
         return True
-    from ornith_moe.quant.gguf_codecs import DECODERS  # not at import: numba is heavy
+    from ornith_moe.quant.gguf_codecs import DECODERS
 
     return dtype in DECODERS
 

@@ -7,6 +7,8 @@ covered: a wrong transform that its own inverse undoes; test_gguf_logits.py is f
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fixtures
@@ -362,3 +364,23 @@ def test_inspect_tells_what_is_there(paths, source):
     json.dumps(inspect(paths["gguf:F32"]))
     with pytest.raises(CheckpointError, match="expected a folder"):
         inspect("setup.py")
+
+
+COLD = """
+import sys
+from ornith_moe.quant.verify import verify
+assert verify(sys.argv[1], progress=lambda phase, done, total: print(phase)).ok
+"""
+
+
+@pytest.mark.parametrize("build", ["gguf:Q8_0"], indirect=True)
+def test_machine_code_is_told_where_it_is_made(build, tmp_path):
+    """A first process on a machine makes it, a second one finds it on the disk."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COLD, str(build)]
+    phases = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert set(phases[0]) == {"hash", "compile", "read"}
+    assert set(phases[1]) == {"hash", "read"}
