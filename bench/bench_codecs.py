@@ -2,9 +2,9 @@
 
 FP8 (encode from BF16, decode to BF16): machine code for slabs (`codecs/fp8_slabs.py`) and the definition for tensors
 (`quant/fp8.py`), against the rule on the whole tensor at once in plain torch, and the same function under
-torch.compile. GGUF (encode from FP32, with and without importance): ggml's C, and gguf-py where it has the type; one
-more row of ours with two threads on two halves. Before it is timed, each row must give the bytes of a reference: the
-plain formulation for FP8, ggml's C for GGUF.
+torch.compile. GGUF (encode from FP32, with and without importance; decode to FP32): ggml's C, and gguf-py where it has
+the type; one more row of ours with two threads on two halves. Before it is timed, each row must give the bytes of a
+reference: the plain formulation for FP8, ggml's C for GGUF, and gguf-py where values are decoded.
 """
 
 import shutil
@@ -22,7 +22,8 @@ from shapes import MATRICES, SEARCHED
 import ornith_moe as om
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
 from ornith_moe.quant.codecs.grids import GridCodec
-from ornith_moe.quant.gguf_codecs import ENCODERS
+from ornith_moe.quant.gguf_codecs import DECODERS, ENCODERS
+from ornith_moe.quant.gguf_types import row_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 128
@@ -164,3 +165,31 @@ def encode_gguf(measure, benchmark, name, matrix, coder, group, importance=False
         torch.set_num_threads(2 if "threads" in coder else 1)  # whose bandwidth is the limit
         info = measure(group, coder, encode, peer="ours" not in coder, nbytes=nbytes(rows, encoded))
     info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"
+
+
+DECODED = [(name, "1024x2048") for name in DECODERS if name != "F32"]
+DECODED += [(name, "4096x4096") for name in ("BF16", "Q8_0", "Q4_K", "Q6_K")]
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize(("name", "matrix"), DECODED)
+def test_gguf_decode(measure, benchmark, name, matrix, coder):
+    """Random bytes below 0x70, so that no scale is infinite. Every call makes its result: new pages in the larger."""
+    if coder == "ggml" and name in PLAIN[:3]:
+        pytest.skip("no symbol of ggml's C")
+    rows, columns = MATRICES[matrix]
+    encoded = np.random.default_rng(0).integers(0, 0x70, (rows, row_bytes(name, columns)), np.uint8)
+    kind, halves = gguf.GGMLQuantizationType[name], np.split(encoded, 2)
+    with ThreadPoolExecutor(2) as pool:
+        decode = {
+            "ours": lambda: om.dequantize_gguf(encoded, name),
+            "ours, 2 threads": lambda: list(pool.map(lambda half: om.dequantize_gguf(half, name), halves)),
+            "gguf-py": lambda: gguf.quants.dequantize(encoded, kind),
+            "ggml": lambda: ggml.dequantize(encoded, name),
+        }[coder]
+        decoded = np.concatenate(decode()) if "threads" in coder else decode()
+        assert np.array_equal(decoded.view(np.uint32), gguf.quants.dequantize(encoded, kind).view(np.uint32))
+        torch.set_num_threads(2 if "threads" in coder else 1)
+        group = f"{name} decode, {matrix} to FP32"
+        measure(group, coder, decode, peer="ours" not in coder, nbytes=nbytes(encoded, decoded))
+    benchmark.extra_info["note"] = f"{decoded.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"

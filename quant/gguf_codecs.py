@@ -1,15 +1,15 @@
 """GGUF storage types: how values become the bytes of a row, and back.
 
-Encoders are in `codecs/`, one small class per type, which states encode; block size and bytes come from the `gguf`
-package, and so does decode, which makes every decoded value an independent check of ours. Bytes equal those of ggml's C
-in IEEE fp32 without contraction, with and without an importance matrix (tests/quant/test_gguf_codecs.py). Types without
-an encoder can be planned, sized and decoded.
+Codecs are in `codecs/`, one small class per type, which states encode and decode; block size and bytes come from the
+`gguf` package. In IEEE fp32 without contraction, with and without an importance matrix, encoded bytes equal those of
+ggml's C (tests/quant/test_gguf_codecs.py), and whatever the bytes, decoded values equal those of ggml's C and of the
+`gguf` package (tests/quant/test_gguf_decode.py). Types without an encoder can be planned, sized and decoded.
 
     codecs/plain.py      F32, F16, BF16
     codecs/blocks32.py   Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
     codecs/k_quants.py   Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
     codecs/codebooks.py  IQ4_NL, IQ4_XS, MXFP4, NVFP4
-    codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S
+    codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S (codecs/grid_decoders.py; IQ1_S, IQ1_M decode only)
     codecs/ternary.py    TQ1_0, TQ2_0
     codecs/search.py     the searches for scales, on sixteen blocks at a time (codecs/lanes.py, codecs/tiles.py)
 
@@ -18,12 +18,14 @@ Letters: R rows, K values in a row.
 
 from __future__ import annotations
 
-import gguf
+import math
+
 import numpy as np
 
 from ornith_moe.quant.codecs.blocks32 import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from ornith_moe.quant.codecs.codebooks import IQ4_NL, IQ4_XS, MXFP4, NVFP4
 from ornith_moe.quant.codecs.codec import GgufCodec
+from ornith_moe.quant.codecs.grid_decoders import IQ1_M, IQ1_S
 from ornith_moe.quant.codecs.grids import IQ2_S, IQ2_XS, IQ2_XXS, IQ3_S, IQ3_XXS
 from ornith_moe.quant.codecs.k_quants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from ornith_moe.quant.codecs.plain import BF16, F16, F32
@@ -35,6 +37,7 @@ CODECS = (
     IQ4_NL, IQ4_XS, MXFP4, NVFP4, TQ1_0, TQ2_0,
 )  # fmt: skip
 ENCODERS: dict[str, GgufCodec] = {codec.name: codec() for codec in CODECS}
+DECODERS: dict[str, GgufCodec] = ENCODERS | {codec.name: codec() for codec in (IQ1_S, IQ1_M)}
 
 
 def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | None = None) -> np.ndarray:
@@ -91,23 +94,29 @@ def checked_imatrix(imatrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def dequantize_gguf(rows: np.ndarray, type_name: str) -> np.ndarray:
-    """Decode GGUF blocks to fp32 with the `gguf` package.
+    """Decode GGUF blocks to fp32.
 
     Args:
-        rows: ([..., row_bytes], uint8).
-        type_name: any type the installed `gguf` decodes, K-quants and IQ types included.
+        rows: ([..., row_bytes], uint8), any bytes.
+        type_name: a type with an encoder, IQ1_S or IQ1_M.
     Returns:
-        ([..., K], float32).
+        ([..., K], float32); of F32, the same memory where that is contiguous and aligned.
     Raises:
-        ValueError: unknown type, or rows that are not whole blocks.
+        ValueError: unknown type, no decoder for it, or rows that are not whole blocks.
+    Numerics: IEEE fp32 without contraction in C evaluation order, for infinite and NaN scales too (the payload of a NaN
+        is not C's); deterministic. Threads decode side by side: the interpreter's lock is free meanwhile.
+    Source: ggml-quants.c (`dequantize_row_*`).
     Example:
         >>> import numpy as np, ornith_moe as om
         >>> om.dequantize_gguf(om.quantize_gguf(np.ones((1, 32), np.float32), "BF16"), "BF16")[0, 0]
         np.float32(1.0)
     """
-    _, size = block_shape(type_name)
-    if rows.dtype != np.uint8 or rows.shape[-1] % size:
+    block, size = block_shape(type_name)
+    if type_name not in DECODERS:
+        raise ValueError(f"type_name: no decoder for {type_name} in this version; have {', '.join(DECODERS)}")
+    if rows.dtype != np.uint8 or rows.ndim == 0 or rows.shape[-1] % size:
         raise ValueError(
             f"rows: expected uint8 rows of whole {size}-byte {type_name} blocks, got {rows.dtype} {rows.shape}"
         )
-    return gguf.quants.dequantize(np.ascontiguousarray(rows), gguf.GGMLQuantizationType[type_name])
+    matrix = np.ascontiguousarray(rows).reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
+    return DECODERS[type_name].decode(matrix).reshape(*rows.shape[:-1], rows.shape[-1] // size * block)

@@ -8,11 +8,12 @@ Three questions, each answerable without the one after it:
 1. Whole: headers tile their files, the index fits, every FP8 tensor has a scale of the right shape, no value decodes to
    NaN or Inf, no scale is zero or negative.
 2. Unchanged: every file has the size and sha256 of the manifest the conversion left.
-3. True (`against` a source): the tensors are those the plan names; every weight, decoded by torch or the `gguf` package
-   and carried back through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights
-   must be equal; others must reach a floor that only damage falls below, well under what each format gives.
+3. True (`against` a source): the tensors are those the plan names; every weight, decoded by our codecs and carried back
+   through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights must be equal;
+   others must reach a floor that only damage falls below, well under what each format gives.
 
-The inverse of a wrong transform would hide it here, which is why the transforms themselves are tested on logits.
+What is wrong both ways would hide here. The transforms themselves are therefore tested on logits, and our decoders
+against ggml's C and the `gguf` package; the start of every slab of a GGUF is decoded by that package too.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from ornith_moe.quant.storage import to_float32
 from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
 
 SLAB_BYTES = 8 << 20
+SECOND_BYTES = 16 << 10  # of each slab, decoded twice: the `gguf` package takes twenty times as long
 MAX_PROBLEMS = 50
 # Far below what a sound encoding reaches, and above what damage leaves. Least SQNR measured in dB over normal weights,
 # Student's t of 3 and 2 degrees and columns of outliers, with and without a skewed importance matrix: F16 73, BF16 55,
@@ -92,7 +94,8 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     Args:
         build: path that `convert` reported.
         source: what it was made from, `open_source(folder)`.
-        progress: called with phase ("hash", "read", "compare"), bytes done and bytes in all.
+        progress: called with phase ("hash", "read", "compare"), bytes done and bytes in all; with ("compile", 0, 0)
+            from any thread when machine code is made, once on a machine.
     Returns:
         Verification: `ok`, number of tensors, per role `sqnr_db` (None when exact) and `max_abs_error`, problems found.
     Raises:
@@ -114,9 +117,12 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     else:
         _check_manifest(path, manifest, result, progress)
         allowed = _non_finite(manifest, found, result)
-    _check_values(found, result, progress, allowed)
-    if source is not None and result.ok:
-        _compare(path, found, source, result, progress)
+    from ornith_moe.quant.codecs.compiled import compiling  # not at import: numba is heavy
+
+    with compiling(lambda function: progress("compile", 0, 0)):
+        _check_values(found, result, progress, allowed)
+        if source is not None and result.ok:
+            _compare(path, found, source, result, progress)
     return result
 
 
@@ -230,6 +236,13 @@ def _check_values(
                     row = (start + bad) // matrix_shape(tensor.shape)[1]
                     result.problem(f"{tensor.path.name}: tensor {name}, row {row} holds a NaN or an infinity")
                     break
+                if not _decodes_alike(codes, tensor.dtype):
+                    row = start // matrix_shape(tensor.shape)[1]
+                    result.problem(
+                        f"{tensor.path.name}: tensor {name}, {tensor.dtype} from row {row} on decodes to other values "
+                        "with the gguf package than with ours; please report it, and trust neither until then"
+                    )
+                    break
         else:
             result.note(f"tensor {name}: {tensor.dtype} is not decoded here, its values are unchecked")
         done += tensor.nbytes
@@ -254,11 +267,9 @@ def _check_scale(name: str, tensor: FoundTensor, found: dict[str, FoundTensor], 
 def _is_decoded(dtype: str) -> bool:
     if dtype == "F8_E4M3":
         return True
-    try:
-        _first_bad(np.zeros(block_shape(dtype)[1], np.uint8), dtype)
-    except (ValueError, NotImplementedError):  # no GGUF type, or one that the package does not decode
-        return False
-    return True
+    from ornith_moe.quant.gguf_codecs import DECODERS
+
+    return dtype in DECODERS
 
 
 def _first_bad(codes: np.ndarray, dtype: str) -> int | None:
@@ -268,10 +279,25 @@ def _first_bad(codes: np.ndarray, dtype: str) -> int | None:
     elif dtype in ("BF16", "F16", "F32"):
         bad = ~np.isfinite(to_float32(codes, dtype))
     else:
-        with np.errstate(all="ignore"):
-            values = gguf.quants.dequantize(codes.reshape(1, -1), gguf.GGMLQuantizationType[dtype])
-        bad = ~np.isfinite(values.reshape(-1))
+        bad = ~np.isfinite(_decode(codes, dtype))
     return int(bad.argmax()) if bad.any() else None
+
+
+def _decode(codes: np.ndarray, dtype: str) -> np.ndarray:
+    from ornith_moe.quant.gguf_codecs import dequantize_gguf
+
+    return dequantize_gguf(codes, dtype)
+
+
+def _decodes_alike(codes: np.ndarray, dtype: str) -> bool:
+    """Whether the first of these codes mean to the `gguf` package what they mean to us."""
+    if dtype == "F8_E4M3":
+        return True
+    size = block_shape(dtype)[1]
+    codes = codes[: SECOND_BYTES // size * size]
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(codes, gguf.GGMLQuantizationType[dtype])
+    return np.array_equal(_decode(codes, dtype), theirs, equal_nan=True)
 
 
 def _slabs(tensor: FoundTensor) -> Iterator[tuple[int, np.ndarray]]:

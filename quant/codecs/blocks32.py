@@ -26,6 +26,7 @@ from ornith_moe.quant.codecs.lanes import (
     highest,
     load,
     lowest,
+    mask_of,
     maximum,
     minimum,
     select,
@@ -33,7 +34,8 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
-from ornith_moe.quant.codecs.tiles import gather, half_bits, importance, new_tile, pack
+from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack, unpack
+from ornith_moe.quant.gguf_types import block_shape
 
 BLOCK = 32
 HALF = np.float32(0.5)
@@ -170,10 +172,54 @@ def search_blocks(x, columns, code_bits, affine, codes, d):
                 codes[BLOCK * (block + lane) + i] = np.uint8(q[LANES * i + lane])
 
 
+@compiled
+def fifth(blocks, at, i):
+    """Where the codes from i on have their fifth bit."""
+    return mask_of(np.uint32(blocks[at + i // 8] | blocks[at + i // 8 + 1] << 8))
+
+
+@compiled
+def decode_signed(blocks, code_bits, size, out):
+    n = np.float32(2 ** (code_bits - 1))
+    for block in range(out.size // BLOCK):
+        at = size * block
+        d = half_at(blocks, at)
+        for i in range(0, BLOCK, LANES):
+            q = unpack(blocks, at + size - 16, 4, 16, i)
+            if code_bits == 5:
+                q = select(fifth(blocks, at + 2, i), q + np.float32(16), q)
+            store(out, BLOCK * block + i, (q - n) * d)
+
+
+@compiled
+def decode_affine(blocks, code_bits, size, out):
+    for block in range(out.size // BLOCK):
+        at = size * block
+        d, low = half_at(blocks, at), half_at(blocks, at + 2)
+        for i in range(0, BLOCK, LANES):
+            q = unpack(blocks, at + size - 16, 4, 16, i)
+            if code_bits == 5:
+                q = select(fifth(blocks, at + 4, i), q + np.float32(16), q)
+            store(out, BLOCK * block + i, q * d + low)
+
+
+@compiled
+def decode_q8_0(blocks, out):
+    for block in range(out.size // BLOCK):
+        d = half_at(blocks, 34 * block)
+        for i in range(0, BLOCK, LANES):
+            q = load(blocks, 34 * block + 2 + i)
+            store(out, BLOCK * block + i, select(q >= np.float32(128), q - np.float32(256), q) * d)
+
+
 class Block32(BlockCodec):
     code_bits: int
     affine: bool
     important = True
+
+    def decode_blocks(self, blocks, out):
+        decode = decode_affine if self.affine else decode_signed
+        decode(blocks, self.code_bits, block_shape(self.name)[1], out)
 
     def encode_blocks(self, x, columns, out):
         if not columns.size:
@@ -209,3 +255,6 @@ class Q8_0(BlockCodec):
 
     def encode_blocks(self, x, columns, out):
         encode_q8_0(x, out.reshape(-1))
+
+    def decode_blocks(self, blocks, out):
+        decode_q8_0(blocks, out)

@@ -36,11 +36,22 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import EPSILON, ZERO, largest
-from ornith_moe.quant.codecs.tiles import SUPER, gather, half_bits, importance, new_tile, pack, sum_of_squares
+from ornith_moe.quant.codecs.tiles import (
+    SUPER,
+    gather,
+    half_at,
+    half_bits,
+    importance,
+    new_tile,
+    pack,
+    sum_of_squares,
+    unpack,
+)
 
 TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 BETWEEN = TABLE[:-1] + TABLE[1:]  # twice the middle, which rounds nothing
 DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)
+SIGNED = np.append(DOUBLED, 0 - DOUBLED)
 
 
 @compiled
@@ -148,6 +159,35 @@ def encode_iq4_xs(x, scales, out):
         put(out, at + 2, high, 2)
 
 
+@compiled
+def entries(table, q):
+    """The entries of sixteen codes."""
+    chosen = spread(table[0])
+    for k in range(1, 16):
+        chosen = select(q >= np.float32(k), table[k], chosen)
+    return chosen
+
+
+@compiled
+def decode_iq4_nl(blocks, out):
+    for block in range(out.size // BLOCK):
+        d = half_at(blocks, 18 * block)
+        for i in range(0, BLOCK, LANES):
+            store(out, BLOCK * block + i, entries(TABLE, unpack(blocks, 18 * block + 2, 4, 16, i)) * d)
+
+
+@compiled
+def decode_iq4_xs(blocks, out):
+    for block in range(out.size // SUPER):
+        at = 136 * block
+        d = half_at(blocks, at)
+        for j in range(SUPER // BLOCK):
+            low, high = blocks[at + 4 + j // 2] >> 4 * (j % 2) & 15, blocks[at + 2 + j // 4] >> 2 * (j % 4) & 3
+            step = d * np.float32(low + 16 * high - 32)
+            for i in range(BLOCK * j, BLOCK * (j + 1), LANES):
+                store(out, SUPER * block + i, entries(TABLE, unpack(blocks, at + 8, 4, 16, i)) * step)
+
+
 class IQ4_NL(BlockCodec):
     name, halves, important = "IQ4_NL", (0,), True
 
@@ -155,6 +195,9 @@ class IQ4_NL(BlockCodec):
         scales = np.empty(x.size // BLOCK, np.float32)
         table_scales(x, columns, BLOCK, scales)
         encode_iq4_nl(x, scales, out.reshape(-1))
+
+    def decode_blocks(self, blocks, out):
+        decode_iq4_nl(blocks, out)
 
 
 class IQ4_XS(BlockCodec):
@@ -164,6 +207,9 @@ class IQ4_XS(BlockCodec):
         scales = np.empty(x.size // BLOCK, np.float32)
         table_scales(x, columns, SUPER, scales)
         encode_iq4_xs(x, scales, out.reshape(-1))
+
+    def decode_blocks(self, blocks, out):
+        decode_iq4_xs(blocks, out)
 
 
 @compiled
@@ -190,11 +236,28 @@ def encode_mxfp4(x, out):
         store(out, 17 * block + 1, doubled_code(a, d) + doubled_code(b, d) * np.float32(16))
 
 
+@compiled
+def half_e8m0(e):
+    """Half of 2^(e - 127): the table is doubled. The smallest two are subnormal."""
+    return np.uint32(0x200000 << e if e < 2 else (e - 1) << 23).view(np.float32)
+
+
+@compiled
+def decode_mxfp4(blocks, out):
+    for block in range(out.size // BLOCK):
+        d = half_e8m0(int(blocks[17 * block]))
+        for i in range(0, BLOCK, LANES):
+            store(out, BLOCK * block + i, entries(SIGNED, unpack(blocks, 17 * block + 1, 4, 16, i)) * d)
+
+
 class MXFP4(BlockCodec):
     name = "MXFP4"
 
     def encode_blocks(self, x, columns, out):
         encode_mxfp4(x, out.reshape(-1))
+
+    def decode_blocks(self, blocks, out):
+        decode_mxfp4(blocks, out)
 
 
 @compiled
@@ -225,6 +288,17 @@ def encode_nvfp4(x, codes, d):
         store(codes, LANES * group, doubled_code(v, half_ue4m3(int(d[group]))))
 
 
+@compiled
+def decode_nvfp4(blocks, out):
+    for group in range(out.size // LANES):
+        at, part = 36 * (group // 4), group % 4
+        byte = int(blocks[at + part])
+        d = half_ue4m3(byte & 127) if byte != 127 else ZERO  # ggml has no NaN: 127 is 0, and 255 is 480
+        for i in range(8):
+            code = blocks[at + 4 + 8 * part + i]
+            out[LANES * group + i], out[LANES * group + 8 + i] = SIGNED[code & 15] * d, SIGNED[code >> 4] * d
+
+
 class NVFP4(BlockCodec):
     name = "NVFP4"
 
@@ -233,3 +307,6 @@ class NVFP4(BlockCodec):
         encode_nvfp4(x, codes, d)
         out[:, :4] = d.reshape(-1, 4)
         pack(codes, 0, 4, 8, out, 4)
+
+    def decode_blocks(self, blocks, out):
+        decode_nvfp4(blocks, out)

@@ -13,17 +13,24 @@ from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.gguf_types import block_shape, row_bytes
 
 CHUNK = 1 << 17  # values at a time: half a MB of input, so that checks and stages find it in cache
+DECODED = 1 << 20  # as many when decoding: it has few stages, and threads wait for the interpreter's lock between calls
 INFINITE, BEYOND = (int(np.float32(v).view(np.uint32)) for v in (np.inf, 2**29))  # 2^29: no fp16 * 128 * 32 is as large
 NO_COLUMNS = np.empty(0, np.float32)
 NO_COLUMNS.flags.writeable = False
 
 
 class GgufCodec:
-    """One storage type; encode works on contiguous fp32 rows [R, K], K a multiple of the block."""
+    """One storage type; contiguous rows fp32 [R, K] to uint8 [R, row_bytes] and back, K a multiple of the block.
+
+    Any bytes decode to something: files are not ours. NaN stays NaN, of whatever payload.
+    """
 
     name: str
 
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
 
@@ -38,13 +45,26 @@ class BlockCodec(GgufCodec):
         """Flat values of whole rows into uint8 [blocks, bytes]; `columns` is one row of importance, or empty."""
         raise NotImplementedError
 
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
+        """Flat read-only bytes of whole blocks into flat values."""
+        raise NotImplementedError
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        block, size = block_shape(self.name)
+        out = np.empty((rows.shape[0], rows.shape[1] // size * block), np.float32)
+        blocks, values, step = frozen(rows), out.reshape(-1), DECODED // block
+        for start in range(0, out.size // block, step):
+            stop = start + step
+            self.decode_blocks(blocks[size * start : size * stop], values[block * start : block * stop])
+        return out
+
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         block, size = block_shape(self.name)
         out = np.empty((rows.shape[0], row_bytes(self.name, rows.shape[1])), np.uint8)
-        columns = _frozen(imatrix) if self.important and imatrix is not None else NO_COLUMNS
+        columns = frozen(imatrix) if self.important and imatrix is not None else NO_COLUMNS
         step = max(1, CHUNK // max(1, rows.shape[1]))
         for start in range(0, rows.shape[0], step):
-            x, encoded = _frozen(rows[start : start + step]), out[start : start + step].reshape(-1, size)
+            x, encoded = frozen(rows[start : start + step]), out[start : start + step].reshape(-1, size)
             largest = _largest(x.view(np.uint32))
             if largest >= INFINITE:
                 row, column = divmod(int(np.argmin(np.isfinite(x))), rows.shape[1])
@@ -75,7 +95,7 @@ def beyond_half(rows: np.ndarray, row: int, column: int) -> ConversionError:
     )
 
 
-def _frozen(rows: np.ndarray) -> np.ndarray:
+def frozen(rows: np.ndarray) -> np.ndarray:
     """Flat and read-only: a kernel is compiled once for each kind of array, and checkpoints are mapped read-only."""
     flat = rows.reshape(-1).view()
     flat.flags.writeable = False

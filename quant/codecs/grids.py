@@ -29,12 +29,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 
 from ornith_moe.quant.codecs.blocks32 import HALF
-from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.grid_decoders import GridDecoder, grid_values, number
 from ornith_moe.quant.codecs.lanes import (
     LANES,
     absolute,
@@ -311,12 +310,16 @@ def encode_grid(x, columns, rule, grid, indices, signs, scales, d):
                 signs[b * count * eights : (b + 1) * count * eights] = 0
 
 
-class GridCodec(BlockCodec):
-    """A type whose groups are points of a grid; `distances` is how many different ones its neighbours may have."""
+class GridCodec(GridDecoder):
+    """One with an encoder; `distances` is how many different ones the neighbours of a group may have."""
 
     halves, important = (0,), True
     rule: Rule
     distances: int
+
+    @property
+    def sub(self) -> int:
+        return self.rule.sub
 
     def encode_blocks(self, x, columns, out):
         groups, eights, count = SUPER // self.rule.group, SUPER // 8, SUPER // self.rule.sub
@@ -328,9 +331,7 @@ class GridCodec(BlockCodec):
 
     @cached_property
     def grid(self) -> Grid:
-        source = getattr(gguf.quants, self.name)
-        source.init_grid()
-        values = source.grid.reshape(-1, self.rule.group)
+        values = grid_values(self.name)
         points = np.searchsorted(np.unique(values), values).astype(np.uint8)
         index_of = np.zeros(self.rule.levels**self.rule.group, np.uint16)
         index_of[points @ self.rule.levels ** np.arange(self.rule.group)] = np.arange(len(points))
@@ -349,8 +350,79 @@ def words(signs, scales):
     return word.astype("<u4").view(np.uint8).reshape(len(signs), -1, 4)
 
 
+EVEN = np.array([s | s.bit_count() % 2 << 7 for s in range(128)], np.uint8)  # seven signs and the eighth they entail
+
+
+@compiled
+def unpack_iq2_xxs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 66 * b
+        d[b] = number(blocks, at, 2)
+        for j in range(8):
+            word = number(blocks, at + 6 + 8 * j, 4)
+            scales[b, j] = word >> 28
+            for k in range(4):
+                indices[b, 4 * j + k] = blocks[at + 2 + 8 * j + k]
+                signs[b, 4 * j + k] = EVEN[word >> 7 * k & 127]
+
+
+@compiled
+def unpack_iq2_xs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 74 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(32):
+            both = number(blocks, at + 2 + 2 * k, 2)
+            indices[b, k], signs[b, k] = both & 511, EVEN[both >> 9]
+        unpack_nibbles(blocks, at + 66, scales[b])
+
+
+@compiled
+def unpack_iq2_s(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 82 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(32):
+            indices[b, k] = blocks[at + 2 + k] | (blocks[at + 66 + k // 4] >> 2 * (k % 4) & 3) << 8
+            signs[b, k] = blocks[at + 34 + k]
+        unpack_nibbles(blocks, at + 74, scales[b])
+
+
+@compiled
+def unpack_iq3_xxs(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 98 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(64):
+            indices[b, k] = blocks[at + 2 + k]
+        for j in range(8):
+            word = number(blocks, at + 66 + 4 * j, 4)
+            scales[b, j] = word >> 28
+            for k in range(4):
+                signs[b, 4 * j + k] = EVEN[word >> 7 * k & 127]
+
+
+@compiled
+def unpack_iq3_s(blocks, d, indices, signs, scales):
+    for b in range(d.size):
+        at = 110 * b
+        d[b] = number(blocks, at, 2)
+        for k in range(64):
+            indices[b, k] = blocks[at + 2 + k] | (blocks[at + 66 + k // 8] >> k % 8 & 1) << 8
+        for k in range(32):
+            signs[b, k] = blocks[at + 74 + k]
+        unpack_nibbles(blocks, at + 106, scales[b])
+
+
+@compiled
+def unpack_nibbles(blocks, at, scales):
+    for j in range(scales.size):
+        scales[j] = blocks[at + j // 2] >> 4 * (j % 2) & 15
+
+
 class IQ2_XXS(GridCodec):
     name, distances, needs_importance = "IQ2_XXS", 2, True
+    unpack = staticmethod(unpack_iq2_xxs)
     rule = Rule(32, 8, 3, True, F(1), F(0), F(1e-15), 6, F(0.1), True, 2, F(1), True)
 
     def pack(self, indices, signs, scales, out):
@@ -360,6 +432,7 @@ class IQ2_XXS(GridCodec):
 
 class IQ2_XS(GridCodec):
     name, distances, needs_importance = "IQ2_XS", 2, True
+    unpack = staticmethod(unpack_iq2_xs)
     rule = Rule(16, 8, 3, True, F(1), F(0), F(1e-15), 9, F(0.1), False, 0, F(1), True)
 
     def pack(self, indices, signs, scales, out):
@@ -369,6 +442,7 @@ class IQ2_XS(GridCodec):
 
 class IQ2_S(GridCodec):
     name, distances = "IQ2_S", 1
+    unpack = staticmethod(unpack_iq2_s)
     rule = Rule(16, 8, 3, False, F(2), F(0.25), F(1e-8), 9, F(0.1), False, 0, F(0.9875), False)
 
     def pack(self, indices, signs, scales, out):
@@ -378,7 +452,8 @@ class IQ2_S(GridCodec):
 
 
 class IQ3_XXS(GridCodec):
-    name, distances = "IQ3_XXS", 2
+    name, distances, unit = "IQ3_XXS", 2, F(0.5)
+    unpack = staticmethod(unpack_iq3_xxs)
     rule = Rule(32, 4, 8, True, F(2), F(0), F(1e-8), 15, F(0.2), False, 0, F(1.0125), True)
 
     def pack(self, indices, signs, scales, out):
@@ -387,7 +462,8 @@ class IQ3_XXS(GridCodec):
 
 
 class IQ3_S(GridCodec):
-    name, distances = "IQ3_S", 3
+    name, distances, unit = "IQ3_S", 3, F(2)
+    unpack = staticmethod(unpack_iq3_s)
     rule = Rule(32, 4, 8, False, F(2), F(0), F(1e-45), 9, F(0.2), False, 1, F(1.033), False)
 
     def pack(self, indices, signs, scales, out):

@@ -47,12 +47,14 @@ from ornith_moe.quant.codecs.search import (
 from ornith_moe.quant.codecs.tiles import (
     SUPER,
     gather,
+    half_at,
     half_bits,
     half_value,
     importance,
     new_tile,
     pack,
     sum_of_squares,
+    unpack,
 )
 
 
@@ -212,6 +214,65 @@ def encode_signed(x, columns, bits, codes, scales, d):
                 codes[SUPER * b : SUPER * (b + 1)] = 0
 
 
+@compiled
+def decode_q2_k(blocks, out):
+    for block in range(out.size // SUPER):
+        at = 84 * block
+        d, dmin = half_at(blocks, at + 80), half_at(blocks, at + 82)
+        for j in range(16):
+            s, m = blocks[at + j] & 15, blocks[at + j] >> 4
+            q = unpack(blocks, at + 16, 2, 32, 16 * j)
+            store(out, SUPER * block + 16 * j, q * (d * np.float32(s)) - dmin * np.float32(m))
+
+
+@compiled
+def decode_q3_k(blocks, out):
+    for block in range(out.size // SUPER):
+        at = 110 * block
+        d = half_at(blocks, at + 108)
+        for j in range(16):
+            low, high = blocks[at + 96 + j % 8] >> 4 * (j // 8) & 15, blocks[at + 104 + j % 4] >> 2 * (j // 4) & 3
+            s = np.float32(low + 16 * high - 32)
+            q = unpack(blocks, at + 32, 2, 32, 16 * j) + unpack(blocks, at, 1, 32, 16 * j) * np.float32(4)
+            store(out, SUPER * block + 16 * j, (q - np.float32(4)) * (d * s))
+
+
+@compiled
+def header(blocks, at, j):
+    """s and m of sub-block j as `pack_header` laid them at `at`."""
+    if j < 4:
+        return blocks[at + j] & 63, blocks[at + j + 4] & 63
+    both = blocks[at + j + 4]
+    return both & 15 | blocks[at + j - 4] >> 6 << 4, both >> 4 | blocks[at + j] >> 6 << 4
+
+
+@compiled
+def decode_q45_k(blocks, bits, out):
+    size = 144 if bits == 4 else 176
+    for block in range(out.size // SUPER):
+        at = size * block
+        d, dmin = half_at(blocks, at), half_at(blocks, at + 2)
+        for j in range(8):
+            s, m = header(blocks, at + 4, j)
+            step, low = d * np.float32(s), dmin * np.float32(m)
+            for i in range(32 * j, 32 * (j + 1), LANES):
+                q = unpack(blocks, at + size - 128, 4, 32, i)
+                if bits == 5:
+                    q = q + unpack(blocks, at + 16, 1, 32, i) * np.float32(16)
+                store(out, SUPER * block + i, q * step - low)
+
+
+@compiled
+def decode_q6_k(blocks, out):
+    for block in range(out.size // SUPER):
+        at = 210 * block
+        d = half_at(blocks, at + 208)
+        for j in range(16):
+            step = d * np.float32(np.int8(blocks[at + 192 + j]))
+            q = unpack(blocks, at, 4, 64, 16 * j) + unpack(blocks, at + 128, 2, 32, 16 * j) * np.float32(16)
+            store(out, SUPER * block + 16 * j, (q - np.float32(32)) * step)
+
+
 class Affine(BlockCodec):
     """A super-block with scales s and minimums m; `search` is first, delta and steps of the scales to try."""
 
@@ -246,6 +307,9 @@ class Q2_K(Affine):
         pack(codes, 0, 2, 32, out, 16)
         out[:, 80:] = d
 
+    def decode_blocks(self, blocks, out):
+        decode_q2_k(blocks, out)
+
 
 class Q4_K(Affine):
     name, halves = "Q4_K", (0, 2)
@@ -254,6 +318,9 @@ class Q4_K(Affine):
     def pack(self, codes, scales, lows, d, out):
         pack_header(scales, lows, d, out)
         pack(codes, 0, 4, 32, out, 16)
+
+    def decode_blocks(self, blocks, out):
+        decode_q45_k(blocks, 4, out)
 
 
 class Q5_K(Affine):
@@ -264,6 +331,9 @@ class Q5_K(Affine):
         pack_header(scales, lows, d, out)
         pack(codes, 4, 1, 32, out, 16)
         pack(codes, 0, 4, 32, out, 48)
+
+    def decode_blocks(self, blocks, out):
+        decode_q45_k(blocks, 5, out)
 
 
 def pack_header(scales, lows, d, out) -> None:
@@ -286,6 +356,9 @@ class Q3_K(BlockCodec):
         pack(s, 4, 2, 4, out, 104)
         out[:, 108:] = d
 
+    def decode_blocks(self, blocks, out):
+        decode_q3_k(blocks, out)
+
 
 class Q6_K(BlockCodec):
     name, halves, important = "Q6_K", (208,), True
@@ -296,6 +369,9 @@ class Q6_K(BlockCodec):
         pack(codes, 4, 2, 32, out, 128)
         out[:, 192:208] = scales.view(np.uint8)
         out[:, 208:] = d
+
+    def decode_blocks(self, blocks, out):
+        decode_q6_k(blocks, out)
 
 
 def signed(x, columns, bits, blocks):

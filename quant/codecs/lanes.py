@@ -62,6 +62,10 @@ def spread(number):
     """A number in every lane."""
 
 
+def load_field(codes, index, shift, mask):
+    """(codes[index] >> shift) & mask of sixteen neighbours of a flat uint8 array, the whole numbers of them."""
+
+
 def repeat(x, index):
     """One number of a flat float32 array in every lane; the caller answers for the bounds."""
 
@@ -124,6 +128,10 @@ def bits(mask):
     """The mask as a number, lane 0 its lowest bit."""
 
 
+def mask_of(number):
+    """The inverse: the mask whose lane i is bit i of a uint32."""
+
+
 def first_lane(mask):
     """The lowest lane where the mask is set, 16 where it is nowhere."""
 
@@ -141,10 +149,11 @@ def _splat(vector_type, value):
 
 
 def _wide(builder, value):
-    """A float spread over all lanes; vectors pass."""
+    """A number spread over all lanes; vectors pass."""
     if isinstance(value.type, ir.VectorType):
         return value
-    single = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, _I32(0))
+    vector = ir.VectorType(value.type, LANES)
+    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
     return builder.shuffle_vector(single, single, _splat(_INTS, 0))
 
 
@@ -195,6 +204,10 @@ def _bits(builder, mask):
     return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32)
 
 
+def _mask_of(context, builder, signature, arguments):
+    return builder.bitcast(builder.trunc(arguments[0], ir.IntType(LANES)), _BITS)
+
+
 def _first(builder, mask):
     kind = ir.FunctionType(_I32, [_I32, ir.IntType(1)])
     count = get_or_insert_function(builder.module, kind, "llvm.cttz.i32")
@@ -230,6 +243,13 @@ def _load_bytes(context, builder, signature, arguments):
     return builder.uitofp(builder.load(place, align=1), _FLOATS)
 
 
+def _load_field(context, builder, signature, arguments):
+    place = _place(context, builder, signature, arguments, ir.VectorType(ir.IntType(8), LANES))
+    shift, mask = (_wide(builder, builder.trunc(number, _I32)) for number in arguments[2:])
+    codes = builder.lshr(builder.zext(builder.load(place, align=1), _INTS), shift)
+    return builder.sitofp(builder.and_(codes, mask), _FLOATS)
+
+
 def _store(context, builder, signature, arguments):
     vector, align = arguments[2], 4
     if signature.args[0] == _CODES:
@@ -263,6 +283,8 @@ def _define(function, build, result, *choices):
 _EITHER = (Lanes, float32)
 _register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
 _register(load, _load_bytes, Lanes, [(kind, types.intp) for kind in (_CODES, _CODES.copy(readonly=True))])
+_register(load_field, _load_field, Lanes, [(kind, *[types.intp] * 3) for kind in (_CODES, _CODES.copy(readonly=True))])
+_register(mask_of, _mask_of, Mask, [(types.uint32,)])
 _register(repeat, _repeat, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
 _register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
 _define(spread, lambda builder, v: v, Lanes, (float32,))

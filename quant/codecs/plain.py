@@ -1,11 +1,12 @@
-"""F32, F16, BF16: one value each, rounded to nearest even. Source: ggml.c (`ggml_fp32_to_*_row`)."""
+"""F32, F16, BF16: one value each, rounded to nearest even. Source: ggml.c (`ggml_fp32_to_*_row` and back)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, not_finite
+from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
 from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.codecs.tiles import half_value
 
 
 class F32(GgufCodec):
@@ -13,6 +14,9 @@ class F32(GgufCodec):
 
     def encode(self, rows, imatrix=None):
         return np.ascontiguousarray(rows, np.float32).view(np.uint8)
+
+    def decode(self, rows):
+        return _aligned(rows, np.float32)
 
 
 class F16(GgufCodec):
@@ -26,6 +30,9 @@ class F16(GgufCodec):
             raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows, row, column)
         return half.view(np.uint8)
 
+    def decode(self, rows):
+        return _widened(rows, _from_f16)
+
 
 class BF16(GgufCodec):
     name = "BF16"
@@ -35,6 +42,33 @@ class BF16(GgufCodec):
         codes = np.empty(bits.shape, np.uint16)
         _bf16(bits.reshape(-1), codes.reshape(-1))
         return codes.view(np.uint8)
+
+    def decode(self, rows):
+        return _widened(rows, _from_bf16)
+
+
+def _aligned(rows, dtype):
+    """Rows of bytes as numbers; a copy only of those that lie askew in memory, which numba would compile anew for."""
+    return np.require(rows.view(dtype), requirements="A")
+
+
+def _widened(rows, kernel):
+    bits = _aligned(rows, np.uint16)
+    out = np.empty(bits.shape, np.float32)
+    kernel(frozen(bits), out.reshape(-1))
+    return out
+
+
+@compiled
+def _from_f16(bits, out):
+    for i in range(bits.size):
+        out[i] = half_value(bits[i])
+
+
+@compiled
+def _from_bf16(bits, out):
+    for i in range(bits.size):
+        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
 
 
 @compiled

@@ -14,9 +14,20 @@ import numpy as np
 from ornith_moe.quant.codecs.blocks32 import HALF, reciprocal
 from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, absolute, highest, load, maximum, select, spread, store
+from ornith_moe.quant.codecs.lanes import (
+    LANES,
+    absolute,
+    floor,
+    highest,
+    load,
+    low_byte,
+    maximum,
+    select,
+    spread,
+    store,
+)
 from ornith_moe.quant.codecs.search import ZERO
-from ornith_moe.quant.codecs.tiles import SUPER, half_bits, pack
+from ornith_moe.quant.codecs.tiles import SUPER, half_at, half_bits, pack, unpack
 
 ONE = np.float32(1)
 
@@ -49,6 +60,30 @@ def pack_digits(trits, start, run, digits, out, at):
             out[block, at + i] = (n * 256 + 242) // 243
 
 
+@compiled
+def decode_tq1_0(blocks, out):
+    for block in range(out.size // SUPER):
+        at, to = 54 * block, SUPER * block
+        d, power = half_at(blocks, at + 52), np.float32(1)
+        for digit in range(5):
+            for i in range(0, 48, LANES):
+                place = 32 * digit + i if i < 32 else 160 + 16 * digit
+                rest = low_byte(load(blocks, at + i) * power)  # the digits that follow, as a fraction of 256
+                store(out, to + place, (floor(rest * np.float32(3 / 256)) - ONE) * d)
+            for i in range(4 if digit < 4 else 0):
+                rest = int(blocks[at + 48 + i]) * int(power) & 255
+                out[to + 240 + 4 * digit + i] = np.float32((3 * rest >> 8) - 1) * d
+            power *= np.float32(3)
+
+
+@compiled
+def decode_tq2_0(blocks, out):
+    for block in range(out.size // SUPER):
+        d = half_at(blocks, 66 * block + 64)
+        for i in range(0, SUPER, LANES):
+            store(out, SUPER * block + i, (unpack(blocks, 66 * block, 2, 32, i) - ONE) * d)
+
+
 class Ternary(BlockCodec):
     def encode_blocks(self, x, columns, out):
         trits, d = np.empty(x.size, np.uint8), np.empty(len(out), np.uint16)
@@ -65,9 +100,15 @@ class TQ1_0(Ternary):
         for at, start, run, digits in ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4)):
             pack_digits(trits, start, run, digits, out, at)
 
+    def decode_blocks(self, blocks, out):
+        decode_tq1_0(blocks, out)
+
 
 class TQ2_0(Ternary):
     name, halves = "TQ2_0", (64,)
 
     def pack(self, trits, out):
         pack(trits, 0, 2, 32, out, 0)
+
+    def decode_blocks(self, blocks, out):
+        decode_tq2_0(blocks, out)

@@ -1,11 +1,20 @@
-"""What block codecs share: tiles of sixteen blocks, weights, fp16 in integer arithmetic, and codes packed to bytes."""
+"""What block codecs share: tiles of sixteen blocks, weights, fp16 in integers, codes packed to bytes and back."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, interleave_first, interleave_second, load, root, spread, store
+from ornith_moe.quant.codecs.lanes import (
+    LANES,
+    interleave_first,
+    interleave_second,
+    load,
+    load_field,
+    root,
+    spread,
+    store,
+)
 
 SUPER = 256  # values of a super-block
 
@@ -73,15 +82,20 @@ def half_bits(value):
 
 @compiled
 def half_value(half):
-    """The fp16 of these bits as float32."""
+    """The fp16 of these bits as float32; infinities and NaN too."""
     magnitude = np.uint32(half) & np.uint32(0x7FFF)
     if magnitude < np.uint32(0x400):
         value = np.float32(magnitude) * np.float32(2.0**-24)
-    elif magnitude < np.uint32(0x7C00):
-        value = np.uint32((magnitude << np.uint32(13)) + np.uint32(0x38000000)).view(np.float32)
     else:
-        value = np.float32(np.inf)
+        bias = np.uint32(0x38000000) if magnitude < np.uint32(0x7C00) else np.uint32(0x70000000)
+        value = np.uint32((magnitude << np.uint32(13)) + bias).view(np.float32)
     return -value if half & np.uint16(0x8000) else value
+
+
+@compiled
+def half_at(blocks, at):
+    """The fp16 stored in two bytes."""
+    return half_value(np.uint16(blocks[at] | blocks[at + 1] << 8))
 
 
 @compiled
@@ -102,3 +116,10 @@ def pack(codes, shift, bits, run, out, at):
                 part, place = codes[first + run * field : first + run * (field + 1)], bits * field
                 for i in range(run):
                     target[i] |= np.uint8((part[i] >> shift & mask) << place)
+
+
+@compiled
+def unpack(blocks, at, bits, run, i):
+    """Sixteen codes from value i on, of those that `pack` wrote to byte `at` of a block; `run` a multiple of 16."""
+    place, fields = i // run, 8 // bits
+    return load_field(blocks, at + run * (place // fields) + i % run, bits * (place % fields), (1 << bits) - 1)

@@ -16,8 +16,10 @@ from ornith_moe.quant.codecs.lanes import (
     floor,
     highest,
     load,
+    load_field,
     low_byte,
     lowest,
+    mask_of,
     maximum,
     minimum,
     nearest,
@@ -133,6 +135,30 @@ def test_codes_are_bytes():
     v = np.zeros(LANES, np.float32)
     read(out, v)
     assert v.tolist() == list(range(0, 256, 17))
+
+
+def test_fields_of_bytes():
+    """Of any place and width, and of memory that may only be read."""
+
+    @njit
+    def run(codes, shift, mask, out):
+        store(out, 0, load_field(codes, 1, shift, mask))
+
+    codes = np.random.default_rng(0).integers(0, 256, LANES + 1).astype(np.uint8)
+    codes.flags.writeable = False
+    out = np.empty(LANES, np.float32)
+    for shift in range(8):
+        for mask in (1, 3, 7, 15, 255):
+            run(codes, shift, mask, out)
+            assert np.array_equal(out, codes[1:] >> shift & mask)
+
+
+def test_a_mask_of_a_number_is_the_inverse_of_its_bits():
+    @njit
+    def run(number):
+        return bits(mask_of(np.uint32(number)))
+
+    assert [run(number) for number in (0, 1, 0x8001, 0xFFFF, 0xABCD1234)] == [0, 1, 0x8001, 0xFFFF, 0x1234]
 
 
 def test_gather_swaps_rows_and_columns():

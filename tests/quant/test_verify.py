@@ -7,6 +7,8 @@ covered: a wrong transform that its own inverse undoes; test_gguf_logits.py is f
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fixtures
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ornith_moe.quant.convert import convert
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.gguf_codecs import DECODERS
 from ornith_moe.quant.inspect import inspect
 from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import open_source
@@ -290,6 +293,22 @@ def test_any_gguf_type_is_verified_or_noted(tmp_path, kind, rows):
     assert result.notes[1:] == noted * [f"tensor t: {kind} is not decoded here, its values are unchecked"]
 
 
+@pytest.mark.parametrize("build", ["gguf:Q8_0"], indirect=True)
+def test_a_codec_wrong_both_ways_is_found(build, source, monkeypatch):
+    """Encoder and decoder agree on twice the values, so only another decoder can tell."""
+    codec = DECODERS["Q8_0"]
+    sound = codec.decode_blocks
+
+    def doubled(blocks, out):
+        sound(blocks, out)
+        out *= 2
+
+    assert verify(build).ok
+    monkeypatch.setattr(codec, "decode_blocks", doubled)
+    problems = verify(build, source).problems
+    assert problems and all("Q8_0 from row 0 on decodes to other values with the gguf package" in p for p in problems)
+
+
 @pytest.mark.parametrize(("shape", "block", "row"), [((7, 68), 11, 5), ((34 * 8,), 7, 7 * 32)])
 def test_a_block_of_nan_is_found_in_its_row(tmp_path, shape, block, row):
     data = np.zeros(shape, np.uint8)
@@ -345,3 +364,23 @@ def test_inspect_tells_what_is_there(paths, source):
     json.dumps(inspect(paths["gguf:F32"]))
     with pytest.raises(CheckpointError, match="expected a folder"):
         inspect("setup.py")
+
+
+COLD = """
+import sys
+from ornith_moe.quant.verify import verify
+assert verify(sys.argv[1], progress=lambda phase, done, total: print(phase)).ok
+"""
+
+
+@pytest.mark.parametrize("build", ["gguf:Q8_0"], indirect=True)
+def test_machine_code_is_told_where_it_is_made(build, tmp_path):
+    """A first process on a machine makes it, a second one finds it on the disk."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", COLD, str(build)]
+    phases = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(2)
+    ]
+    assert set(phases[0]) == {"hash", "compile", "read"}
+    assert set(phases[1]) == {"hash", "read"}
