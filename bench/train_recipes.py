@@ -13,6 +13,8 @@ loss is measured as always, with the router's own choice. Per step and layer the
 
 Reported per run: held-out loss before and after, its ratio to that of bf16 at the same seed, seconds; with replay also
 the share of recorded choices that training would have made otherwise, and how far the routers moved from their start.
+The model that bf16 trained then tells what each recipe loses on weights and activations that are not noise: the SQNR in
+dB of y and of the four gradients against the same experts in fp32, least of the layers, on held-out text and its loss.
 Exit code 3 if a loss is more than 1 % above that of bf16, or a replayed choice differs.
 """
 
@@ -64,6 +66,44 @@ def experts(recipe, self, hidden_states, top_k_index, top_k_weights):
 
 for _recipe in RECIPES:
     ALL_EXPERTS_FUNCTIONS.register(f"recipe_{_recipe}", partial(experts, _recipe))
+
+
+OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
+SQNR_WINDOWS = 32
+
+
+def least_sqnr(model, heldout, length, recipes):
+    """{recipe: {output: dB}}: signal over error of a trained model's experts, of the layer where it is least."""
+    calls = []
+
+    def spy(self, hidden_states, top_k_index, top_k_weights):
+        y = experts("bf16", self, hidden_states, top_k_index, top_k_weights)
+        y.retain_grad()
+        routed = hidden_states.detach(), top_k_index, top_k_weights.detach()
+        calls.append((y, *routed, self.gate_up_proj, self.down_proj))
+        return y
+
+    def outputs(dtype, recipe, dy, x, indices, weights, *masters):
+        leaves = [t.detach().clone().requires_grad_() for t in (x.to(dtype), weights.float(), *masters)]
+        y = om.moe_mlp(leaves[0], indices, *leaves[1:], recipe=recipe)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    ALL_EXPERTS_FUNCTIONS.register("recipe_spy", spy)
+    trained_with = model.config._experts_implementation
+    model.set_experts_implementation("recipe_spy")
+    tokens = heldout[: len(heldout) // length * length].view(-1, length)[:SQNR_WINDOWS]
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    model.set_experts_implementation(trained_with)
+    model.zero_grad(set_to_none=True)
+    found = {recipe: dict.fromkeys(OUTPUTS, math.inf) for recipe in recipes}
+    for y, *operands in calls:
+        exact = outputs(torch.float32, "bf16", y.grad, *operands)  # fp32 operands: nothing is rounded
+        for recipe, least in found.items():
+            rounded = outputs(torch.bfloat16, recipe, y.grad, *operands)
+            for name, ours, true in zip(OUTPUTS, rounded, exact, strict=True):
+                signal, noise = true.double().square().sum(), (ours.double() - true.double()).square().sum()
+                least[name] = min(least[name], round(10 * math.log10(signal / noise), 1))
+    return found
 
 
 class Replay:
@@ -133,9 +173,10 @@ def train(recipe, seed, replayed, text, settings=SETTINGS, progress=None):
         nano._train(model, stream, settings, progress)
         seconds = time.monotonic() - started
         after = math.log(nano.perplexity(model, heldout, settings.length))
+        lost = least_sqnr(model, heldout, settings.length, RECIPES[1:]) if recipe == "bf16" else None
     run = {"recipe": recipe, "replay": bool(replay), "seed": seed, "steps": settings.steps, "loss_before": before,
            "loss_after": after, "seconds": round(seconds, 1)}  # fmt: skip
-    return run | (replay.report() if replay else {})
+    return run | (replay.report() if replay else {}) | ({"least_sqnr_db": lost} if lost else {})
 
 
 def read_text(settings=SETTINGS):
@@ -183,6 +224,8 @@ def main(argv=None):
             name = run["recipe"] + (" with replay" if run["replay"] else "")
             print(f"{name:16} seed {run['seed']}  loss {run['loss_before']:.3f} -> {run['loss_after']:.4f}"
                   f"  {run['ratio_to_bf16']:.4f} of bf16  {run['seconds']:.0f} s")  # fmt: skip
+            for recipe, least in run.get("least_sqnr_db", {}).items():
+                print(f"    SQNR of {recipe} in its layers:", ", ".join(f"{o} {db:.1f} dB" for o, db in least.items()))
     return 0 if result["ok"] else 3
 
 

@@ -44,6 +44,9 @@ def test_fp8_learns_like_bf16_and_replay_reproduces_every_choice():
         assert run["loss_after"] < 0.95 * run["loss_before"], name
         assert 0.95 < run["ratio_to_bf16"] < 1.05, name
         assert (run["ratio_to_bf16"] == 1) == (run["recipe"] == "bf16"), name  # a recipe that changes nothing ran not
+    lost = runs["bf16", False]["least_sqnr_db"]
+    assert set(lost) == {"fp8", "fp8_full", "fp8_channel"}
+    assert all(18 < db < 60 for least in lost.values() for db in least.values()), lost  # a longer run has more
     replay = runs["fp8", True]
     assert replay["replayed_choices"] == 16 * 2 * 32 * 4 * 4  # steps, batch, length, layers, top_k
     assert replay["replayed_wrongly"] == 0
