@@ -47,7 +47,7 @@ def gate_up(x, rows, weight, save, kind=None):
     a = empty((rows.slots, a_bytes // size), x.dtype)
     panels = kind != FP32 and rows.used >= _MANY_ROWS * max(len(rows.active), 1)
     panels = panels and weight.scale is None and hidden * size == x_bytes and x_bytes % 64 == inner % 16 == 0
-    chunk, strip = max(_chunk(x_bytes), PANEL), _STRIP * (4 if panels else 1)
+    chunk, strip = (max(_chunk(x_bytes), PANEL), 4 * _STRIP) if panels else (_chunk(x_bytes), _STRIP)
     matrix, _alive = _matrix(weight)
     tasks = len(rows.active) * -(-inner // strip)
     scratch = chunk * (20 + 8 * strip) + 64 + DOT_COLUMNS * x_bytes
