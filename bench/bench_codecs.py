@@ -3,13 +3,11 @@
 FP8 (encode from BF16, decode to BF16): machine code for slabs (`codecs/fp8_slabs.py`) and the definition for tensors
 (`quant/fp8.py`), against the rule on the whole tensor at once in plain torch, and the same function under
 torch.compile. GGUF (encode from FP32, with and without importance; decode to FP32): ggml's C, and gguf-py where it has
-the type; one more row of ours with two threads, which take eighths of the matrix as they come, as the workers of a
-conversion take slabs (decode: halves). Before it is timed, each row must give the bytes of a reference: the plain
-formulation for FP8, ggml's C for GGUF, and gguf-py where values are decoded.
+the type. What a second thread adds: two_threads.py. Before it is timed, each row must give the bytes of a
+reference: the plain formulation for FP8, ggml's C for GGUF, and gguf-py where values are decoded.
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import ggml
@@ -113,25 +111,20 @@ def test_fp8_decode(measure, recipe, matrix, coder):
 
 
 GGUF_PY = ("BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0")  # what gguf-py 0.19 encodes
-CODERS = ("ours", "ours, 2 threads", "gguf-py", "ggml")
-BEST: dict[tuple[str, str], float] = {}  # seconds of the fastest round of a row, by group and coder
-SLABS = 8  # that two threads share: with two, the slower core's share is the time
-CASES = [(name, coder) for name in ENCODERS for coder in CODERS if coder != "gguf-py" or name in GGUF_PY]
+CODERS = ("ours", "gguf-py", "ggml")
 PLAIN = ("F32", "F16", "BF16", "Q8_0")
-EACH = {
-    name: [case for case in CASES if wanted(case[0])]
-    for name, wanted in {
-        "plain": lambda name: name in ("BF16", "Q8_0"),
-        "search": lambda name: name not in PLAIN and not ENCODERS[name].needs_importance,
-        "importance": lambda name: name not in PLAIN and ENCODERS[name].important,
-    }.items()
-}
+SEARCHES = [name for name in ENCODERS if name not in PLAIN and not ENCODERS[name].needs_importance]
+IMPORTANT = [name for name in ENCODERS if name not in PLAIN and ENCODERS[name].important]
+
+
+def cases(names):
+    return [(name, coder) for name in names for coder in CODERS if coder != "gguf-py" or name in GGUF_PY]
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
-@pytest.mark.parametrize(("name", "coder"), EACH["plain"])
-def test_gguf_encode(measure, benchmark, limits, matrix, name, coder):
-    encode_gguf(measure, benchmark, limits, name, matrix, coder, f"{name} encode, {matrix} from FP32")
+@pytest.mark.parametrize(("name", "coder"), cases(["F16", "BF16", "Q8_0"]))
+def test_gguf_encode(measure, benchmark, matrix, name, coder):
+    encode_gguf(measure, benchmark, name, matrix, coder, f"{name} encode, {matrix} from FP32")
 
 
 def searched(name):
@@ -139,39 +132,29 @@ def searched(name):
     return "256x2048" if isinstance(ENCODERS[name], GridCodec) else "1024x2048"
 
 
-@pytest.mark.parametrize(("name", "coder"), EACH["search"])
-def test_gguf_search(measure, benchmark, limits, name, coder):
-    encode_gguf(measure, benchmark, limits, name, searched(name), coder, f"{name} encode, {searched(name)} from FP32")
+@pytest.mark.parametrize(("name", "coder"), cases(SEARCHES))
+def test_gguf_search(measure, benchmark, name, coder):
+    encode_gguf(measure, benchmark, name, searched(name), coder, f"{name} encode, {searched(name)} from FP32")
 
 
-@pytest.mark.parametrize(("name", "coder"), [case for case in EACH["importance"] if case[1] != "gguf-py"])
-def test_gguf_search_with_importance(measure, benchmark, limits, name, coder):
+@pytest.mark.parametrize(("name", "coder"), [case for case in cases(IMPORTANT) if case[1] != "gguf-py"])
+def test_gguf_search_with_importance(measure, benchmark, name, coder):
     group = f"{name} encode with importance, {searched(name)} from FP32"
-    encode_gguf(measure, benchmark, limits, name, searched(name), coder, group, importance=True)
+    encode_gguf(measure, benchmark, name, searched(name), coder, group, importance=True)
 
 
-def encode_gguf(measure, benchmark, limits, name, matrix, coder, group, importance=False):
+def encode_gguf(measure, benchmark, name, matrix, coder, group, importance=False):
     rows = np.random.default_rng(0).standard_normal(SEARCHED[matrix], np.float32)
     imatrix = np.random.default_rng(1).random(rows.shape[1], np.float32) if importance else None
-    kind, slabs = gguf.GGMLQuantizationType[name], np.split(rows, SLABS)
-    with ThreadPoolExecutor(2) as pool:
-        encode = {
-            "ours": lambda: om.quantize_gguf(rows, name, imatrix=imatrix),
-            "ours, 2 threads": lambda: list(
-                pool.map(lambda slab: om.quantize_gguf(slab, name, imatrix=imatrix), slabs)
-            ),
-            "gguf-py": lambda: gguf.quants.quantize(rows, kind),
-            "ggml": lambda: ggml.quantize(rows, name, imatrix),
-        }[coder]
-        encoded = np.concatenate(encode()) if "threads" in coder else encode()
-        assert np.array_equal(encoded, ggml.quantize(rows, name, imatrix))
-        torch.set_num_threads(2 if "threads" in coder else 1)  # whose bandwidth is the limit
-        info = measure(group, coder, encode, peer="ours" not in coder, nbytes=nbytes(rows, encoded))
+    encode = {
+        "ours": lambda: om.quantize_gguf(rows, name, imatrix=imatrix),
+        "gguf-py": lambda: gguf.quants.quantize(rows, gguf.GGMLQuantizationType[name]),
+        "ggml": lambda: ggml.quantize(rows, name, imatrix),
+    }[coder]
+    encoded = encode()
+    assert np.array_equal(encoded, ggml.quantize(rows, name, imatrix))
+    info = measure(group, coder, encode, peer=coder != "ours", nbytes=nbytes(rows, encoded))
     info["note"] = f"{rows.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"
-    best = BEST[group, coder] = benchmark.stats.stats.min
-    if "threads" in coder and (group, "ours") in BEST:
-        info["scaling"] = round(BEST[group, "ours"] / best, 2)
-        info["note"] += f", {info['scaling']}x of one thread at best, a loop in registers {limits.two_threads()}x"
 
 
 DECODED = [(name, "1024x2048") for name in DECODERS if name != "F32"]
@@ -186,17 +169,14 @@ def test_gguf_decode(measure, benchmark, name, matrix, coder):
         pytest.skip("no symbol of ggml's C")
     rows, columns = MATRICES[matrix]
     encoded = np.random.default_rng(0).integers(0, 0x70, (rows, row_bytes(name, columns)), np.uint8)
-    kind, halves = gguf.GGMLQuantizationType[name], np.split(encoded, 2)
-    with ThreadPoolExecutor(2) as pool:
-        decode = {
-            "ours": lambda: om.dequantize_gguf(encoded, name),
-            "ours, 2 threads": lambda: list(pool.map(lambda half: om.dequantize_gguf(half, name), halves)),
-            "gguf-py": lambda: gguf.quants.dequantize(encoded, kind),
-            "ggml": lambda: ggml.dequantize(encoded, name),
-        }[coder]
-        decoded = np.concatenate(decode()) if "threads" in coder else decode()
-        assert np.array_equal(decoded.view(np.uint32), gguf.quants.dequantize(encoded, kind).view(np.uint32))
-        torch.set_num_threads(2 if "threads" in coder else 1)
-        group = f"{name} decode, {matrix} to FP32"
-        measure(group, coder, decode, peer="ours" not in coder, nbytes=nbytes(encoded, decoded))
+    kind = gguf.GGMLQuantizationType[name]
+    decode = {
+        "ours": lambda: om.dequantize_gguf(encoded, name),
+        "gguf-py": lambda: gguf.quants.dequantize(encoded, kind),
+        "ggml": lambda: ggml.dequantize(encoded, name),
+    }[coder]
+    decoded = decode()
+    assert np.array_equal(decoded.view(np.uint32), gguf.quants.dequantize(encoded, kind).view(np.uint32))
+    group = f"{name} decode, {matrix} to FP32"
+    measure(group, coder, decode, peer=coder != "ours", nbytes=nbytes(encoded, decoded))
     benchmark.extra_info["note"] = f"{decoded.size / benchmark.stats.stats.median / 1e6:.1f} Mweights/s"

@@ -12,7 +12,6 @@ rows are medians.
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -46,9 +45,6 @@ class Limits:
         name = str(dtype).removeprefix("torch.")
         return self._once(f"torch.mm {name}, {_threads()}, GFLOP/s", lambda: _gemm_gflop_s(dtype))
 
-    def two_threads(self) -> float:
-        return self._once("loop in registers, 2 threads over 1", _two_threads)
-
     def seconds(self, nbytes: int, flops: int = 0, dtype: torch.dtype = torch.float32) -> float:
         memory = nbytes / self.copy_gb_s() / 1e9
         if not flops:
@@ -70,23 +66,6 @@ def _copy_gb_s() -> float:
     source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8) for _ in range(2))
     source += 1  # untouched zero pages would be read from cache
     return 2 * COPY_BYTES / best_seconds(lambda: target.copy_(source)) / 1e9
-
-
-def _two_threads() -> float:
-    """Twice the work on two threads: what is less than 2 here is the machine's, not a codec's."""
-    import numba
-
-    @numba.njit(nogil=True)
-    def loop(turns):
-        a = b = c = d = 1.0
-        for _ in range(turns):
-            a, b, c, d = a * 0.999 + 1e-9, b * 0.999 + 1e-9, c * 0.999 + 1e-9, d * 0.999 + 1e-9
-        return a + b + c + d
-
-    turns = 4_000_000  # some seven milliseconds
-    with ThreadPoolExecutor(2) as pool:
-        one = best_seconds(lambda: loop(turns), 20)
-        return 2 * one / best_seconds(lambda: list(pool.map(loop, [turns, turns])), 20)
 
 
 def _gemm_gflop_s(dtype: torch.dtype) -> float:

@@ -70,7 +70,7 @@ def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | No
     width = row_bytes(type_name, columns)
     rows = np.ascontiguousarray(array).reshape(-1, columns)
     if imatrix is None:
-        if getattr(ENCODERS[type_name], "needs_importance", False):
+        if ENCODERS[type_name].needs_importance:
             raise ValueError(f"imatrix: {type_name} is not encoded without one, nor by ggml; pass float32 [{columns}]")
         encoded = ENCODERS[type_name].encode(rows)
     else:

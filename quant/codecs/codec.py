@@ -26,6 +26,8 @@ class GgufCodec:
     """
 
     name: str
+    important = False  # uses importance
+    needs_importance = False
 
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         raise NotImplementedError
@@ -35,11 +37,9 @@ class GgufCodec:
 
 
 class BlockCodec(GgufCodec):
-    """A type that stores blocks; `halves` are the offsets of a block's fp16 scales, `important` uses importance."""
+    """A type that stores blocks; `halves` are the offsets of a block's fp16 scales."""
 
     halves: tuple[int, ...] = ()
-    important = False
-    needs_importance = False
 
     def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         """Flat values of whole rows into uint8 [blocks, bytes]; `columns` is one row of importance, or empty."""

@@ -6,7 +6,9 @@ import numpy as np
 
 from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.tiles import half_value
+from ornith_moe.quant.codecs.tiles import half_bits, half_value
+
+INFINITE = 0x7C00  # bits of an fp16
 
 
 class F32(GgufCodec):
@@ -23,12 +25,11 @@ class F16(GgufCodec):
     name = "F16"
 
     def encode(self, rows, imatrix=None):
-        with np.errstate(over="ignore"):
-            half = rows.astype(np.float16)
-        if not np.isfinite(half).all():
-            row, column = map(int, np.argwhere(~np.isfinite(half))[0])
+        codes = np.empty(rows.shape, np.uint16)
+        if _f16(frozen(rows), codes.reshape(-1)) >= INFINITE:
+            row, column = map(int, np.argwhere(codes & 0x7FFF >= INFINITE)[0])
             raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows, row, column)
-        return half.view(np.uint8)
+        return codes.view(np.uint8)
 
     def decode(self, rows):
         return _widened(rows, _from_f16)
@@ -69,6 +70,16 @@ def _from_f16(bits, out):
 def _from_bf16(bits, out):
     for i in range(bits.size):
         out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
+
+
+@compiled
+def _f16(values, codes):
+    """The largest magnitude of the codes."""
+    largest = np.uint16(0)
+    for i in range(values.size):
+        codes[i] = half_bits(values[i])
+        largest = max(largest, codes[i] & np.uint16(0x7FFF))
+    return largest
 
 
 @compiled

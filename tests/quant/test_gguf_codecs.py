@@ -35,7 +35,7 @@ WEIGHTS = codec_cases.WEIGHTS | {"normal": NORMAL}
 EVEN = IMPORTANCE["even"]
 BLOCK_TYPES = [name for name, codec in ENCODERS.items() if isinstance(codec, BlockCodec)]
 IMPORTANT_TYPES = [name for name in BLOCK_TYPES if ENCODERS[name].important]
-PLAIN_TYPES = [name for name in ENCODERS if not getattr(ENCODERS[name], "needs_importance", False)]
+PLAIN_TYPES = [name for name in ENCODERS if not ENCODERS[name].needs_importance]
 GRIDS = [name for name in BLOCK_TYPES if isinstance(ENCODERS[name], GridCodec)]
 
 
