@@ -5,8 +5,9 @@
     HBM          bytes that must travel / (share * bandwidth)
     L2           bytes that tiles load and store / L2 bandwidth
     processors   turns of the fullest processor: ceil(tiles / programs at a time) * (K steps * step + start and end)
-    step         matrix time at the rate that good kernels sustain, plus the instructions of the hot loop that no matrix
-                 instruction of their own warp covers, of all warps of a scheduler one after another
+    step         the larger of matrix time, at the rate that good kernels sustain, and of what products read from shared
+                 memory and loads write there; plus the instructions of the hot loop that no matrix instruction of their
+                 own warp covers, of all warps of a scheduler one after another
 
 `docs/performance.md` says where each constant comes from, which ones were fitted to timings that others published, how
 far the model is from those timings, and what it cannot know. What it assumes:
@@ -23,6 +24,7 @@ far the model is from those timings, and what it cannot know. What it assumes:
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ class Device:
     issue: int = 1  # cycles of a scheduler for an instruction of one warp
     sustained: tuple[tuple[int, float], ...] = ((1, 0.78), (2, 0.85), (4, 0.85))  # of the peak, by bytes of an operand
     hbm_share: float = 0.85
+    shared: float = 128.0  # bytes a clock between an SM's shared memory and its units
     tile_us: float = 1.5  # start and end of a tile
     launch_us: float = 2.0
 
@@ -264,6 +267,9 @@ def _processors_us(arch: str, device: Device, tiles: _Tiles, report: Report, sta
     per_scheduler = ceil(report.warps / PROCESSORS[arch].schedulers)
     rate = device.flops[tiles.operand_bytes] / processors * dict(device.sustained)[tiles.operand_bytes]
     matrix = 1e6 * tiles.step_flops / rate
+    if read := _shared_reads(report, tiles.operand_bytes):
+        written = tiles.loaded / (tiles.tiles * tiles.steps)
+        matrix = max(matrix, 1e6 * (read + written) / (device.shared * device.clock))
     issued = exposed = 0.0
     if loop := report.loop:
         instruction_us = 1e6 * device.issue / device.clock
@@ -273,3 +279,16 @@ def _processors_us(arch: str, device: Device, tiles: _Tiles, report: Report, sta
     waves = ceil(tiles.tiles / (processors * programs))
     return waves * (tiles.steps * step + device.tile_us)
 
+
+def _shared_reads(report: Report, size: int) -> float:
+    """Bytes of a step that matrix instructions read from shared memory: b, and a unless it lies in registers.
+
+    Of sm90 only, where a warpgroup's product of 64 x 64 reads all that a clock gives; 0 for other targets.
+    """
+    found = [
+        (int(n) + 64 * (a == "%")) * int(k)
+        for n, k, a in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k(\d+)\.\S* *\{[^}]*\}, *(.)", report.asm)
+    ]
+    if not found or not report.loop:
+        return 0.0
+    return size * sum(found) / len(found) * report.loop.matrix * report.warps / 4

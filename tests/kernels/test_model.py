@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ornith_moe.kernels import catalog, moe
-from ornith_moe.kernels.compile import compile_launches
-from ornith_moe.kernels.model import DEVICES, Cache, bound_us, estimate, routing_counts, total
+from ornith_moe.kernels.compile import Loop, Report, compile_launches
+from ornith_moe.kernels.model import DEVICES, Cache, _shared_reads, bound_us, estimate, routing_counts, total
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
 
 FEW = Tiles(32, dict.fromkeys(PRODUCTS, Tile(num_stages=3, swap=True)))
@@ -105,3 +105,19 @@ def test_meta_tensors_allocate_nothing():
     launches = catalog.record("sm90", catalog.Pass("397B", 8192, "fp8_full", "forward"))
     tensors = [getattr(v, "base", v) for launch in launches for v in launch.arguments.values()]
     assert all(t.is_meta for t in tensors if isinstance(t, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("operands", "matrix", "read"),
+    [
+        ("m64n64k32.f32.e4m3.e4m3 {%r1,%r2}, %rd46, %rd40, 0, 1, 1;", 8, 2 * 8 * (64 + 64) * 32),
+        ("m64n256k32.f32.e4m3.e4m3 {%r1,%r2}, %rd46, %rd40, 0, 1, 1;", 4, 2 * 4 * (64 + 256) * 32),
+        ("m64n64k32.f32.e4m3.e4m3 {%r1,%r2}, {%r3,%r4}, %rd40, 0, 1, 1;", 8, 2 * 8 * 64 * 32),  # a in registers
+    ],
+)
+def test_products_read_shared_memory(operands, matrix, read):
+    """Two warpgroups; a product reads its 64 rows of a and its columns of b."""
+    asm = "ld.shared.b32 %r1, [%r2];\n" + f"wgmma.mma_async.sync.aligned.{operands}\n" * matrix
+    report = Report("sm90", 8, 128, 0, 0, {}, True, 0, 100, Loop(50, matrix, 10), asm)
+    assert _shared_reads(report, 1) == read
+    assert _shared_reads(report, 2) == 2 * read
