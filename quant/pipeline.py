@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from ornith_moe.quant.storage import Slab, Storage
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
-Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all; ("compile", 0, 0) comes from any thread
+# phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time
+Progress = Callable[[str, int, int], None]
 Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name
 
 
@@ -167,10 +169,16 @@ class Pass:
                 extents[file].append((offset, length, digest, unit))
         sizes = [file.size for build in self.placed for file in build.layout.files]
         owned = self._owned_bytes()
-        digests, damaged, done = [""] * len(self.files), set(), 0
+        digests, damaged, done, lock = [""] * len(self.files), set(), 0, Lock()
+
+        def tell(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                self.progress("check", done, sum(sizes))
 
         def read(index: int) -> tuple[str, set[int], int]:
-            return _digest_file(self.files[index], sorted(extents[index]), sizes[index])
+            return _digest_file(self.files[index], sorted(extents[index]), sizes[index], tell)
 
         for index, (digest, bad, covered) in self._map(read, range(len(self.files))):
             if covered != owned[index] and not bad:
@@ -180,8 +188,6 @@ class Pass:
                 )
             digests[index] = digest
             damaged |= bad
-            done += sizes[index]
-            self.progress("check", done, sum(sizes))
         return digests, damaged
 
     def _owned_bytes(self) -> list[int]:
@@ -256,8 +262,11 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _digest_file(descriptor: int, extents: list, size: int) -> tuple[str, set[int], int]:
-    """sha256 of a file, units whose bytes are not what was written, and bytes that extents cover; one reading."""
+def _digest_file(descriptor: int, extents: list, size: int, tell: Callable[[int], None]) -> tuple[str, set[int], int]:
+    """sha256 of a file, units whose bytes are not what was written, and bytes that extents cover; one reading.
+
+    `tell` hears of the bytes read as they come: a file may be hundreds of gigabytes.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)  # ask the disk, not the page cache
     sha256, damaged, position, covered = hashlib.sha256(), set(), 0, 0
@@ -270,5 +279,6 @@ def _digest_file(descriptor: int, extents: list, size: int) -> tuple[str, set[in
         sha256.update(payload)
         if unit >= 0 and xxhash.xxh3_128_hexdigest(payload) != digest:
             damaged.add(unit)
+        tell(offset + length - position)
         position, covered = offset + length, covered + length
     return sha256.hexdigest(), damaged, covered

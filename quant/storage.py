@@ -4,7 +4,7 @@ A `Storage` turns rows of a weight into rows of one output tensor (kept, BF16, a
 scales). A part may need whole groups of rows (`Part.rows`), so a slab of whole groups gives the same bytes as the whole
 weight; that is what lets a conversion see a weight in slabs and in any order.
 
-Decoding is for verification, and GGUF types go through the `gguf` package, other people's code.
+Decoding is for verification, which has the `gguf` package, other people's code, decode the start of every slab too.
 """
 
 from __future__ import annotations

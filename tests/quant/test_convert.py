@@ -472,3 +472,21 @@ def test_making_machine_code_is_told(moe, tmp_path, monkeypatch):
     convert(open_source(moe), tmp_path, ["gguf:Q8_0"], progress=lambda *told: phases.append(told))
     assert phases[0] == ("compile", 0, 0)
     assert {phase for phase, _, _ in phases} == {"compile", "convert", "check"}
+
+
+def test_the_check_tells_how_far_it_is_within_a_file(moe, tmp_path):
+    """A GGUF is one file of up to hundreds of gigabytes: a call at its end would be minutes of silence."""
+    told = []
+    report = convert(
+        open_source(moe),
+        tmp_path,
+        ["gguf:Q8_0", "fp8-channel"],
+        jobs=2,
+        progress=lambda phase, done, total: told.append((done, total)) if phase == "check" else None,
+    )
+    size = sum(
+        file.stat().st_size for b in report.builds for file in [b.path, *b.path.glob("*.safetensors")] if file.is_file()
+    )
+    assert len(told) > 20
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (size, size) and {total for _, total in told} == {size}
