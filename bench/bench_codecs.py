@@ -1,7 +1,7 @@
 """Codecs on one thread, against what a user would write or install instead.
 
-FP8 (encode from BF16, decode to BF16): machine code for slabs (`codecs/fp8_slabs.py`) and the definition for tensors
-(`quant/fp8.py`), against the rule on the whole tensor at once in plain torch, and the same function under
+FP8 (encode from BF16, decode to BF16): machine code for slabs (`codecs/fp8_slabs.py`) and the functions of tensors that
+run it (`quant/fp8.py`), against the rule on the whole tensor at once in plain torch, and the same function under
 torch.compile. GGUF (encode from FP32, with and without importance; decode to FP32): ggml's C, and gguf-py where it has
 the type. What a second thread adds: two_threads.py. Before it is timed, each row must give the bytes of a
 reference: the plain formulation for FP8, ggml's C for GGUF, and gguf-py where values are decoded.

@@ -1,4 +1,4 @@
-"""FP8 for slabs on their way to disk and back: `ornith_moe.quant.fp8` on numpy arrays, in machine code.
+"""FP8 on a CPU: `ornith_moe.quant.fp8` in machine code, for its tensors and for slabs on their way to disk and back.
 
 That module is the definition and this one gives its bits, NaN payloads of decoded values aside: IEEE division, twice;
 the scale rounded before it divides; a block with NaN or Inf gets a NaN scale and code 0x7f throughout. A row of blocks
@@ -22,7 +22,12 @@ MIN_SCALE, E4M3_MAX = np.float32(2.0**-126), np.float32(448)
 
 
 def encode_fp8(
-    rows: np.ndarray, block: tuple[int, int | None], *, scale: str, bf16_first: bool = True
+    rows: np.ndarray,
+    block: tuple[int, int | None],
+    *,
+    scale: str,
+    bf16_first: bool = True,
+    out: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """q[i, j] = e4m3fn(rows[i, j] / s) with one scale s per block.
 
@@ -31,6 +36,7 @@ def encode_fp8(
         block: rows and columns that share a scale; None for all columns. Columns a multiple of 16.
         scale: dtype of the scale, "fp32", "bf16" or "ue8m0".
         bf16_first: round to BF16 before anything else, as weights are; activations are taken as given.
+        out: memory for q, contiguous.
     Returns:
         q: ([N, K], uint8).
         scale: ([ceil(N / rows), ceil(K / columns)], float32, or uint16 or uint8 as the bits of BF16 or UE8M0).
@@ -43,35 +49,46 @@ def encode_fp8(
     n, k = rows.shape
     x, padded = _whole_lanes(rows)
     bn, bk = _block(block, padded)
-    codes = np.empty((n, padded), np.uint8)
+    codes = np.empty((n, padded), np.uint8) if out is None or padded != k else out
     bits = np.empty((-(-n // bn), 1 if block[1] is None else -(-padded // bk)), np.uint32)
     shift, dtype = SCALES[scale]
     round_first = bf16_first and rows.dtype != np.uint16
     _encode(x, n, padded, bn, bk, round_first, shift, codes.reshape(-1), bits)
     if shift:
         bits = (bits >> shift).astype(dtype)
-    return np.ascontiguousarray(codes[:, :k]), bits.view(dtype)
+    return _without_padding(codes, k, out), bits.view(dtype)
 
 
 def decode_fp8(
-    codes: np.ndarray, scale: np.ndarray, block: tuple[int, int | None], *, dtype: str = "fp32"
+    codes: np.ndarray,
+    scale: np.ndarray,
+    block: tuple[int, int | None],
+    *,
+    dtype: str = "fp32",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """rows[i, j] = codes[i, j] * scale[i // block[0], j // block[1]], the inverse.
 
     Args:
         codes: ([N, K], uint8).
         scale, block: as `encode_fp8` returns and takes them.
-        dtype: "fp32", or "bf16" for the bits of BF16 as uint16.
+        dtype: "fp32", or "bf16" for the bits of BF16 as uint16. out: memory for the result, contiguous.
     Returns: ([N, K], float32 or uint16).
     """
-    shift = {dtype: shift for shift, dtype in SCALES.values()}[scale.dtype.type]
-    factors = (scale.astype(np.uint32) << shift).view(np.float32) if shift else scale
+    factors = scale
+    if scale.dtype == np.uint16:
+        factors = (scale.astype(np.uint32) << 16).view(np.float32)
+    elif scale.dtype == np.uint8:  # exponents; 0 is 2^-127, a subnormal, and 0xff is NaN
+        powers = np.maximum(scale.astype(np.uint32) << 23, 0x400000)
+        factors = np.where(scale == 0xFF, np.uint32(0x7FC00000), powers).view(np.float32)
     n, k = codes.shape
     x, padded = _whole_lanes(codes)
     bn, bk = _block(block, padded)
-    out = np.empty((n, padded), {"fp32": np.float32, "bf16": np.uint16}[dtype])
-    _decode(x, n, padded, bn, bk, np.ascontiguousarray(factors), out.reshape(-1))
-    return np.ascontiguousarray(out[:, :k])
+    rows = out
+    if out is None or padded != k:
+        rows = np.empty((n, padded), {"fp32": np.float32, "bf16": np.uint16}[dtype])
+    _decode(x, n, padded, bn, bk, np.ascontiguousarray(factors), rows.reshape(-1))
+    return _without_padding(rows, k, out)
 
 
 def _block(block: tuple[int, int | None], columns: int) -> tuple[int, int]:
@@ -89,6 +106,14 @@ def _whole_lanes(rows: np.ndarray) -> tuple[np.ndarray, int]:
     flat = rows.reshape(-1).view()
     flat.flags.writeable = False
     return flat, rows.shape[1]
+
+
+def _without_padding(rows: np.ndarray, columns: int, out: np.ndarray | None) -> np.ndarray:
+    """The columns that there are, in `out` where it is given."""
+    if out is None or rows is out:
+        return np.ascontiguousarray(rows[:, :columns])
+    out[...] = rows[:, :columns]
+    return out
 
 
 @compiled

@@ -1,6 +1,6 @@
 """FP8 of slabs in machine code, bit for bit.
 
-Reference: the definition in torch, `ornith_moe.quant.fp8`, whose own tests hold it against a second formulation. NaN
+Reference: the rule in torch, `ornith_moe.quant.fp8`, whose own tests hold it against a second formulation. NaN
 payloads of decoded values are not compared. Not covered: other processors; the arithmetic is integer or IEEE.
 """
 
@@ -17,12 +17,27 @@ from ornith_moe.quant.codecs.lanes import LANES, load, store
 from ornith_moe.quant.codecs.small_floats import farther, farthest, rounded
 from ornith_moe.quant.storage import FP8Block, FP8Channel, Slab
 
+
+def by_rule(function):
+    """A function of quant/fp8.py as it computes in torch: on a CPU it would call what is tested here."""
+
+    def call(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fp8, "_has_machine_code", lambda *_: False)
+            return function(*arguments, **options)
+
+    return call
+
+
+quantize_fp8_block, quantize_fp8_channel, quantize_fp8_tokens, dequantize_fp8 = map(
+    by_rule, (fp8.quantize_fp8_block, fp8.quantize_fp8_channel, fp8.quantize_fp8_tokens, fp8.dequantize_fp8)
+)
 RANDOM = np.random.default_rng(0)
 EVERY_BF16 = np.arange(1 << 16, dtype=np.uint16)
 RECIPES = {  # name: block, definition, scales, rounded to BF16 first
-    "block": ((128, 128), fp8.quantize_fp8_block, ("fp32", "bf16", "ue8m0"), True),
-    "channel": ((1, None), fp8.quantize_fp8_channel, ("bf16", "fp32"), True),
-    "tokens": ((1, 128), fp8.quantize_fp8_tokens, ("fp32", "ue8m0"), False),
+    "block": ((128, 128), quantize_fp8_block, ("fp32", "bf16", "ue8m0"), True),
+    "channel": ((1, None), quantize_fp8_channel, ("bf16", "fp32"), True),
+    "tokens": ((1, 128), quantize_fp8_tokens, ("fp32", "ue8m0"), False),
 }
 CASES = [(recipe, scale) for recipe, (_, _, scales, _) in RECIPES.items() for scale in scales]
 every_case = pytest.mark.parametrize(("recipe", "scale"), CASES)
@@ -47,7 +62,7 @@ def assert_equals_definition(rows, recipe, scale):
     assert np.array_equal(np.ascontiguousarray(s).view(np.uint8), raw(expected_s))
     for dtype, torch_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         decoded = decode_fp8(q, s, block, dtype=dtype)
-        expected = fp8.dequantize_fp8(expected_q, expected_s, block=block if block[1] else None, dtype=torch_dtype)
+        expected = dequantize_fp8(expected_q, expected_s, block=block if block[1] else None, dtype=torch_dtype)
         decoded = tensor(decoded)
         assert torch.equal(decoded.isnan(), expected.isnan())
         assert np.array_equal(raw(decoded.nan_to_num(0)), raw(expected.nan_to_num(0)))
@@ -112,7 +127,7 @@ def test_every_code_decodes_as_torch_casts_it(scale):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize(
-    ("storage", "define"), [(FP8Block(), fp8.quantize_fp8_block), (FP8Channel(), fp8.quantize_fp8_channel)]
+    ("storage", "define"), [(FP8Block(), quantize_fp8_block), (FP8Channel(), quantize_fp8_channel)]
 )
 def test_a_conversion_writes_the_definition(storage, define, dtype):
     w = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
@@ -123,7 +138,7 @@ def test_a_conversion_writes_the_definition(storage, define, dtype):
     q, s = define(w, scale="bf16")
     assert np.array_equal(encoded[0], raw(q))
     assert np.array_equal(encoded[1], raw(s))
-    expected = fp8.dequantize_fp8(q, s, dtype=torch.float32).numpy()
+    expected = dequantize_fp8(q, s, dtype=torch.float32).numpy()
     assert np.array_equal(storage.decode(encoded, w.shape[1], dtype), expected)
 
 
@@ -164,3 +179,40 @@ def test_lanes_round_and_compare_as_the_bits_do():
     assert np.array_equal(out[LANES:], larger, equal_nan=True)
     values[7] = 1
     assert run(values, short, out) == np.inf
+
+
+def test_every_ue8m0_exponent_decodes_as_torch_does():
+    """2^-127 and NaN, which our scales never are, but those of a file may be."""
+    scale = np.arange(256, dtype=np.uint8)[:, None]
+    codes = np.resize(np.array([0x38, 0xB8, 0x01, 0x7F], np.uint8), (256, 16))
+    expected = dequantize_fp8(
+        torch.from_numpy(codes).view(torch.float8_e4m3fn),
+        torch.from_numpy(scale).view(torch.float8_e8m0fnu),
+        block=(1, 16),
+        dtype=torch.float32,
+    )
+    assert np.array_equal(decode_fp8(codes, scale, (1, None)), expected.numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("function", ["quantize_fp8_block", "quantize_fp8_channel", "quantize_fp8_tokens"])
+def test_tensors_take_the_same_bits_from_any_number_of_threads(function, threads, monkeypatch):
+    w = torch.randn(3, 300, 272, requires_grad=True)
+    expected = by_rule(getattr(fp8, function))(w)
+    monkeypatch.setattr(fp8, "_TILE_ELEMENTS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    strided = torch.nn.Parameter(w.mT.contiguous()).mT
+    for weight in (w, w.detach(), strided):
+        got = getattr(fp8, function)(weight)
+        assert all(np.array_equal(raw(a), raw(b)) for a, b in zip(got, expected, strict=True))
+        for dtype in (torch.bfloat16, torch.float32, torch.float16):
+            assert torch.equal(fp8.dequantize_fp8(*got, dtype=dtype), dequantize_fp8(*expected, dtype=dtype))
+
+
+def test_a_parameter_that_was_quantized_can_still_be_freed():
+    """FSDP frees unsharded parameters by resizing their storage, which torch forbids after `numpy()`."""
+    weight = torch.nn.Parameter(torch.randn(128, 256))
+    q, scale = fp8.quantize_fp8_block(weight)
+    fp8.dequantize_fp8(q, scale)
+    for tensor in (weight, q, scale):
+        tensor.untyped_storage().resize_(0)
