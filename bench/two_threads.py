@@ -7,7 +7,7 @@ The second core of a virtual machine is often another's: for seconds or minutes 
 the encoders are visited in turn, again and again, half a second each, one worker beside two, and the ratio is that of
 the fastest rounds of all visits. The last row is a control, torch.mm in L2: it fills a core, so its median against its
 best says for how much of the time there were two. (A loop of dependent additions leaves half a core idle: two of them
-fit on one.) F16 and BF16 are copies: two workers are bound by the machine's memory.
+fit on one.) BF16 is a copy, and two workers are bound by memory.
 
 Bytes of two workers must equal those of one call before anything is timed.
 """
@@ -25,6 +25,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from pytest_benchmark.utils import get_commit_info
 from report import cpu_name
 from shapes import SEARCHED
 
@@ -114,7 +115,8 @@ def main(argv=None):
     load, rows = os.getloadavg()[0], measure(arguments.minutes)
     if arguments.json:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "load_at_start": load}
-        print(json.dumps({"machine": machine, "minutes": arguments.minutes, "rows": rows}, indent=2))
+        told = {"machine": machine, "commit_info": get_commit_info(), "minutes": arguments.minutes, "rows": rows}
+        print(json.dumps(told, indent=2))
     else:
         print(f"{cpu_name()}, {os.cpu_count()} cores, load {load:.1f} at start")
         print(f"{'':44}  Mweights/s: one      two   best by best   median   rounds")
