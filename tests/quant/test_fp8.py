@@ -312,6 +312,14 @@ def test_dequantize_is_one_product_and_one_rounding(kind, dtype):
     assert torch.equal(torch.signbit(got[:, [0, 128]]), torch.tensor([[False, True]] * 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float64, torch.float16])
+def test_dequantize_takes_scales_that_we_never_write(stored, dtype):
+    q, scale = quantize_fp8_channel(torch.randn(5, 64), scale="fp32")
+    expected = q.float() * scale.to(stored).float()
+    assert torch.equal(dequantize_fp8(q, scale.to(stored), dtype=dtype), expected.to(dtype))
+
+
 @pytest.mark.parametrize("n,k", [(1, 1), (1, 300), (128, 128), (129, 128), (300, 129), (2, 256)])
 def test_dequantize_finds_the_block_from_the_shapes(n, k):
     x = torch.randn(n, k)
@@ -339,6 +347,16 @@ def test_empty_input_is_normal_input(shape):
 def test_no_gradient_is_recorded():
     q, scale = quantize_fp8_channel(torch.nn.Parameter(torch.randn(4, 4)))
     assert not q.requires_grad and not scale.requires_grad
+
+
+@pytest.mark.parametrize("function", [quantize_fp8_block, quantize_fp8_channel, quantize_fp8_tokens])
+def test_torch_compile_changes_no_bit(function):
+    """Its own code for the rule would leave out the rounding to BF16, and so change a quarter of the values."""
+    w = torch.randn(130, 160)
+    q, scale = function(w)
+    got = torch.compile(lambda w: (*function(w), dequantize_fp8(*function(w))))(w)
+    for a, b in zip(got, (q, scale, dequantize_fp8(q, scale)), strict=True):
+        assert torch.equal(a.float(), b.float())
 
 
 def test_errors_name_the_argument():
