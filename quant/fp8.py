@@ -221,8 +221,8 @@ def dequantize_fp8(
         )
     bn, bk = candidates[shapes.index(tuple(scale.shape))]
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    known = dtype in (torch.float32, torch.bfloat16) and scale.dtype in [stored for stored, _, _ in SCALES.values()]
-    in_machine_code = known and _has_machine_code(bk, q, scale)
+    stored = scale.dtype in [dtype for dtype, _, _ in SCALES.values()]
+    in_machine_code = stored and _has_machine_code(bk, q, scale)
     rows = _dequantize_rows_in_machine_code if in_machine_code else _dequantize_rows
     _each(lambda *tile: rows(*tile, bn, bk), _row_tiles(bn, q, scale, out), in_machine_code)
     return out
@@ -282,8 +282,11 @@ def _dequantize_rows(q, scale, out, bn, bk):
 def _dequantize_rows_in_machine_code(q, scale, out, bn, bk):
     from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
 
-    dtype = "bf16" if out.dtype == torch.bfloat16 else "fp32"
-    decode_fp8(_as_array(q), _as_array(scale), (bn, bk), dtype=dtype, out=_as_array(out))
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    decoded = out if out.dtype in names else torch.empty(out.shape, dtype=torch.float32)
+    decode_fp8(_as_array(q), _as_array(scale), (bn, bk), dtype=names[decoded.dtype], out=_as_array(decoded))
+    if decoded is not out:
+        out.copy_(decoded)
 
 
 def _has_machine_code(bk, *tensors):

@@ -8,7 +8,7 @@ from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_fi
 from ornith_moe.quant.codecs.compiled import compiled
 from ornith_moe.quant.codecs.tiles import half_bits, half_value
 
-INFINITE = 0x7C00  # bits of an fp16
+HALF_INFINITY = 0x7C00  # bits
 
 
 class F32(GgufCodec):
@@ -26,8 +26,8 @@ class F16(GgufCodec):
 
     def encode(self, rows, imatrix=None):
         codes = np.empty(rows.shape, np.uint16)
-        if _f16(frozen(rows), codes.reshape(-1)) >= INFINITE:
-            row, column = map(int, np.argwhere(codes & 0x7FFF >= INFINITE)[0])
+        if _f16(frozen(rows), codes.reshape(-1)) >= HALF_INFINITY:
+            row, column = map(int, np.argwhere(codes & 0x7FFF >= HALF_INFINITY)[0])
             raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows, row, column)
         return codes.view(np.uint8)
 
