@@ -1,8 +1,41 @@
 """The named failures of reading, planning, converting and verifying a checkpoint.
 
 Each message is one sentence: what, where (file, tensor, coordinate), expected, got, what to do.
-The CLI prints it and exits with `exit_code`; a traceback means a bug of ours.
+The CLI prints it and exits with `exit_code`; a traceback means a bug of ours. A value that comes from a file or from
+the command line goes into a message as `brief(value)`: whatever it holds, the message stays one readable line.
 """
+
+import reprlib
+
+BRIEF = 120  # characters of a value in a message
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self, limit: int):
+        super().__init__()
+        self.maxstring = self.maxother = limit
+        self.maxlist = self.maxtuple = self.maxset = self.maxdict = limit // 4
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 256:  # Python refuses to print thousands of digits
+            return f"an integer of {value.bit_length()} bits"
+        return repr(value)
+
+
+def brief(value: object, limit: int = BRIEF) -> str:
+    """`repr(value)` in at most `limit` characters, the middle left out, whatever `value` holds and however much of it.
+
+    Example:
+        >>> brief("a" * 500, limit=20)
+        "'aaaaaaa...aaaaaaaa'"
+        >>> brief({"layers": 10**5000})
+        "{'layers': an integer of 16610 bits}"
+    """
+    text = _Brief(limit).repr(value)
+    if len(text) <= limit:
+        return text
+    head = (limit - 3) // 2
+    return f"{text[:head]}...{text[head + 3 - limit :]}"
 
 
 class OrnithError(Exception):
