@@ -130,9 +130,9 @@ def test_fp8_weights_with_plain_activations(scale, dtype):
     if scale == "ue8m0":  # as raw bytes
         experts = [Weights(w.value, w.scale.view(torch.uint8)) for w in experts]
         expected = layer.expected([Weights(w.value, w.scale.view(torch.float8_e8m0fnu)) for w in experts])
-    elif scale == "whole":  # one scale per matrix
-        experts = [Weights(w.value, torch.full((4, 1, 1), 0.25)) for w in experts]
-        plain, values = Layer.__new__(Layer), [0.25 * w.value.to(dtype) for w in experts]
+    elif scale == "whole":  # one scale per matrix, such that weights have their usual size
+        experts = [Weights(w.value, torch.full((4, 1, 1), 2.0**-10)) for w in experts]
+        plain, values = Layer.__new__(Layer), [2.0**-10 * w.value.to(dtype) for w in experts]
         vars(plain).update(vars(layer), gate_up=values[0], down=values[1])
         expected = plain.expected()
     else:
