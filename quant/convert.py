@@ -44,7 +44,7 @@ from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FP8_BLOCK, Gguf
 from ornith_moe.quant.stream import units
 
-ENCODING = 1  # raised when a storage gives other bytes, so that two versions never share a conversion
+ENCODING = 2  # raised when a storage gives other bytes, so that two versions never share a conversion
 PARTIAL = ".ornith-partial"
 NON_FINITE = ("error", "keep-bf16")
 _VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
