@@ -31,7 +31,8 @@ from ornith_moe.quant.builds import BuildPlan, plan_build
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.gguf_codecs import ENCODERS
-from ornith_moe.quant.gguf_metadata import Entry, gguf_metadata
+from ornith_moe.quant.gguf_header import Entry
+from ornith_moe.quant.gguf_metadata import gguf_metadata
 from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.imatrix import Coverage, Imatrix
 from ornith_moe.quant.journal import JOURNAL, Journal
@@ -257,7 +258,7 @@ def _place(
                 mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
                 pre=tokenizer_pre,
             ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
-            layout = gguf_layout(plan, final.name, source.architecture.gguf_architecture, metadata)
+            layout = gguf_layout(plan, final.name, metadata)
         else:
             final, layout = out / plan.build, safetensors_layout(plan, max_shard_bytes)
         placed.append(PlacedBuild(plan, layout, staging / plan.build.replace(":", "-"), final, files))

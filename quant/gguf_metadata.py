@@ -18,7 +18,7 @@ Sources: llama.cpp `src/models/{qwen35,qwen35moe,gemma4}.cpp` for what is read, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gguf import GGUFValueType as Type
 from gguf import Keys
@@ -27,6 +27,7 @@ from ornith_moe.quant.architectures import architecture
 from ornith_moe.quant.architectures.weight import Settings, text_settings
 from ornith_moe.quant.checkpoint import read_json
 from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.gguf_tokenizer import tokenizer_entries
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats
@@ -38,15 +39,6 @@ _SAMPLING = {
     "top_p": (Keys.General.SAMPLING_TOP_P, Type.FLOAT32),
     "min_p": (Keys.General.SAMPLING_MIN_P, Type.FLOAT32),
 }
-
-
-class Entry(NamedTuple):
-    """One key of a GGUF; the fields are the arguments of `gguf.GGUFWriter.add_key_value`."""
-
-    key: str
-    value: Any
-    type: Type
-    sub_type: Type | None = None  # of an array's items
 
 
 def gguf_metadata(
@@ -69,7 +61,7 @@ def gguf_metadata(
         pre: llama.cpp's name of the pre-tokenizer, when tokenizer.json has one that we do not recognize.
 
     Returns:
-        Entries in file order, ready for `GGUFWriter.add_key_value(*entry)`.
+        Entries in file order, ready for `gguf_header`.
 
     Raises:
         CheckpointError: an unknown architecture, a missing or damaged value or file, a tokenizer unlike its vocabulary.

@@ -5,7 +5,7 @@ threads, and a file is complete exactly when its extents tile it. A layout is th
 each tensor; the payload is not its business.
 
 Safetensors: tensors in plan order, a new shard when the next would pass `max_shard_bytes`; header padded with spaces to
-8 bytes, as the format asks. GGUF: one file, its header written by the `gguf` package, tensors aligned to 32 bytes.
+8 bytes, as the format asks. GGUF: one file, its header from quant/gguf_header.py, tensors aligned to 32 bytes.
 Nothing of the machine, the date or a path enters a header: equal sources give equal bytes.
 """
 
@@ -13,15 +13,11 @@ from __future__ import annotations
 
 import json
 import struct
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import gguf
-import numpy as np
 
 from ornith_moe.quant.builds import BuildPlan, OutputTensor
+from ornith_moe.quant.gguf_header import Entry, gguf_header, padded
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -88,26 +84,11 @@ def safetensors_index(plan: BuildPlan, layout: Layout) -> dict[str, object] | No
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def gguf_layout(plan: BuildPlan, file_name: str, architecture: str, metadata: Sequence) -> Layout:
+def gguf_layout(plan: BuildPlan, file_name: str, metadata: Sequence[Entry]) -> Layout:
     """Layout of a GGUF build; `metadata` are the entries of `gguf_metadata`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header"
-        writer = gguf.GGUFWriter(path, architecture)
-        for entry in metadata:
-            if entry.key != gguf.Keys.General.ARCHITECTURE:  # the writer has added it
-                writer.add_key_value(*entry)
-        for tensor in plan.tensors:
-            kind = gguf.GGMLQuantizationType[tensor.dtype]
-            # Any dtype but uint8 makes the writer take the shape as values, not as bytes.
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        header = path.read_bytes()
-    header += b"\0" * (-len(header) % gguf.GGUF_DEFAULT_ALIGNMENT)
+    header = gguf_header(metadata, ((t.name, t.dtype, t.shape, t.nbytes) for t in plan.tensors))
     places, position = [], len(header)
     for tensor in plan.tensors:
         places.append((0, position))
-        position += tensor.nbytes + -tensor.nbytes % gguf.GGUF_DEFAULT_ALIGNMENT
+        position += padded(tensor.nbytes)
     return Layout((OutputFile(file_name, header, position),), tuple(places))

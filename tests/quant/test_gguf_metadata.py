@@ -15,7 +15,8 @@ import pytest
 
 import ornith_moe
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
-from ornith_moe.quant.gguf_metadata import Entry, gguf_metadata
+from ornith_moe.quant.gguf_header import Entry
+from ornith_moe.quant.gguf_metadata import gguf_metadata
 from ornith_moe.quant.gguf_tokenizer import PRE_BY_PATTERN
 
 PRESETS = Path(ornith_moe.__file__).parent / "quant" / "presets"
