@@ -109,7 +109,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
-    from ornith_moe.quant.builds import iterate_dtypes, plan_build, plan_json
+    from ornith_moe.quant.build_plan import iterate_dtypes, plan_json
+    from ornith_moe.quant.builds import plan_build
+    from ornith_moe.quant.fallbacks import by_kind
     from ornith_moe.quant.hub import open_any
     from ornith_moe.quant.layout import shard_tensors
 
@@ -132,10 +134,12 @@ def plan(
         bits = f"{8 * plan.tensor_bytes / weights:.2f}"
         ranks = str(plan.max_tensor_parallel or "-")
         table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+    for warning in filter(None, (plan.warning for plan in plans)):
+        say(warning)
     say(opened.name)
     out.print(table)
     _print_coverage(plan.coverage for plan in plans)
-    for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *plan.fallbacks])]:
+    for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)])]:
         say(f"- {note}")
 
 
@@ -171,6 +175,7 @@ def convert(
 
     from ornith_moe.quant.convert import PARTIAL
     from ornith_moe.quant.convert import convert as run
+    from ornith_moe.quant.fallbacks import by_kind
     from ornith_moe.quant.hub import open_any
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
@@ -227,7 +232,7 @@ def convert(
     out.print(table)
     _print_coverage(build.coverage for build in report.builds)
     for build in report.builds:
-        for note in [*build.notes, *build.fallbacks]:
+        for note in [*build.notes, *by_kind(build.fallbacks)]:
             say(f"- {note}")
     seconds = max(build.seconds for build in report.builds)
     out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "

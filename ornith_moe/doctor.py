@@ -24,9 +24,9 @@ def examine() -> dict[str, dict[str, Any]]:
 
     from ornith_moe.backend import RECIPES, backends
     from ornith_moe.gpu_encoders import choose_device
-    from ornith_moe.quant.builds import SAFETENSORS_BUILDS
     from ornith_moe.quant.gguf_codecs import ENCODERS
     from ornith_moe.quant.gguf_types import FILE_TYPES
+    from ornith_moe.quant.names import SAFETENSORS_BUILDS
 
     planned = [kind.name for kind in FILE_TYPES.values() if not {kind.base, kind.head} <= ENCODERS.keys()]
     written = [*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES if name not in planned)]

@@ -27,7 +27,8 @@ from pathlib import Path
 import xxhash
 from gguf import GGUFValueType
 
-from ornith_moe.quant.builds import BuildPlan, plan_build
+from ornith_moe.quant.build_plan import BuildPlan
+from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.gguf_codecs import ENCODERS
@@ -175,7 +176,7 @@ def convert(
             len(b.layout.files),
             seconds,
             tuple(b.plan.fallbacks),
-            tuple(b.plan.notes),
+            tuple(b.plan.all_notes),
             tuple(b.plan.coverage),
         )
         for b in placed

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING
 
 import gguf
 
+from ornith_moe.quant.fallbacks import Fallback
+
 if TYPE_CHECKING:
     from ornith_moe.quant.recipe import Recipe
 
@@ -307,7 +309,7 @@ def tensor_types(
     gqa: int = 1,
     imatrix: bool = False,
     recipe: Recipe | None = None,
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], list[Fallback]]:
     """The type of each tensor of a GGUF, and one sentence for each that had to give way.
 
     Args:
@@ -355,13 +357,15 @@ def tensor_types(
         wanted = recipe and recipe.type_of(name, file_type.quantized)
         if not wanted:
             wanted = mixed(name, shape) if file_type.quantized else file_type.base
-        types[name] = _fit(wanted, shape[-1])
+        types[name] = fit(wanted, shape[-1])
         if types[name] != wanted:
-            fallbacks.append(f"{name}: {shape[-1]} columns are not whole {wanted} blocks, stored as {types[name]}")
+            kind = f"{shape[-1]} columns are not whole {wanted} blocks, stored as {types[name]}"
+            fallbacks.append(Fallback(name, kind))
     return types, fallbacks
 
 
-def _fit(kind: str, columns: int) -> str:
+def fit(kind: str, columns: int) -> str:
+    """`kind`, or what gives way to it in rows of `columns` values that are not whole blocks."""
     for candidate in (kind, _FALLBACK.get(kind, kind), "F16"):
         if columns % block_shape(candidate)[0] == 0:
             return candidate

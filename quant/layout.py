@@ -16,7 +16,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ornith_moe.quant.builds import BuildPlan, OutputTensor
+from ornith_moe.quant.build_plan import BuildPlan, OutputTensor
 from ornith_moe.quant.gguf_header import Entry, gguf_header, padded
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000

@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from ornith_moe.quant.architectures.weight import Weight
-from ornith_moe.quant.builds import BuildPlan, Step
+from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
 from ornith_moe.quant.journal import Extent, Journal

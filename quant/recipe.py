@@ -7,9 +7,10 @@
                                   --tensor-type-file; lines that begin with # are comments
 
 Published mixes ("dynamic" quants) are such lists: one pattern for each tensor that differs from the mixture. As in
-llama-quantize, patterns become lower case, the order of patterns decides, file types that are not quantized (F16, BF16,
-F32) hear only the second and third option, and vectors, norms and routers stay F32 whatever is asked. Unlike there, an
-unknown type, a broken pattern and a pattern that fits no tensor are told.
+llama-quantize, patterns become lower case, the order of patterns decides, and vectors, norms and routers stay F32
+whatever is asked. File types that are not quantized (F16, BF16, F32) hear patterns only where they ask for such a type,
+as BF16 for a tensor that F16 cannot hold; llama-quantize ignores those too. Unlike there, an unknown type, a broken
+pattern and a pattern that fits no tensor are told.
 
 A pattern may be hostile, or merely unlucky: `(a+)+$` takes minutes on a name of thirty letters. Patterns have at most
 MAX_PATTERN characters, names 64, and one search at most SEARCH_SECONDS, which the `regex` package keeps.
@@ -26,8 +27,9 @@ from pathlib import Path
 
 import gguf
 
-from ornith_moe.quant.errors import PlanError
-from ornith_moe.quant.gguf_types import EMBEDDING, HEAD
+from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.gguf_types import EMBEDDING, HEAD, block_shape
+from ornith_moe.quant.names import did_you_mean
 
 MAX_RECIPE_BYTES, MAX_PATTERNS, MAX_PATTERN = 4 << 20, 20_000, 512
 SEARCH_SECONDS = 1.0
@@ -44,7 +46,7 @@ class Recipe:
     output_tensor_type: str | None = None
 
     def type_of(self, name: str, quantized: bool) -> str | None:
-        """The type asked for tensor `name`, None if none is; patterns count only in a quantized file type.
+        """The type asked for tensor `name`, None if none is; quantized ones count only in a quantized file type.
 
         Raises:
             PlanError: a pattern that takes too long.
@@ -53,9 +55,8 @@ class Recipe:
             return self.token_embedding_type
         if name == HEAD and self.output_tensor_type:
             return self.output_tensor_type
-        if not quantized:
-            return None
-        return next((kind for pattern, kind in self._patterns if self._found(pattern, name)), None)
+        allowed = (pair for pair in self._patterns if quantized or block_shape(pair[1])[0] == 1)
+        return next((kind for pattern, kind in allowed if self._found(pattern, name)), None)
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """Patterns that fit none of `names`."""
@@ -106,9 +107,12 @@ def parse_recipe(
 def parse_type(name: str, where: str) -> str:
     """The GGUF type of `name` in any case, for example Q4_K of "q4_k"."""
     try:
-        return _TYPES[name.lower()]
+        return _TYPES[name.strip().lower().replace("-", "_")]
     except KeyError:
-        raise PlanError(f"{where}: {name[:64]!r} is no type; expected one of {', '.join(_TYPES.values())}") from None
+        near = did_you_mean(name, _TYPES.values())
+        raise PlanError(
+            f"{where}: {brief(name)} is no type{near}; expected one of {', '.join(_TYPES.values())}"
+        ) from None
 
 
 def _tensor_type(word: str, where: str) -> tuple[str, str]:

@@ -29,6 +29,7 @@ from ornith_moe.quant.checkpoint import (
     refuse_quantized,
 )
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.names import did_you_mean
 
 # What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.
 PRESET_HAS_MTP = {
@@ -93,6 +94,7 @@ def open_source(source: str | Path, *, mtp: str | None = None) -> Source:
         return source_from_config(config, name=path.stem, mtp=mtp)
     raise CheckpointError(
         f"{source}: expected a checkpoint folder, a config .json or one of the presets {', '.join(PRESET_HAS_MTP)}"
+        f"{did_you_mean(str(source), PRESET_HAS_MTP)}"
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ornith_moe.quant.architectures.weight import GgufPlace
-from ornith_moe.quant.builds import Step
+from ornith_moe.quant.build_plan import Step
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FP8_BLOCK, Slab

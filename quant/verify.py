@@ -30,7 +30,8 @@ import gguf
 import numpy as np
 
 from ornith_moe.quant.architectures.weight import GgufPlace
-from ornith_moe.quant.builds import BuildPlan, Step, plan_build
+from ornith_moe.quant.build_plan import BuildPlan, Step
+from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.checkpoint import matrix_shape, read_json, read_tables
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.gguf_reader import read_gguf_header

@@ -4,7 +4,8 @@ from typing import Any
 
 from ornith_moe.quant.architectures.gemma4 import Gemma4
 from ornith_moe.quant.architectures.qwen35 import Qwen35
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.names import did_you_mean
 
 ARCHITECTURES = (Qwen35, Gemma4)
 
@@ -19,5 +20,8 @@ def architecture(config: dict[str, Any]) -> Qwen35 | Gemma4:
     for kind in ARCHITECTURES:
         if model_type in kind.MODEL_TYPES:
             return kind(config)
-    known = ", ".join(name for kind in ARCHITECTURES for name in kind.MODEL_TYPES)
-    raise CheckpointError(f"config.json: model_type {model_type!r} is not one we convert; expected one of {known}")
+    known = [name for kind in ARCHITECTURES for name in kind.MODEL_TYPES]
+    raise CheckpointError(
+        f"config.json: model_type {brief(model_type)} is not one we convert{did_you_mean(str(model_type), known)}; "
+        f"expected one of {', '.join(known)}"
+    )

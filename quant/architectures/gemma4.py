@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ornith_moe.quant.architectures.weight import GgufPlace, Settings, Weight, text_settings
+from ornith_moe.quant.architectures.weight import Cut, GgufPlace, Settings, Weight, text_settings
 from ornith_moe.quant.errors import CheckpointError
 
 ATTENTIONS = ("sliding_attention", "full_attention")
@@ -145,6 +145,25 @@ class Gemma4:
             for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
                 yield f"{base}{norm}_layernorm.weight", (hidden,)
         yield "model.embed_vision.embedding_projection.weight", (self.hidden, hidden)
+
+    # Engines
+
+    def cut(self, weight: Weight) -> Cut | None:
+        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
+        if weight.layer is None:
+            return None
+        everywhere = self.attentions[weight.layer] == "full_attention"
+        size = self.global_head_dim if everywhere else self.head_dim
+        shared = Cut(((self.global_kv_heads if everywhere else self.kv_heads, size),), shared=True)
+        return {
+            "q_proj": Cut(((self.heads, size),)),
+            "k_proj": shared,
+            "v_proj": shared,
+            "o_proj": Cut(((self.heads, size),), by_columns=True),
+            "gate_proj": Cut(((self.intermediate, 1),)),
+            "up_proj": Cut(((self.intermediate, 1),)),
+            "down_proj": Cut(((self.intermediate, 1),), by_columns=True),
+        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
 
     # FP8 builds
 

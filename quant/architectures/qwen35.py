@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ornith_moe.quant.architectures.weight import GgufPlace, HeadSwap, Packed, Settings, Weight, text_settings
+from ornith_moe.quant.architectures.weight import Cut, GgufPlace, HeadSwap, Packed, Settings, Weight, text_settings
 from ornith_moe.quant.errors import CheckpointError, PlanError
 
 MAX_EXPERTS = 1 << 18  # of all layers; the 397B has 30,720
@@ -217,6 +217,27 @@ class Qwen35:
         for name, out in (("linear_fc1", merged), ("linear_fc2", vision.integer("out_hidden_size"))):
             yield f"merger.{name}.weight", (out, merged)
             yield f"merger.{name}.bias", (out,)
+
+    # Engines
+
+    def cut(self, weight: Weight) -> Cut | None:
+        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
+        keys, values = (self.key_heads, self.key_head_dim), (self.value_heads, self.value_head_dim)
+        inner = ((self.shared_intermediate if ".shared_expert." in weight.name else self.intermediate, 1),)
+        return {
+            "q_proj": Cut(((self.heads, 2 * self.head_dim),)),
+            "k_proj": Cut(((self.kv_heads, self.head_dim),), shared=True),
+            "v_proj": Cut(((self.kv_heads, self.head_dim),), shared=True),
+            "o_proj": Cut(((self.heads, self.head_dim),), by_columns=True),
+            "in_proj_qkv": Cut((keys, keys, values)),
+            "in_proj_z": Cut((values,)),
+            "in_proj_b": Cut(((self.value_heads, 1),)),
+            "in_proj_a": Cut(((self.value_heads, 1),)),
+            "out_proj": Cut((values,), by_columns=True),
+            "gate_proj": Cut(inner),
+            "up_proj": Cut(inner),
+            "down_proj": Cut(inner, by_columns=True),
+        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
 
     # FP8 builds
 

@@ -80,6 +80,28 @@ class GgufPlace:
     columns: HeadSwap | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How tensor parallelism cuts a matrix: into `parts` of (units, size) along its rows, or `by_columns`.
+
+    A rank gets units / ranks of each part, or one unit where there are fewer than ranks and they are `shared`, as heads
+    of keys and values are. A unit is a head, or one row.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    by_columns: bool = False
+    shared: bool = False
+
+    def per_rank(self, ranks: int) -> tuple[int, ...] | None:
+        """Rows (columns) that a rank gets of each part; None if the parts cannot be cut so."""
+        sizes = []
+        for units, size in self.parts:
+            if units % ranks and not (self.shared and ranks % units == 0):
+                return None
+            sizes.append(max(units // ranks, 1) * size)
+        return tuple(sizes)
+
+
 def text_settings(config: dict[str, Any]) -> Settings:
     """Settings of the language model: `text_config` of a wrapper, or the config itself."""
     text = config.get("text_config", config)

@@ -6,14 +6,21 @@ against change. Not covered: builds of architectures nobody published.
 """
 
 import json
+import math
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 
-from ornith_moe.quant.builds import compressed_tensors_config, plan_build
+from ornith_moe.quant.build_plan import plan_json
+from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.fallbacks import by_kind
 from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape, row_bytes, tensor_types
+from ornith_moe.quant.imatrix import Coverage
 from ornith_moe.quant.layout import shard_tensors
+from ornith_moe.quant.names import build_name
+from ornith_moe.quant.safetensors_builds import compressed_tensors_config
 from ornith_moe.quant.source import PRESET_HAS_MTP, open_source, source_from_config
 
 PUBLISHED = [  # tensors and payload bytes; a GGUF's payload is its file less the header
@@ -175,10 +182,60 @@ def test_shards_hold_what_fits():
     assert len(shard_tensors(plan.tensors[:3], 1)) == 3
 
 
-@pytest.mark.parametrize("build", ["fp8", "gguf:", "gguf:Q4_K", "gguf:IQ9", ""])
-def test_unknown_builds_are_refused(build):
-    with pytest.raises(PlanError, match="expected one of fp8-channel"):
-        plan_build(small(), build)
+@pytest.mark.parametrize(
+    ("build", "near"),
+    [("fp8", "fp8-channel or fp8-block"), ("gguf:", None), ("gguf:Q4_K", "gguf:Q4_K_"), ("gguf:IQ9", None), ("", None),
+     ("q4_k_m", "gguf:Q4_K_M"), ("fp8-blok", "fp8-block"), ("gguf:q4km", "gguf:Q4_K_M"), ("x" * 10_000, None)],
+)  # fmt: skip
+def test_unknown_builds_are_refused(build, near):
+    with pytest.raises(PlanError, match="expected one of fp8-channel") as told:
+        build_name(build)
+    assert len(str(told.value)) < 1000 and (near is None or f"did you mean {near}" in str(told.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [("gguf:q4_k_m", "gguf:Q4_K_M"), ("GGUF:Q4_K_M", "gguf:Q4_K_M"), ("fp8_block", "fp8-block"), ("BF16", "bf16"),
+     ("gguf:q4-k-m", "gguf:Q4_K_M"), ("FP8-Channel", "fp8-channel")],
+)  # fmt: skip
+def test_names_are_forgiving(name, build):
+    assert plan_build(small(), name).build == build
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "words"),
+    [
+        ("fp8-block", {"intermediate_size": 320, "hidden_size": 320}, ("bits per weight; fp8-channel", "100%")),
+        ("gguf:Q4_K_M", {"intermediate_size": 320, "hidden_size": 320}, ("gguf:Q4_0, gguf:Q5_0 and gguf:Q8_0",)),
+        ("gguf:Q4_K_M", {"intermediate_size": 440, "hidden_size": 328}, ("no quantized type of a GGUF fits",)),
+    ],
+)
+def test_a_build_that_is_hardly_one_says_so_first(build, changes, words):
+    """No row is whole blocks: nearly everything is stored in more bits than the name of the build says."""
+    source = small(**changes, head_dim=40, linear_value_head_dim=40)
+    plan = plan_build(source, build)
+    assert plan.warning.startswith(f"{build}: is hardly one: ") and all(word in plan.warning for word in words)
+    bits = 8 * plan.tensor_bytes / sum(math.prod(weight.shape) for weight in source.weights)
+    assert f"{bits:.2f} bits per weight" in plan.warning == plan_json(plan, 1)["notes"][0]
+    assert len(by_kind(plan.fallbacks)) < 12 < len(plan.fallbacks)
+    assert not plan_build(small(), build).warning
+
+
+def test_mtp_without_importance_gets_bits_that_need_none(tmp_path):
+    """Importance is measured without MTP: its tensors become Q4_K, and nothing is left to ask for."""
+    source = open_source("qwen3.5-9b")
+    names = [f"blk.{layer}.{kind}" for layer in range(32) for kind in
+             ("ffn_up", "ffn_gate", "ffn_down", "attn_q", "attn_k", "attn_output", "attn_gate", "ssm_out")]  # fmt: skip
+    shapes = {place.name: place.shape for place in map(source.architecture.gguf_place, source.weights) if place}
+    shapes = {name: shapes[name] for name in map("{}.weight".format, names) if name in shapes}
+    covered = [Coverage(name, "IQ2_XXS", 1, 1, 9, 9) for name in shapes]
+    imatrix = SimpleNamespace(name="im", match=lambda *_: covered, metadata=dict, importance=dict)
+    plan = plan_build(source, "gguf:IQ2_XXS", imatrix=imatrix)
+    types = {tensor.name: tensor.dtype for tensor in plan.tensors}
+    assert types["blk.32.ffn_up.weight"] == types["blk.32.nextn.eh_proj.weight"] == "Q4_K"
+    assert types["blk.3.ffn_up.weight"] == "IQ2_XXS"
+    assert any("of the MTP layer" in note and "Q4_K" in note for note in plan.notes)
+    assert not any(name.startswith("blk.32.") for name in plan.needs_imatrix)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESET_HAS_MTP if "397b" not in name])

@@ -28,7 +28,9 @@ def test_words_before_files_and_the_first_that_fits(tmp_path):
     assert recipe.type_of("blk.7.ffn_down_exps.weight", True) == "IQ4_NL"
     assert recipe.type_of("blk.7.ffn_down_shexp.weight", True) == "Q4_K"
     assert recipe.type_of("blk.7.attn_q.weight", True) == "BF16"
-    assert recipe.type_of("blk.6.attn_q.weight", True) is None and recipe.type_of("blk.7.attn_q.weight", False) is None
+    assert recipe.type_of("blk.6.attn_q.weight", True) is None
+    assert recipe.type_of("blk.6.ffn_down.weight", False) is None  # Q4_K is nothing for a file that is not quantized
+    assert recipe.type_of("blk.7.ffn_down.weight", False) == "BF16"
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,7 @@ def test_words_before_files_and_the_first_that_fits(tmp_path):
         ("=q4_k", "expected REGEX=TYPE"),
         ("ffn_down=", "is no type"),
         ("ffn_down=q9_z", "'q9_z' is no type; expected one of F32"),
+        ("ffn_down=q4_km", "'q4_km' is no type (did you mean Q4_K?)"),
         ("ffn_down=i32", "is no type"),
         ("(ffn=q4_k", "is no regular expression"),
         ("a{9999999999999999999999}=q4_k", None),
