@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ornith_moe.quant.checkpoint import read_json
+from ornith_moe.quant import files
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 
 MAX_TEXT_BYTES = 64 << 20
@@ -189,8 +189,9 @@ def encode(folder: str | Path, text: str, *, special: bool = False) -> list[int]
     """Token ids of `text` by the tokenizer.json of a checkpoint folder; `special`: with the special tokens it adds."""
     tokenizers = _require("tokenizers", "hf")
     path = Path(folder) / "tokenizer.json"
+    raw = files.read_bytes(path, what="the tokenizer", limit=files.MAX_JSON_BYTES)
     try:
-        return tokenizers.Tokenizer.from_file(str(path)).encode(text, add_special_tokens=special).ids
+        return tokenizers.Tokenizer.from_buffer(raw).encode(text, add_special_tokens=special).ids
     except Exception as error:  # the library raises bare Exception for a damaged file
         raise CheckpointError(f"{path}: not a tokenizer that can be loaded: {error}") from None
 
@@ -201,13 +202,7 @@ def read_text(path: str | Path | None) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
-    path = Path(path)
-    if not path.is_file() or path.stat().st_size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path}: expected a text file in UTF-8 of at most {MAX_TEXT_BYTES} bytes")
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected a text file in UTF-8: {_one_line(error)}") from None
+    return files.read_text(path, what="a text file in UTF-8", limit=MAX_TEXT_BYTES, named=True)
 
 
 def open_client(path: str | Path) -> Client:
@@ -234,6 +229,7 @@ class Transformers:
     def __init__(self, folder: str | Path):
         self._torch, transformers = _require("torch", "hf"), _require("transformers", "hf")
         self.folder = Path(folder)
+        files.refuse_stray_links(self.folder)
         self.name = f"transformers {transformers.__version__}"
         with _quiet_transformers():
             try:
@@ -270,7 +266,8 @@ class Transformers:
     def complete(self, prompt: str, count: int) -> str:
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        raw = files.read_bytes(self.folder / "tokenizer.json", what="the tokenizer", limit=files.MAX_JSON_BYTES)
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         ids = tokenizer.encode(prompt).ids
         with _quiet_transformers():
             greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -369,7 +366,7 @@ def _fill(row: np.ndarray, listed: list[dict]) -> None:
 
 def _dequantizing(transformers: Any, folder: Path) -> Any:
     """The quantization_config that asks transformers for dense weights, None for a folder that is not quantized."""
-    found = read_json(folder / "config.json").get("quantization_config")
+    found = files.read_json(folder / "config.json").get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     kinds = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
     return getattr(transformers, kinds[method])(dequantize=True) if str(method) in kinds else None

@@ -20,7 +20,6 @@ Sums are fp64, stored as fp32. Letters: T tokens, E experts, H hidden, K columns
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode,
 from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.convert import peak_rss_bytes
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
+from ornith_moe.quant.files import published, refuse_stray_links, scratch_file
 from ornith_moe.quant.gguf_types import EMBEDDING, FILE_TYPES, HEAD, tensor_types
 from ornith_moe.quant.imatrix import Coverage, write_imatrix
 from ornith_moe.quant.source import Source, weight_matrix
@@ -95,20 +95,16 @@ def make_imatrix(
     with _quiet_transformers(), torch.inference_mode():
         model = _Model(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
         entries = [(name, matrices, columns) for members in model.entries for name, matrices, columns in members]
-        partial_file = output.with_name(f".{output.name}.partial")
-        try:
+        with published(output) as file:
             write_imatrix(
-                partial_file,
+                file,
                 entries,
                 model.run(),
                 architecture=source.architecture.gguf_architecture,
-                datasets=[Path(text).name],
+                datasets=[os.fsencode(Path(text).name).decode(errors="replace")],
                 chunk_count=len(ids),
                 chunk_size=ctx,
             )
-            os.rename(partial_file, output)
-        finally:
-            partial_file.unlink(missing_ok=True)
     return ImatrixReport(
         output,
         len(ids),
@@ -152,6 +148,7 @@ class _Model:
     def __init__(self, source: Source, ids: np.ndarray, folder: Path, process_output: bool, progress: Progress):
         import transformers
 
+        refuse_stray_links(source.folder)
         self.source, self.ids, self.folder, self.progress = source, ids, folder, progress
         self.index = {weight.name: number for number, weight in enumerate(source.weights)}
         self.prefix = source.weights[0].name.removesuffix("embed_tokens.weight")
@@ -199,7 +196,7 @@ class _Model:
         chunks, ctx = self.ids.shape
         shape = (chunks, ctx, self.source.architecture.hidden)
         total, done = len(self.entries) * chunks, 0
-        with tempfile.TemporaryFile(dir=self.folder, prefix=".imatrix-") as file:
+        with scratch_file(self.folder) as file:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))  # a full disk fails here
             hidden = np.memmap(file, np.float32, "r+", shape=shape)

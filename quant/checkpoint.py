@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ import numpy as np
 import xxhash
 
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.files import kind, open_file, parse_json, read_json
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-MAX_JSON_BYTES = 1 << 28  # index of the 397B, experts one by one, is about 25 MB
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 OTHER_DTYPES = {  # known to the format, but not weights we convert
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
@@ -84,7 +83,7 @@ class Checkpoint:
         buffer = np.empty((rows, row_bytes), np.uint8)
         view = memoryview(buffer).cast("B") if buffer.size else memoryview(b"")
         offset, done = tensor.offset + start * row_bytes, 0
-        with open(tensor.path, "rb", buffering=0) as file:
+        with open_file(tensor.path, what="a shard of the checkpoint") as file:
             while done < buffer.size:
                 got = os.preadv(file.fileno(), [view[done:]], offset + done)
                 if got == 0:
@@ -112,8 +111,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a checkpoint folder, found {_kind(folder)}")
-    config = read_json(inside(folder, "config.json"), what="a checkpoint folder with a config.json")
+        raise CheckpointError(f"{folder}: expected a checkpoint folder, found {_found(folder)}")
+    config = read_json(folder / "config.json", what="a checkpoint folder with a config.json")
     refuse_quantized(config, folder / "config.json")
 
     files, tensors = read_tables(folder)
@@ -161,14 +160,16 @@ def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     return files, tensors
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, *, named: bool = False) -> dict[str, TensorInfo]:
     """The checked header of one safetensors file: {name: TensorInfo}, in file order.
 
+    Args:
+        named: as `open_file`.
     Raises:
         CheckpointError: not a safetensors file, truncated, trailing bytes, holes, overlaps, wrong byte counts.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_file(path, what="a safetensors file", named=named) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start.startswith(b"version "):
             raise CheckpointError(f"{path.name}: is a Git LFS pointer of {size} bytes, not weights; run 'git lfs pull'")
@@ -179,7 +180,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"(limit {MAX_HEADER_BYTES}); fetch it again"
             )
         raw = file.read(length)
-    header = _parse_json(raw, path.name)
+    header = parse_json(raw, path.name)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path.name}: the header is {type(header).__name__}, expected a JSON object")
     header.pop("__metadata__", None)
@@ -211,20 +212,6 @@ def refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def read_json(path: Path, *, what: str = "a JSON file", limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in `path`, refused beyond `limit` bytes or with duplicate keys."""
-    try:
-        size = path.stat().st_size
-        if not path.is_file() or size > limit:
-            raise CheckpointError(f"{path}: expected {what}, found {_kind(path)} of {size} bytes (limit {limit})")
-        value = _parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected {what}, but {error.strerror or error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _weight_map(folder: Path) -> dict[str, str]:
     """{tensor name: file name}; {ALL: file} for a checkpoint of one file, whose header is the only table."""
     index = folder / "model.safetensors.index.json"
@@ -247,24 +234,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     raise CheckpointError(f"{folder}: no safetensors weights here{hint}")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refused if its target lies elsewhere; the links of a Hub cache to its ../../blobs are fine."""
-    try:
-        root, target = folder.resolve(), (folder / name).resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        raise CheckpointError(f"{folder}: {name} is a link that leads nowhere") from None
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise CheckpointError(f"{folder}: {name} is a link that leaves the folder; copy the file into it")
-    return folder / name
-
-
 def _shard(folder: Path, name: str) -> Path:
     if not name.endswith(".safetensors") or Path(name).name != name or "\0" in name or "\\" in name:
         raise CheckpointError(
             f"{folder}: the index names {name[:200]!r}, which is not a plain .safetensors file of this folder"
         )
-    return inside(folder, name)
+    return folder / name
 
 
 def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:
@@ -285,22 +260,6 @@ def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), path, payload + offsets[0])
 
 
-def _parse_json(raw: bytes, where: str) -> Any:
-    def no_duplicates(pairs):
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            raise CheckpointError(f"{where}: a key appears twice; the file is damaged or hostile")
-        return value
-
-    try:
-        value = json.loads(raw, object_pairs_hook=no_duplicates)
-        if b"\\u" in raw or b"\xed" in raw:  # JSON can hold half a surrogate pair, which no file can be written with
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not JSON ({str(error)[:100]})") from None
-
-
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, dict) else {}
@@ -318,9 +277,8 @@ def _fingerprint(
     return digest.hexdigest()
 
 
-def _kind(path: Path) -> str:
+def _found(path: Path) -> str:
     try:
-        mode = path.stat().st_mode
-    except OSError:
+        return kind(path.stat().st_mode)
+    except (OSError, ValueError):
         return "nothing"
-    return "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "something that is neither"

@@ -31,6 +31,7 @@ from ornith_moe.quant.build_plan import BuildPlan
 from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, PlanError
+from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf_codecs import ENCODERS
 from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.gguf_metadata import gguf_metadata
@@ -143,7 +144,8 @@ def convert(
 
     began = time.monotonic()
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        own_folder(staging)
         with Journal(staging, _identity(source, placed, sides, imatrix), slab_bytes, resume=resume) as journal:
             resumed, bytes_read = len(journal.extents), 0
             if not journal.checked:

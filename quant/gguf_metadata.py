@@ -25,8 +25,8 @@ from gguf import Keys
 
 from ornith_moe.quant.architectures import architecture
 from ornith_moe.quant.architectures.weight import Settings, text_settings
-from ornith_moe.quant.checkpoint import read_json
 from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.gguf_tokenizer import tokenizer_entries
 

@@ -25,6 +25,7 @@ import gguf
 import numpy as np
 
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.files import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # a vocabulary of 250,000 tokens with its merges takes 11 MB
 MAX_NAME_BYTES = (1 << 16) - 1  # the specification's limit for keys
@@ -47,7 +48,7 @@ class GgufTensor:
 
 
 def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """Keys and tensors of the regular file `path`, in file order.
+    """Keys and tensors of the file `path`, which the user named, in file order.
 
     Returns:
         ({key: number, string, numpy array [n] or list of strings}, tensors).
@@ -57,7 +58,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
         keys, tensors = read_gguf_header(Path("model-Q8_0.gguf"))
         keys["general.architecture"], sum(tensor.nbytes for tensor in tensors)
     """
-    with open(path, "rb") as file:
+    with open_file(path, what="a GGUF", named=True) as file:
         reader = _Reader(file, path.name)
         if reader.take(4) != b"GGUF":
             raise reader.damaged("it does not begin with GGUF")

@@ -17,6 +17,7 @@ Sources: llama.cpp `src/llama-vocab.cpp` for what the keys do; transformers' tok
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from typing import Any
 from gguf import GGUFValueType as Type
 from gguf import Keys, TokenType
 
-from ornith_moe.quant.checkpoint import read_json
 from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.files import read_json, read_text
 
 MAX_TOKENIZER_BYTES = 1 << 27  # Gemma 4's, the largest of the family, has about 33 MB
 MAX_TEMPLATE_BYTES = 1 << 22
@@ -241,11 +242,9 @@ def _template_ends(tokenizer: dict) -> tuple[bool, bool]:
 
 def _chat_template(folder: Path) -> list[tuple]:
     path = folder / "chat_template.jinja"
-    try:
-        if path.is_file() and path.stat().st_size <= MAX_TEMPLATE_BYTES:
-            return [(Keys.Tokenizer.CHAT_TEMPLATE, path.read_text(encoding="utf-8"), Type.STRING)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as text: {error}") from None
+    if os.path.lexists(path):
+        text = read_text(path, what="a chat template", limit=MAX_TEMPLATE_BYTES)
+        return [(Keys.Tokenizer.CHAT_TEMPLATE, text, Type.STRING)]
     template = _optional(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # named templates; llama.cpp's users pick the default one
         named = [item.get("template") for item in template if isinstance(item, dict) and item.get("name") == "default"]
@@ -254,4 +253,4 @@ def _chat_template(folder: Path) -> list[tuple]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, limit=MAX_TOKENIZER_BYTES) if path.exists() else {}
+    return read_json(path, limit=MAX_TOKENIZER_BYTES) if os.path.lexists(path) else {}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ornith_moe.quant.checkpoint import open_checkpoint, read_json, refuse_quantized
+from ornith_moe.quant.checkpoint import open_checkpoint, refuse_quantized
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source import Source, open_source, source_from_checkpoint, source_from_config
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")

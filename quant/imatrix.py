@@ -33,8 +33,11 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 import xxhash
+from gguf import GGUFValueType as Type
 
+from ornith_moe.quant import gguf_header
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
+from ornith_moe.quant.files import open_file
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import EMBEDDING
 
@@ -75,9 +78,10 @@ class Coverage:
 class Imatrix:
     """An importance matrix whose values lie in an open file; made by `open_imatrix`."""
 
-    def __init__(self, file: BinaryIO, entries: Mapping[str, Entry], keys: Mapping[str, Any], *, legacy: bool):
-        self._file, self._legacy = file, legacy
-        self.name = Path(file.name).name
+    def __init__(
+        self, file: BinaryIO, name: str, entries: Mapping[str, Entry], keys: Mapping[str, Any], *, legacy: bool
+    ):
+        self._file, self._legacy, self.name = file, legacy, name
         self.entries = dict(entries)
         self.datasets = tuple(keys.get("imatrix.datasets", ()))
         chunks = (keys.get(f"imatrix.chunk_{what}", 0) for what in ("count", "size"))
@@ -189,20 +193,17 @@ def open_imatrix(path: str | Path) -> Imatrix:
         >>> imatrix.importance("blk.0.ffn_down_exps.weight", 17, 512)  # doctest: +SKIP
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: expected an importance matrix, a .gguf or .dat file")
-    file = open(path, "rb")
+    file = open_file(path, what="an importance matrix, a .gguf or .dat file", named=True)
     try:
         legacy = file.read(4) != b"GGUF"
-        entries, keys = _read_legacy(file) if legacy else _read_gguf(file)
-        return Imatrix(file, entries, keys, legacy=legacy)
+        entries, keys = _read_legacy(file, path.name) if legacy else _read_gguf(file, path)
+        return Imatrix(file, path.name, entries, keys, legacy=legacy)
     except BaseException:
         file.close()
         raise
 
 
-def _read_gguf(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
-    path = Path(file.name)
+def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     keys, tensors = read_gguf_header(path)
     if keys.get("general.type", "imatrix") != "imatrix":
         raise CheckpointError(f"{path.name}: is a GGUF but no importance matrix; expected general.type imatrix")
@@ -227,8 +228,8 @@ def _read_gguf(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
     return entries, {key: value for key, value in keys.items() if key in kinds and type(value) is kinds[key]}
 
 
-def _read_legacy(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
-    name, size = Path(file.name).name, os.fstat(file.fileno()).st_size
+def _read_legacy(file: BinaryIO, name: str) -> tuple[dict[str, Entry], dict[str, Any]]:
+    size = os.fstat(file.fileno()).st_size
     file.seek(0)
 
     def damaged(what: str) -> CheckpointError:
@@ -266,7 +267,7 @@ def _read_legacy(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, Any]]:
 
 
 def write_imatrix(
-    path: Path,
+    file: BinaryIO,
     entries: Iterable[tuple[str, int, int]],
     values: Iterator[tuple[np.ndarray, np.ndarray]],
     *,
@@ -278,27 +279,30 @@ def write_imatrix(
     """Write an importance matrix as llama-imatrix does.
 
     Args:
+        file: open to be written, left open.
         entries: (GGUF name, E, K) of every tensor, in file order.
         values: sums of squares float32 [E, K] and counts float32 [E] of each, asked for one by one.
         architecture: general.architecture, which llama-imatrix leaves out; `match` holds it against the model.
         datasets: names of the texts. chunk_count, chunk_size: how many chunks of how many tokens.
     """
     entries = list(entries)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", datasets)
-    writer.add_uint32("imatrix.chunk_count", chunk_count)
-    writer.add_uint32("imatrix.chunk_size", chunk_size)
-    for name, matrices, columns in entries:
-        for suffix, width in ((SUMS, columns), (COUNTS, 1)):
-            writer.add_tensor_info(name + suffix, (matrices, width), np.dtype(np.float32), 4 * matrices * width)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for (_, matrices, columns), (sums, counts) in zip(entries, values, strict=True):
-        writer.write_tensor_data(np.ascontiguousarray(sums, np.float32).reshape(matrices, columns))
-        writer.write_tensor_data(np.ascontiguousarray(counts, np.float32).reshape(matrices, 1))
-    writer.close()
+    tensors = [
+        (name + suffix, "F32", (matrices, width), 4 * matrices * width)
+        for name, matrices, columns in entries
+        for suffix, width in ((SUMS, columns), (COUNTS, 1))
+    ]
+    keys = [
+        gguf_header.Entry(gguf.Keys.General.ARCHITECTURE, architecture, Type.STRING),
+        gguf_header.Entry(gguf.Keys.General.TYPE, "imatrix", Type.STRING),
+        gguf_header.Entry("imatrix.datasets", datasets, Type.ARRAY, Type.STRING),
+        gguf_header.Entry("imatrix.chunk_count", chunk_count, Type.UINT32),
+        gguf_header.Entry("imatrix.chunk_size", chunk_size, Type.UINT32),
+    ]
+    file.write(gguf_header.gguf_header(keys, tensors))
+    for of_tensor in values:
+        for array in of_tensor:
+            payload = np.ascontiguousarray(array, "<f4").tobytes()
+            file.write(payload.ljust(gguf_header.padded(len(payload)), b"\0"))
 
 
 def _sound(values: np.ndarray) -> bool:

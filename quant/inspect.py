@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ornith_moe.quant.checkpoint import inside, read_header, read_json
+from ornith_moe.quant.checkpoint import read_header
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.verify import FoundTensor, read_gguf_tensors, read_safetensors_build
 
@@ -38,11 +39,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         found, kind = read_safetensors_build(path), "safetensors folder"
-        metadata = _config_summary(read_json(inside(path, "config.json"))) if (path / "config.json").is_file() else {}
+        metadata = _config_summary(read_json(path / "config.json")) if (path / "config.json").is_file() else {}
     elif path.suffix == ".gguf" and path.is_file():
         found, kind, metadata = read_gguf_tensors(path), "GGUF file", _gguf_summary(path)
     elif path.suffix == ".safetensors" and path.is_file():
-        header = read_header(path)
+        header = read_header(path, named=True)
         found = {n: FoundTensor(t.dtype, t.shape, t.path, t.offset, t.nbytes) for n, t in header.items()}
         kind, metadata = "safetensors file", {}
     else:

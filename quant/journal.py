@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 
 from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.files import open_output
 
 Extent = tuple[int, int, int, str]  # file, offset, length, digest
 CHECKED = {"checked": True}
@@ -32,7 +33,7 @@ class Journal:
         self.checked = False  # every byte was read back; what is left to do is to rename
         self.slab_bytes = slab_bytes  # cuts the units; a resumed conversion keeps the cut it began with
         self._mutex = Lock()
-        self._file = open(self.path, "a+b")
+        self._file = os.fdopen(open_output(self.path), "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -27,6 +27,7 @@ from ornith_moe.quant.architectures.weight import Weight
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.checkpoint import ITEM_BYTES
 from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
+from ornith_moe.quant.files import open_output, own_folder
 from ornith_moe.quant.journal import Extent, Journal
 from ornith_moe.quant.layout import Layout
 from ornith_moe.quant.source import Source, weight_matrix
@@ -57,9 +58,9 @@ def reserved(placed: list[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
     descriptors: list[int] = []
     try:
         for build in placed:
-            build.staging.mkdir(exist_ok=True)
+            own_folder(build.staging)
             for file in build.layout.files:
-                descriptor = os.open(build.staging / file.name, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = open_output(build.staging / file.name)
                 descriptors.append(descriptor)
                 if fresh or os.fstat(descriptor).st_size != file.size:
                     os.ftruncate(descriptor, 0)

@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from ornith_moe.quant.checkpoint import inside
 from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.files import read_bytes, sync_folder, write_file
 from ornith_moe.quant.layout import safetensors_index
 from ornith_moe.quant.pipeline import PlacedBuild
 from ornith_moe.quant.source import Source
@@ -38,7 +38,7 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
     for path in sorted(source.folder.iterdir()):
         wanted = any(path.match(pattern) for pattern in SIDE_FILES)
         if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
-            sides[path.name] = inside(source.folder, path.name).read_bytes()
+            sides[path.name] = read_bytes(path, what="a side file", limit=MAX_SIDE_FILE_BYTES)
     config = json.loads(json.dumps(source.config))
     text = config.get("text_config", config)
     if build.plan.config:
@@ -61,7 +61,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         for i, file in enumerate(build.layout.files)
     }
     for name, payload in sides.items():
-        _write_file(build.staging / name, payload)
+        write_file(build.staging / name, payload)
         files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     manifest = {
         "build": build.plan.build,
@@ -73,7 +73,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
     }
     if build.plan.non_finite:
         manifest["non_finite"] = build.plan.non_finite
-    _write_file(build.staging / MANIFEST, _json_bytes(manifest))
+    write_file(build.staging / MANIFEST, _json_bytes(manifest))
     sync_folder(build.staging)
 
 
@@ -102,21 +102,5 @@ def publish(build: PlacedBuild) -> None:
     sync_folder(build.final.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _json_bytes(value: object) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _write_file(path: Path, payload: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())

@@ -28,6 +28,7 @@ from pathlib import Path
 import gguf
 
 from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.files import read_text
 from ornith_moe.quant.gguf_types import EMBEDDING, HEAD, block_shape
 from ornith_moe.quant.names import did_you_mean
 
@@ -132,10 +133,5 @@ def _tensor_type(word: str, where: str) -> tuple[str, str]:
 
 
 def _words(file: Path) -> list[str]:
-    if not file.is_file() or file.stat().st_size > MAX_RECIPE_BYTES:
-        raise PlanError(f"{file}: expected a recipe, a text file of at most {MAX_RECIPE_BYTES} bytes")
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise PlanError(f"{file}: expected a recipe in UTF-8") from None
+    lines = read_text(file, what="a recipe", limit=MAX_RECIPE_BYTES, named=True, error=PlanError).splitlines()
     return [word for line in lines if not line.lstrip().startswith("#") for word in line.split()]

@@ -25,10 +25,10 @@ from ornith_moe.quant.checkpoint import (
     TensorInfo,
     matrix_shape,
     open_checkpoint,
-    read_json,
     refuse_quantized,
 )
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.files import read_json
 from ornith_moe.quant.names import did_you_mean
 
 # What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.
@@ -89,7 +89,7 @@ def open_source(source: str | Path, *, mtp: str | None = None) -> Source:
     if path.is_dir():
         return source_from_checkpoint(open_checkpoint(path), mtp=mtp)
     if path.suffix == ".json" and path.is_file():
-        config = read_json(path)
+        config = read_json(path, named=True)
         refuse_quantized(config, path)
         return source_from_config(config, name=path.stem, mtp=mtp)
     raise CheckpointError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,8 +33,9 @@ import numpy as np
 from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.builds import plan_build
-from ornith_moe.quant.checkpoint import matrix_shape, read_json, read_tables
+from ornith_moe.quant.checkpoint import matrix_shape, read_tables
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
+from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape
 from ornith_moe.quant.publish import MANIFEST
@@ -66,6 +68,7 @@ class FoundTensor:
     path: Path
     offset: int
     nbytes: int
+    named: bool = False  # the user named this very file
 
 
 @dataclass
@@ -136,7 +139,7 @@ def read_safetensors_build(folder: Path) -> dict[str, FoundTensor]:
 def read_gguf_tensors(path: Path) -> dict[str, FoundTensor]:
     """Tensors of a GGUF; CheckpointError if it is none or not whole."""
     _, tensors = read_gguf_header(path)
-    return {t.name: FoundTensor(t.dtype, t.shape, path, t.offset, t.nbytes) for t in tensors}
+    return {t.name: FoundTensor(t.dtype, t.shape, path, t.offset, t.nbytes, named=True) for t in tensors}
 
 
 def build_has_mtp(build: str | Path) -> bool:
@@ -194,7 +197,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, 
             size = file.stat().st_size if file.is_file() else "no"
             result.problem(f"{name}: expected {entry['bytes']} bytes by the manifest, got {size}; convert again")
             continue
-        with open(file, "rb") as stream:
+        with open_file(file, what="a file of the build", named=file == path) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
                 result.problem(f"{name}: its sha256 is not the manifest's; the file was changed or damaged")
         done += entry["bytes"]
@@ -310,9 +313,8 @@ def _slabs(tensor: FoundTensor) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _read(tensor: FoundTensor, start: int, length: int) -> np.ndarray:
-    with open(tensor.path, "rb", buffering=0) as file:
-        file.seek(tensor.offset + start)
-        data = np.fromfile(file, np.uint8, length)
+    with open_file(tensor.path, what="a file of the build", named=tensor.named) as file:
+        data = np.frombuffer(os.pread(file.fileno(), length, tensor.offset + start), np.uint8)
     if data.size != length:
         raise CheckpointError(f"{tensor.path.name}: ends early, at byte {tensor.offset + start + data.size}")
     return data

@@ -154,10 +154,11 @@ def test_gate_and_up_share_the_entry_of_their_fusion(tmp_path):
 
 def test_what_is_written_is_read(tmp_path, entries):
     path = tmp_path / "out.gguf"
-    write_imatrix(
-        path, [(name, *sums.shape) for name, (sums, _) in entries.items()], iter(entries.values()),
-        architecture="qwen35moe", datasets=["text"], chunk_count=3, chunk_size=64,
-    )  # fmt: skip
+    with open(path, "wb") as file:
+        write_imatrix(
+            file, [(name, *sums.shape) for name, (sums, _) in entries.items()], iter(entries.values()),
+            architecture="qwen35moe", datasets=["text"], chunk_count=3, chunk_size=64,
+        )  # fmt: skip
     found = open_imatrix(path)
     assert (found.architecture, found.datasets, found.chunk_count, found.chunk_size) == ("qwen35moe", ("text",), 3, 64)
     for name, (sums, counts) in entries.items():

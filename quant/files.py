@@ -1,0 +1,270 @@
+"""The one door to files: whatever a checkpoint, a build, an output, a recipe, an importance matrix or a text is read
+from or written to is opened here. A test holds that nothing else opens files.
+
+Reading. A file of a folder must lie in it: a link that leaves the folder is refused, so that no file of the machine
+finds its way into a build that is published. The links of a Hub cache (snapshots/REVISION/NAME -> ../../blobs/HASH) are
+fine, and so is any link the user names on the command line (`named`). Only regular files are read, never a pipe, a
+device or a socket, up to a limit in bytes; what was checked is the opened file, not its name, which may have changed.
+
+Writing. No link is followed below the folder the user named, new files are opened exclusively, and a temporary file has
+a name that nobody can have prepared.
+
+Text is UTF-8 and nothing else. JSON in UTF-16, halves of surrogate pairs, keys that are there twice, integers of more
+than `MAX_DIGITS` digits and values nested deeper than `MAX_DEPTH` are refused: each has ended in a traceback somewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.errors import CheckpointError, ConversionError, OrnithError
+
+MAX_JSON_BYTES = 1 << 28  # index of the 397B, experts one by one, is about 25 MB
+MAX_DIGITS = 100  # tokenizers write 10^30 for "no limit"
+MAX_DEPTH = 64
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a pipe that nobody writes to must not block
+_WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+# Reading
+
+
+def open_file(
+    path: str | Path,
+    *,
+    what: str = "a file",
+    limit: int | None = None,
+    named: bool = False,
+    error: type[OrnithError] = CheckpointError,
+) -> BinaryIO:
+    """The regular file `path`, opened for reading.
+
+    Args:
+        path: a file of a folder that is being read, or one the user named.
+        what: that is expected there, for the message.
+        limit: of its size in bytes.
+        named: the user named this very file, so it may be a link to anywhere.
+    Raises:
+        OrnithError: of the kind `error`: not there, no regular file, too large, or a link that leaves its folder.
+    """
+    path = Path(path)
+    try:
+        target = path if named else _target(path, error)
+        descriptor = os.open(target, _READ if named else _READ | os.O_NOFOLLOW)
+    except (OSError, ValueError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise error(f"{path}: expected {what}, but {reason}") from None
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode) or (limit is not None and state.st_size > limit):
+            within = "" if limit is None else f" (limit {limit})"
+            raise error(f"{path}: expected {what}, found {kind(state.st_mode)} of {state.st_size} bytes{within}")
+        if not named and not _is_still(_target(path, error), state):
+            raise error(f"{path}: was replaced while it was opened; try again when nothing writes to that folder")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, *, limit: int, **how: Any) -> bytes:
+    """All of a file of at most `limit` bytes; other arguments and errors as `open_file`."""
+    with open_file(path, limit=limit, **how) as file:
+        return file.read(limit)
+
+
+def read_text(path: str | Path, *, limit: int, what: str = "a text file", **how: Any) -> str:
+    """All of a file in UTF-8; other arguments and errors as `open_file`."""
+    raw = read_bytes(path, limit=limit, what=what, **how)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as problem:
+        error = how.get("error", CheckpointError)
+        raise error(f"{path}: expected {what} in UTF-8, got another byte at {problem.start}") from None
+
+
+def read_json(
+    path: str | Path, *, what: str = "a JSON file", limit: int = MAX_JSON_BYTES, named: bool = False
+) -> dict[str, Any]:
+    """The JSON object in `path`, in the strict form of `parse_json`.
+
+    Raises:
+        CheckpointError: as `open_file`, or not such an object.
+    """
+    value = parse_json(read_bytes(path, what=what, limit=limit, named=named), str(path))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def parse_json(raw: bytes, where: str, budget: Budget | None = None) -> Any:
+    """The value of JSON in UTF-8, refused where another program would not agree what it says.
+
+    Args:
+        budget: pays for the value before it is made; default one of its own.
+    Raises:
+        CheckpointError: not UTF-8 or not JSON, a key twice, half a surrogate pair, an integer of more than `MAX_DIGITS`
+            digits, nested deeper than `MAX_DEPTH`, or more memory than the budget has.
+    """
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            raise CheckpointError(f"{where}: a key appears twice; the file is damaged or hostile")
+        return value
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise CheckpointError(f"{where}: an integer of {len(digits)} digits; expected at most {MAX_DIGITS}")
+        return int(digits)
+
+    containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
+    # What CPython makes of them at most: 128 bytes for a container, 80 for a value with its place, the text twice.
+    (budget or Budget()).take(128 * containers + 80 * values + 2 * len(raw), where)
+    try:
+        text = raw.decode()
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_int=integer)
+        if _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as problem:
+        raise CheckpointError(f"{where}: not JSON in UTF-8 ({problem.reason} at {problem.start})") from None
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{where}: not JSON ({str(problem)[:100]})") from None
+    if containers > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise CheckpointError(f"{where}: nested deeper than {MAX_DEPTH} levels; no such file is")
+    return value
+
+
+def refuse_stray_links(folder: Path) -> None:
+    """Refuse a folder that another program is about to read whole, if a file in it is a link that leaves it.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            _target(path, CheckpointError)
+
+
+def kind(mode: int) -> str:
+    """What a file mode stands for, in words."""
+    names = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return names.get(stat.S_IFMT(mode), "a device")
+
+
+def _target(path: Path, error: type[OrnithError]) -> Path:
+    """Where `path` leads, refused outside its folder and the blobs of a Hub cache."""
+    try:
+        root, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        raise error(f"{path.parent}: {path.name} is a link that leads nowhere") from None
+    blobs = [parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):
+        raise error(f"{path.parent}: {path.name} is a link that leaves the folder; copy the file into it")
+    return target
+
+
+def _is_still(target: Path, state: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(target), state)
+    except OSError:
+        return False
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        children = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [child for items in children for child in items if isinstance(child, dict | list)]
+    return depth
+
+
+# Writing
+
+
+def own_folder(path: Path) -> None:
+    """Make the folder `path` unless it is there; a link to one is not it.
+
+    Raises:
+        ConversionError: something else has the name. OSError: it cannot be made.
+    """
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise ConversionError(f"{path}: expected a folder of ours, found something else; move it away") from None
+
+
+def open_output(path: Path, *, new: bool = False) -> int:
+    """Descriptor of the output file `path`, to read and write; made if it is not there.
+
+    Args:
+        new: it must not be there.
+    Raises:
+        ConversionError: a link, or no regular file, or one with other names. OSError: the disk refuses.
+    """
+    if os.path.islink(path):
+        raise ConversionError(f"{path}: is a link where a file of ours belongs; move it away")
+    descriptor = os.open(path, _WRITE | os.O_CREAT | (os.O_EXCL if new else 0), 0o644)
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink != 1:
+        os.close(descriptor)
+        raise ConversionError(f"{path}: expected a file of ours, found another; move it away")
+    return descriptor
+
+
+def write_file(path: Path, payload: bytes) -> None:
+    """Write a file anew and onto the disk; one that an earlier run left under that name goes."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(open_output(path, new=True), "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets the name `path` when the block ends well and is gone when it does not.
+
+    Raises:
+        ConversionError: something has got that name meanwhile.
+    """
+    temporary = path.with_name(f".ornith-{secrets.token_hex(16)}")
+    descriptor = open_output(temporary, new=True)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        if os.path.lexists(path):
+            raise ConversionError(f"{path}: exists already; move it away or choose another name")
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def scratch_file(folder: Path) -> BinaryIO:
+    """An unnamed file in `folder`, gone when it is closed."""
+    return tempfile.TemporaryFile(dir=folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
