@@ -9,7 +9,7 @@ Example:
     >>> budget.take(1 << 19, "index.json")
     >>> budget.take(1 << 20, "index.json")
     Traceback (most recent call last):
-    ornith_moe.quant.errors.CheckpointError: index.json: needs 1048576 more bytes of memory than ... are left
+    ornith_moe.quant.errors.CheckpointError: index.json: would take 1048576 bytes of memory, and 524288 are left ...
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Budget:
         """
         if nbytes > self.memory_bytes:
             raise self.error(
-                f"{where}: would take {nbytes} bytes of memory, {max(self.memory_bytes, 0)} are left for files of its "
-                "kind; a sound one needs far less"
+                f"{where}: would take {nbytes} bytes of memory, and {self.memory_bytes} are left for all of its kind; "
+                "a sound one needs far less"
             )
         self.memory_bytes -= nbytes
 

@@ -12,8 +12,7 @@ whatever is asked. File types that are not quantized (F16, BF16, F32) hear patte
 as BF16 for a tensor that F16 cannot hold; llama-quantize ignores those too. Unlike there, an unknown type, a broken
 pattern and a pattern that fits no tensor are told.
 
-A pattern may be hostile, or merely unlucky: `(a+)+$` takes minutes on a name of thirty letters. Patterns have at most
-MAX_PATTERN characters, names 64, and one search at most SEARCH_SECONDS, which the `regex` package keeps.
+Patterns are compiled and searched within one budget for all of them (quant/patterns.py).
 
 Source: llama.cpp, tools/quantize/quantize.cpp and src/llama-quant.cpp.
 """
@@ -31,9 +30,9 @@ from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.files import read_text
 from ornith_moe.quant.gguf_types import EMBEDDING, HEAD, block_shape
 from ornith_moe.quant.names import did_you_mean
+from ornith_moe.quant.patterns import Patterns
 
-MAX_RECIPE_BYTES, MAX_PATTERNS, MAX_PATTERN = 4 << 20, 20_000, 512
-SEARCH_SECONDS = 1.0
+MAX_RECIPE_BYTES, MAX_PATTERNS = 4 << 20, 20_000
 _NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K"}  # integers, and what activations become
 _TYPES = {kind.name.lower(): kind.name for kind in gguf.GGMLQuantizationType if kind.name not in _NO_WEIGHTS}
 
@@ -50,35 +49,30 @@ class Recipe:
         """The type asked for tensor `name`, None if none is; quantized ones count only in a quantized file type.
 
         Raises:
-            PlanError: a pattern that takes too long.
+            PlanError: the patterns take too long.
         """
         if name == EMBEDDING and self.token_embedding_type:
             return self.token_embedding_type
         if name == HEAD and self.output_tensor_type:
             return self.output_tensor_type
-        allowed = (pair for pair in self._patterns if quantized or block_shape(pair[1])[0] == 1)
-        return next((kind for pattern, kind in allowed if self._found(pattern, name)), None)
+        patterns, kinds = self._plain if not quantized else self._all
+        index = patterns.first(name)
+        return None if index is None else kinds[index]
 
     def unused(self, names: Iterable[str]) -> list[str]:
         """Patterns that fit none of `names`."""
-        names = list(names)
-        return [pattern.pattern for pattern, _ in self._patterns if not any(self._found(pattern, n) for n in names)]
+        return self._all[0].unused(names)
 
     @cached_property
-    def _patterns(self) -> list:
-        import regex  # `re` cannot be told to stop
+    def _all(self) -> tuple[Patterns, list[str]]:
+        return Patterns(pattern for pattern, _ in self.tensor_types), [kind for _, kind in self.tensor_types]
 
-        return [(regex.compile(pattern), kind) for pattern, kind in self.tensor_types]
-
-    @staticmethod
-    def _found(pattern, name: str) -> bool:
-        try:
-            return pattern.search(name, timeout=SEARCH_SECONDS) is not None
-        except TimeoutError:
-            raise PlanError(
-                f"tensor type {pattern.pattern[:80]!r}: takes more than {SEARCH_SECONDS:g} s on {name}; "
-                "write it without repeats inside repeats"
-            ) from None
+    @cached_property
+    def _plain(self) -> tuple[Patterns, list[str]]:
+        """Patterns that ask for a type without blocks."""
+        plain = [(pattern, kind) for pattern, kind in self.tensor_types if block_shape(kind)[0] == 1]
+        patterns = Patterns((pattern for pattern, _ in plain), budget=self._all[0].budget)
+        return patterns, [kind for _, kind in plain]
 
 
 def parse_recipe(
@@ -98,11 +92,14 @@ def parse_recipe(
         asked += [_tensor_type(word, file.name) for word in _words(file)]
     if len(asked) > MAX_PATTERNS:
         raise PlanError(f"recipe: expected at most {MAX_PATTERNS} tensor types, got {len(asked)}")
-    return Recipe(
+    recipe = Recipe(
         tuple(asked),
         token_embedding_type and parse_type(token_embedding_type, "--token-embedding-type"),
         output_tensor_type and parse_type(output_tensor_type, "--output-tensor-type"),
     )
+    if asked:
+        _ = recipe._all  # compiled here: a broken pattern is told before a checkpoint is opened
+    return recipe
 
 
 def parse_type(name: str, where: str) -> str:
@@ -117,19 +114,10 @@ def parse_type(name: str, where: str) -> str:
 
 
 def _tensor_type(word: str, where: str) -> tuple[str, str]:
-    import regex
-
     pattern, separator, kind = word.rpartition("=")
     if not separator or not pattern:
-        raise PlanError(f"{where}: expected REGEX=TYPE, for example ffn_down_exps=q6_k, got {word[:80]!r}")
-    if len(pattern) > MAX_PATTERN:
-        raise PlanError(f"{where}: expected a pattern of at most {MAX_PATTERN} characters, got {len(pattern)}")
-    pattern = pattern.lower()
-    try:
-        regex.compile(pattern)
-    except (regex.error, OverflowError, RecursionError) as error:
-        raise PlanError(f"{where}: {pattern[:80]!r} is no regular expression: {error}") from None
-    return pattern, parse_type(kind, where)
+        raise PlanError(f"{where}: expected REGEX=TYPE, for example ffn_down_exps=q6_k, got {brief(word, 80)}")
+    return pattern.lower(), parse_type(kind, where)
 
 
 def _words(file: Path) -> list[str]:

@@ -159,7 +159,7 @@ def test_budget_counts_what_several_readers_take():
     budget = Budget(memory_bytes=5_000, error=PlanError)
     for _ in range(2):
         files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json", budget)
-    with pytest.raises(PlanError, match=r"f\.json: would take 1814 bytes of memory, 1372 are left"):
+    with pytest.raises(PlanError, match=r"f\.json: would take 1814 bytes of memory, and 1372 are left"):
         files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json", budget)
 
 
