@@ -1,14 +1,16 @@
 """A Hugging Face checkpoint as a table of headers and a way to read rows.
 
 Opening reads `config.json`, the index and the header of every shard, and nothing else; the payload is read later, a
-slab of rows at a time, straight from the file. Nothing is unpickled, executed or followed out of the folder.
+slab of rows at a time, straight from the file. Nothing is unpickled, executed or followed out of the folder. Which
+files are the model, and what lies beside it, is quant/shards.py's to say.
 
 A checkpoint is hostile input until it is checked. All of this happens before the first weight is read:
 
 - the index names plain files of this folder, each file holds just the tensors the index gives it, and none is missing;
 - a header is at most 100 MB of JSON without duplicate keys, and its tensors tile the payload: no hole, no overlap, no
   unknown dtype, byte counts that follow from dtype and shape, and a file that ends where the header says it ends;
-- the weights are BF16, F16 or F32. A source that is already quantized is refused: quantizing twice is not a conversion.
+- a source that is already quantized is refused, for quantizing twice is not a conversion; its tensors tell, since a
+  config may keep the `quantization_config` of a training run whose weights were merged and saved in BF16.
 
 Format: https://github.com/huggingface/safetensors (format section of its README).
 """
@@ -20,15 +22,18 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.accounts import LeftOut, bare
+from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
+from ornith_moe.quant.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
+from ornith_moe.quant.tensor_names import is_buffer, is_quantization
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -36,7 +41,8 @@ OTHER_DTYPES = {  # known to the format, but not weights we convert
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
-ALL = ""  # stands for every tensor of the one file of a checkpoint without an index
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+MOST_OTHERS = 16  # files beside the model whose headers are read
 _KNOWN_BYTES = {**ITEM_BYTES, **OTHER_DTYPES}
 
 
@@ -71,6 +77,9 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     fingerprint: str  # of config, headers, sizes and modification times: a changed source is not resumed
+    notes: tuple[str, ...] = ()
+    others: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)  # files that may hold more of it
+    left_out: tuple[LeftOut, ...] = ()  # files
 
     def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
         """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
@@ -94,6 +103,18 @@ class Checkpoint:
                 done += got
         return buffer
 
+    def including(self, files: Mapping[str, Mapping[str, TensorInfo]]) -> Checkpoint:
+        """This checkpoint with some of its `others`, or some of their tensors, as part of the model."""
+        tensors = {**self.tensors, **{name: info for table in files.values() for name, info in table.items()}}
+        paths = tuple(sorted({*self.files, *(info.path for table in files.values() for info in table.values())}))
+        left_out = tuple(
+            replace(entry, names=names)
+            for entry in self.left_out
+            if (names := tuple(name for name in entry.names if name not in files))
+        )
+        fingerprint = _fingerprint(self.folder, self.config, paths, tensors)
+        return replace(self, tensors=tensors, files=paths, left_out=left_out, fingerprint=fingerprint)
+
     def changed(self) -> bool:
         """Whether a file of the source was replaced or written to since it was opened."""
         return _fingerprint(self.folder, self.config, self.files, self.tensors) != self.fingerprint
@@ -112,17 +133,23 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found {_found(folder)}")
+    if is_adapter_alone(folder):
+        raise CheckpointError(_adapter_sentence(folder))
     config = read_json(folder / "config.json", what="a checkpoint folder with a config.json")
-    refuse_quantized(config, folder / "config.json")
-
-    files, tensors = read_tables(folder)
-    for info in tensors.values():
-        if info.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"{info.path.name}: tensor {info.name} is {info.dtype}; expected BF16, F16 or F32 "
-                "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
-            )
-    return Checkpoint(folder, config, tensors, files, _fingerprint(folder, config, files, tensors))
+    found = _model_files(folder)
+    files, tensors = _read_tables(folder, found)
+    config, stale = without_stale_quantization(config, folder / "config.json", tensors)
+    others, left_out = _read_others(folder, found)
+    return Checkpoint(
+        folder,
+        config,
+        tensors,
+        files,
+        _fingerprint(folder, config, files, tensors),
+        (*found.notes, *stale),
+        others,
+        left_out,
+    )
 
 
 def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
@@ -131,29 +158,28 @@ def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     Raises:
         CheckpointError: a shard missing, damaged, outside the folder, or not what the index says it is.
     """
-    names_by_file: dict[str, set[str]] = {}
-    for name, file in _weight_map(folder).items():
-        names_by_file.setdefault(file, set()).add(name)
-    files = tuple(_shard(folder, file) for file in sorted(names_by_file))
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(files)} shards named by the index are missing "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); fetch them again"
-        )
+    return _read_tables(folder, _model_files(folder))
+
+
+def _model_files(folder: Path) -> ModelFiles:
+    return model_files(folder, lambda: _weight_map(folder))
+
+
+def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
+    files = tuple(folder / name for name in found.names)
     tensors: dict[str, TensorInfo] = {}
     for path in files:
         header = read_header(path)
-        wanted = names_by_file[path.name]
-        stray, lost = (header.keys() - wanted, wanted - header.keys()) if wanted != {ALL} else ((), ())
+        wanted = found.names[path.name]
+        stray, lost = ((), ()) if wanted is None else (header.keys() - wanted, wanted - header.keys())
         if stray:
             raise CheckpointError(
-                f"{path.name}: holds tensor {min(stray)}, which the index does not place there; "
+                f"{path.name}: holds tensor {bare(min(stray))}, which the index does not place there; "
                 "index and shards are not of one checkpoint"
             )
         if lost:
             raise CheckpointError(
-                f"{path.name}: the index places tensor {min(lost)} here (and {len(lost) - 1} more) "
+                f"{path.name}: the index places tensor {bare(min(lost))} here (and {len(lost) - 1} more) "
                 "but the shard does not hold it; fetch shard and index again"
             )
         tensors |= header
@@ -203,43 +229,83 @@ def read_header(path: Path, *, named: bool = False) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
-def refuse_quantized(config: Mapping[str, Any], path: Path) -> None:
-    quantization = config.get("quantization_config") or _text(config).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+def without_stale_quantization(
+    config: dict[str, Any], path: Path, tensors: Mapping[str, TensorInfo] | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`config` without a quantization section that its tensors do not bear out, and a note of that.
+
+    Args:
+        path: of the config, for messages. tensors: of the checkpoint; None if only the config is known.
+    Raises:
+        CheckpointError: the tensors are quantized, or may be.
+    """
+    sections = [(where, key) for where in (config, _text(config)) for key in QUANTIZATION_KEYS if where.get(key)]
+    if not sections:
+        return config, ()
+    section = sections[0][0][sections[0][1]]
+    method = brief(section.get("quant_method", "unknown") if isinstance(section, dict) else section)
+    if tensors is None:
         raise CheckpointError(
-            f"{path}: the source is already quantized (quant_method {method}); convert from its BF16 original"
+            f"{path}: says that the source is already quantized (quant_method {method}), which a config alone cannot "
+            "refute; give its checkpoint folder, whose tensors can, or the BF16 original"
         )
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """{tensor name: file name}; {ALL: file} for a checkpoint of one file, whose header is the only table."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{index}: expected weight_map to map tensor names to file names")
-        if not weight_map:
-            raise CheckpointError(f"{index}: weight_map is empty; the index is damaged")
-        return weight_map
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return {ALL: found[0]}
-    if found:
+    plain = (name for name, info in tensors.items() if info.dtype in ITEM_BYTES and not is_quantization(name))
+    odd = next(iter(sorted(tensors.keys() - set(plain) - {name for name in tensors if is_buffer(name)})), None)
+    if odd is not None:
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files and no model.safetensors.index.json; fetch the index too"
+            f"{path}: the source is already quantized (quant_method {method}; tensor {bare(odd)} is "
+            f"{tensors[odd].dtype}); convert from its BF16 original"
         )
-    others = [pattern for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") if any(folder.glob(pattern))]
-    hint = f"; {others[0]} files are not read, convert them to safetensors first" if others else ""
-    raise CheckpointError(f"{folder}: no safetensors weights here{hint}")
+    clean = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), dict):
+        clean["text_config"] = {k: v for k, v in config["text_config"].items() if k not in QUANTIZATION_KEYS}
+    return clean, (
+        f"config.json has a stale {sections[0][1]} (quant_method {method}): no tensor is quantized, so it is left out",
+    )
 
 
-def _shard(folder: Path, name: str) -> Path:
-    if not name.endswith(".safetensors") or Path(name).name != name or "\0" in name or "\\" in name:
-        raise CheckpointError(
-            f"{folder}: the index names {name[:200]!r}, which is not a plain .safetensors file of this folder"
-        )
-    return folder / name
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """{tensor name: file name} of the index; None without one."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: expected weight_map to map tensor names to file names")
+    if not weight_map:
+        raise CheckpointError(f"{index}: weight_map is empty; the index is damaged")
+    for name in set(weight_map.values()):
+        if not name.endswith(".safetensors") or Path(name).name != name or "\0" in name or "\\" in name:
+            raise CheckpointError(
+                f"{folder}: the index names {brief(name)}, which is not a plain .safetensors file of this folder"
+            )
+    return weight_map
+
+
+def _read_others(folder: Path, found: ModelFiles) -> tuple[dict[str, dict[str, TensorInfo]], tuple[LeftOut, ...]]:
+    """Tables of the files beside the model that may hold more of it, and all files that are left out."""
+    tables: dict[str, dict[str, TensorInfo]] = {}
+    reasons: dict[str, list[str]] = {}
+    for name, what in found.others:
+        if what == UNNAMED and len(tables) < MOST_OTHERS:
+            try:
+                tables[name] = read_header(folder / name)
+            except CheckpointError:
+                what = "not of the model, and no sound safetensors file"
+        reasons.setdefault(what, []).append(name)
+    return tables, tuple(LeftOut(what, tuple(names), "file") for what, names in reasons.items())
+
+
+def _adapter_sentence(folder: Path) -> str:
+    try:
+        base = read_json(folder / "adapter_config.json", limit=1 << 20).get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    of = f" of {brief(base)}" if base else ""
+    return (
+        f"{folder}: is an adapter{of}, not a model; load it on its base model with peft, merge_and_unload(), "
+        "save_pretrained(), and convert that folder"
+    )
 
 
 def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:

@@ -7,29 +7,36 @@ files are fetched; code and pickles of a repository never reach the disk.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ornith_moe.quant.checkpoint import open_checkpoint, refuse_quantized
+from ornith_moe.quant.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import read_json
-from ornith_moe.quant.source import Source, open_source, source_from_checkpoint, source_from_config
+from ornith_moe.quant.reconcile import HEAD
+from ornith_moe.quant.shards import INDEX
+from ornith_moe.quant.source import Source, checked_name, open_source, source_from_checkpoint, source_from_config
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-INDEX = "model.safetensors.index.json"
 
 
-def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = False) -> Source:
+def open_any(
+    source: str | Path, *, mtp: str | None = None, name: str | None = None, config_only: bool = False
+) -> Source:
     """`open_source`, and `hf://org/name[@revision]` too.
 
     Args:
+        name: as `open_source`; default the repository's.
         config_only: for a Hub source, fetch config and index instead of the weights: enough for a plan.
     Raises:
         CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository.
     """
     if not str(source).startswith("hf://"):
-        return open_source(source, mtp=mtp)
+        return open_source(source, mtp=mtp, name=name)
     repository, revision = _parse(str(source))
-    name = repository.split("/")[1]
+    name = repository.split("/")[1] if name is None else checked_name(name)
     try:
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -40,21 +47,32 @@ def open_any(source: str | Path, *, mtp: str | None = None, config_only: bool = 
             folder = snapshot_download(repository, revision=revision, allow_patterns=list(WANTED))
             return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
-        config = read_json(path)
-        refuse_quantized(config, path)
+        config, names = read_json(path), None
         try:
             names = read_json(Path(hf_hub_download(repository, INDEX, revision=revision))).get("weight_map")
-            known = "keep" if any(str(name).startswith("mtp.") for name in names or ()) else "drop"
         except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
             raise
         except EntryNotFoundError:  # one file, no index
-            known = None
-        return source_from_config(config, name=name, mtp=mtp or known)
+            pass
+        return _from_names(path, config, names if isinstance(names, dict) else None, name, mtp)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
+
+
+def _from_names(
+    path: Path, config: dict[str, Any], names: Iterable[str] | None, name: str, mtp: str | None
+) -> Source:
+    """The source of a config and, if there is an index, of its names: those of scales tell quantized weights."""
+    table = None if names is None else {tensor: TensorInfo(tensor, "BF16", (), path, 0) for tensor in names}
+    config, notes = without_stale_quantization(config, path, table)
+    known = None if names is None else "keep" if any(tensor.startswith("mtp.") for tensor in names) else "drop"
+    found = source_from_config(config, name=name, mtp=mtp or known)
+    if found.architecture.tied and names is not None and HEAD in names:
+        notes += (f"the config ties the head and {HEAD} is there: it counts if its values are not the embedding's",)
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def _parse(source: str) -> tuple[str, str | None]:

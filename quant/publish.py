@@ -16,7 +16,7 @@ from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import read_bytes, sync_folder, write_file
 from ornith_moe.quant.layout import safetensors_index
 from ornith_moe.quant.pipeline import PlacedBuild
-from ornith_moe.quant.source import Source
+from ornith_moe.quant.source import DROPPED_MTP, Source
 
 MANIFEST = "ornith_manifest.json"
 SIDE_FILES = (  # what a served model needs besides weights and config
@@ -45,8 +45,8 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
         config["quantization_config"] = build.plan.config
     elif build.plan.build == "bf16":
         config["dtype"] = text["dtype"] = "bfloat16"
-    if not source.has_mtp and any(name.startswith("mtp.") for name in source.checkpoint.tensors):
-        text["mtp_num_hidden_layers"] = 0  # dropped on request: do not announce it
+    if any(entry.reason == DROPPED_MTP for entry in source.left_out):
+        text["mtp_num_hidden_layers"] = 0  # do not announce it
     sides["config.json"] = _json_bytes(config)
     index = safetensors_index(build.plan, build.layout)
     if index:

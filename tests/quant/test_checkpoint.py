@@ -95,13 +95,17 @@ def break_folder(folder, how):
             return ["config.json"]
         case "already quantized":
             (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+            save_file({"c": torch.ones(4).to(torch.float8_e4m3fn)}, second)
             return ["already quantized", "fp8"]
         case "quantized text config":
             (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "awq"}}}')
+            save_file({"c": torch.ones(4, dtype=torch.int32)}, second)
             return ["already quantized", "awq"]
-        case "fp8 tensor":
-            save_file({"c": torch.ones(4).to(torch.float8_e4m3fn)}, second)
-            return ["c", "F8_E4M3", "BF16 original"]
+        case "scales":
+            (folder / "config.json").write_text('{"compression_config": {"quant_method": "x"}}')
+            save_file({"c": torch.ones(4), "c.weight_scale": torch.ones(1)}, second)
+            write_index(folder, names | {"c.weight_scale": second.name})
+            return ["c.weight_scale", "already quantized", "BF16 original"]
         case "missing shard":
             second.unlink()
             return [second.name, "missing"]
@@ -164,11 +168,24 @@ def break_folder(folder, how):
             return ["*.bin", "not read"]
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantization_that_no_tensor_bears_out_is_stale(folder, key):
+    """A merged QLoRA: the section of the training run stays in config.json, all tensors are BF16."""
+    section = {key: {"quant_method": "bitsandbytes"}}
+    config = {"model_type": "test", "text_config": {"a": 1, **section}, **section}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == {"model_type": "test", "text_config": {"a": 1}}
+    assert checkpoint.notes == (
+        f"config.json has a stale {key} (quant_method 'bitsandbytes'): no tensor is quantized, so it is left out",
+    )
+
+
 @pytest.mark.parametrize(
     "how",
     [
         "no config", "config is not JSON", "config is a list", "deeply nested config", "already quantized",
-        "quantized text config", "fp8 tensor", "missing shard", "truncated shard", "trailing bytes",
+        "quantized text config", "scales", "missing shard", "truncated shard", "trailing bytes",
         "cut inside the header", "empty shard", "git lfs pointer", "index leaves the folder",
         "index names an absolute path", "index names another kind of file", "link leaves the folder",
         "config is a loop of links",

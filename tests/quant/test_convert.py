@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import fixtures
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -123,6 +124,27 @@ def test_shards_and_index(tmp_path, moe):
     found = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert found == index["weight_map"]
     assert index["metadata"]["total_size"] == report.builds[0].tensor_bytes
+
+
+def test_a_head_that_is_not_tied_is_in_every_build(tmp_path):
+    """config.json ties it, its values are others: a weight of its own in builds, and the config says so."""
+    folder = fixtures.gemma4(tmp_path / "src")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    report = convert(open_source(folder), tmp_path / "out", ["bf16", "fp8-channel", "fp8-block", "gguf:BF16"])
+    *folders, file = (build.path for build in report.builds)
+    for path in folders:
+        assert load_file(path / "model.safetensors")["lm_head.weight"].equal(head)
+        said = json.loads((path / "config.json").read_text())
+        assert said["tie_word_embeddings"] is False
+        section = said.get("quantization_config", {"quant_method": "bf16", "ignore": ["lm_head"]})
+        assert section["quant_method"] != "bitsandbytes", "stale: its tensors are BF16"
+        assert "lm_head" in section.get("ignore", section.get("modules_to_not_convert"))
+    stored = {t.name: t.data for t in gguf.GGUFReader(file).tensors}["output.weight"]
+    assert stored.tobytes() == head.view(torch.uint8).numpy().tobytes()
 
 
 def test_dropped_mtp_is_not_announced(tmp_path, moe):
