@@ -72,6 +72,9 @@ To = Annotated[
     list[str], typer.Option("--to", metavar="BUILD", help="fp8-channel, fp8-block, bf16 or gguf:TYPE; repeat for more.")
 ]
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Of the model, in file names and metadata. Default: SRC's.")
+]
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hf://org/name[@revision].")]
 MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]
 TokenizerPre = Annotated[
@@ -100,6 +103,7 @@ def plan(
     ],
     to: To,
     mtp: MtpOption = None,
+    name: Name = None,
     max_shard_size: MaxShard = "5GB",
     imatrix: ImatrixOption = None,
     tensor_type: TensorType = None,
@@ -115,7 +119,7 @@ def plan(
     from ornith_moe.quant.hub import open_any
     from ornith_moe.quant.layout import shard_tensors
 
-    opened = open_any(source, mtp=mtp, config_only=True)
+    opened = open_any(source, mtp=mtp, name=name, config_only=True)
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans = [plan_build(opened, build, recipe=asked, imatrix=importance) for build in to]
     files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
@@ -154,6 +158,7 @@ def convert(
     ] = "2GiB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")] = False,
     mtp: MtpOption = None,
+    name: Name = None,
     max_shard_size: MaxShard = "5GB",
     tokenizer_pre: TokenizerPre = None,
     imatrix: ImatrixOption = None,
@@ -179,7 +184,7 @@ def convert(
     from ornith_moe.quant.hub import open_any
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
-    opened = open_any(source, mtp=mtp)
+    opened = open_any(source, mtp=mtp, name=name)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch: after all that can fail at once
 
     where, _ = choose_device(device)
@@ -231,6 +236,8 @@ def convert(
         table.add_row(build.build, shown(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
     out.print(table)
     _print_coverage(build.coverage for build in report.builds)
+    for note in opened.notes:
+        say(f"- {note}")
     for build in report.builds:
         for note in [*build.notes, *by_kind(build.fallbacks)]:
             say(f"- {note}")
@@ -313,15 +320,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Hashes, names, shapes and error per role of a finished build."""
-    from ornith_moe.quant.hub import open_any
-    from ornith_moe.quant.verify import build_has_mtp, verification_json
+    from ornith_moe.quant.verify import open_against, verification_json
     from ornith_moe.quant.verify import verify as run
 
-    opened = None
-    if against is not None:
-        opened = open_any(against, mtp=None)
-        if opened.has_mtp and not build_has_mtp(build):
-            opened = open_any(against, mtp="drop")
+    opened = None if against is None else open_against(build, against)
     with progress_bar() as progress:
         result = run(build, opened, progress=progress)
     if as_json:
@@ -334,7 +336,7 @@ def verify(
         say(f"{build}: {result.build}, {result.tensors:,} tensors")
         if result.roles:
             out.print(table)
-        for note in result.notes:
+        for note in [*result.notes, *result.left_out]:
             say(f"- {note}")
         if result.ok:
             compared = (

@@ -8,9 +8,10 @@ Three questions, each answerable without the one after it:
 1. Whole: headers tile their files, the index fits, every FP8 tensor has a scale of the right shape, no value decodes to
    NaN or Inf, no scale is zero or negative.
 2. Unchanged: every file has the size and sha256 of the manifest the conversion left.
-3. True (`against` a source): the tensors are those the plan names; every weight, decoded by our codecs and carried back
-   through renames, head order and norm shift, is compared with the source, slab by slab. Kept weights must be equal;
-   others must reach a floor that only damage falls below, well under what each format gives.
+3. True (`against` a source): the tensors are those the plan names, and hold all of the source but what is left out for
+   a reason (quant/accounts.py); every weight, decoded by our codecs and carried back through renames, head order and
+   norm shift, is compared with the source, slab by slab. Kept weights must be equal; others must reach a floor that
+   only damage falls below, well under what each format gives.
 
 What is wrong both ways would hide here. The transforms themselves are therefore tested on logits, and our decoders
 against ggml's C and the `gguf` package; the start of every slab of a GGUF is decoded by that package too.
@@ -30,6 +31,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ornith_moe.quant.accounts import LeftOut, account, some
 from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.builds import plan_build
@@ -38,7 +40,9 @@ from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape
+from ornith_moe.quant.hub import open_any
 from ornith_moe.quant.publish import MANIFEST
+from ornith_moe.quant.reconcile import mtp_of
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import to_float32
 from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
@@ -78,6 +82,7 @@ class Verification:
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)  # of the source, for a reason
 
     @property
     def ok(self) -> bool:
@@ -149,6 +154,17 @@ def build_has_mtp(build: str | Path) -> bool:
     except OrnithError:
         return True
     return any(name.startswith("mtp.") or ".nextn." in name for name in names)
+
+
+def open_against(build: str | Path, against: str | Path) -> Source:
+    """What `build` is to be held against: the source, with MTP tensors if the build or its manifest has them."""
+    manifest = _manifest(Path(build)) or {}
+    if not build_has_mtp(build) and manifest.get("mtp") is not True:
+        return open_any(against, mtp="drop")
+    opened = open_any(against)
+    beside = opened.checkpoint.others.values() if opened.checkpoint and not opened.has_mtp else ()
+    kept = any(mtp_of(table, opened.checkpoint.tensors) for table in beside)
+    return open_any(against, mtp="keep") if kept else opened
 
 
 def _read_tensors(path: Path) -> dict[str, FoundTensor]:
@@ -378,6 +394,9 @@ def _compare(
         return
     for note in plan.notes:
         result.note(note)
+    result.left_out, lost = account(source, plan)
+    if lost:
+        result.problem(f"{some('tensor', lost)}, of the source and nowhere in the build, for no reason known")
     if not _compare_tables(plan, found, result):
         return
     steps = {step.weight: step for step in plan.steps}
@@ -472,4 +491,5 @@ def verification_json(result: Verification) -> dict[str, Any]:
         "roles": result.roles,
         "problems": result.problems,
         "notes": result.notes,
+        "left_out": [entry.json() for entry in result.left_out],
     }

@@ -5,6 +5,7 @@ Reference: the functions behind it. Run in a process of its own, as a user runs 
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,21 @@ def test_convert_verify_inspect(moe, converted):
         found = json.loads(ornith_moe("inspect", build["path"], "--json").stdout)
         assert (found["tensors"], found["tensor_bytes"]) == (build["tensors"], build["tensor_bytes"])
         assert "ok" in ornith_moe("verify", build["path"]).stdout
+
+
+def test_convert_tells_what_it_made_of_its_source(moe, tmp_path):
+    """In words and in JSON; and the name is the user's."""
+    folder = tmp_path / "src"
+    shutil.copytree(moe, folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    words = ("--to", "gguf:F32", "--mtp", "drop", "--name", "mine")
+    text = ornith_moe("convert", folder, tmp_path / "a", *words).stdout
+    notes = json.loads(ornith_moe("convert", folder, tmp_path / "b", *words, "--json").stdout)["notes"]
+    assert (tmp_path / "b" / "mine-F32.gguf").exists() and text.startswith("mine: ")
+    assert len(notes) == 2 and all(f"- {note}\n" in text for note in notes)
+    assert "model.safetensors is read" in notes[0] and "multi-token prediction, dropped as asked" in notes[1]
+    assert notes[1] in ornith_moe("verify", tmp_path / "a" / "mine-F32.gguf", "--against", folder).stdout
+    ornith_moe("plan", folder, "--to", "bf16", "--name", "a/b", code=1)
 
 
 def test_compare_runs_both(moe, converted, tmp_path):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fixtures
@@ -18,13 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ornith_moe.quant.accounts import account
+from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.convert import convert
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.gguf_codecs import DECODERS
 from ornith_moe.quant.inspect import inspect
 from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.source import open_source
-from ornith_moe.quant.verify import build_has_mtp, verification_json, verify
+from ornith_moe.quant.verify import build_has_mtp, open_against, verification_json, verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0"]
 
@@ -103,6 +106,44 @@ def flip_bit(path, offset):
 
 def weights_file(build):
     return build / "model.safetensors" if build.is_dir() else build
+
+
+def test_what_a_build_leaves_out_is_told(tmp_path, source, paths):
+    """Buffers, a dropped MTP layer, a file beside the model and, of a GGUF, the vision tower: all of the source."""
+    folder = tmp_path / "moe"
+    folder.mkdir()
+    buffers = {"model.position_ids": torch.arange(5)}
+    tensors = load_file(source.folder / "model.safetensors")
+    save_file(tensors | buffers, folder / "model.safetensors")
+    save_file(buffers, folder / "adapter_model.safetensors")
+    shutil.copy(source.folder / "config.json", folder)
+    mtp = {name for name in tensors if name.startswith("mtp.")}
+    tower = {name for name in tensors if name.startswith("model.visual.")}
+    for name, expected in {"bf16": [buffers.keys()], "gguf:F32": [buffers.keys(), tower]}.items():
+        found = verification_json(verify(paths[name], open_against(paths[name], folder)))
+        entries = [entry for entry in found["left_out"] if entry["what"] == "tensor"]
+        assert found["ok"] and [set(entry["names"]) for entry in entries] == expected
+        (file,) = (entry for entry in found["left_out"] if entry["what"] == "file")
+        assert file["names"] == ["adapter_model.safetensors"]
+    dropped = account(open_source(folder, mtp="drop"), plan_build(open_source(folder, mtp="drop"), "bf16"))
+    assert {name for entry in dropped[0] for name in entry.names} > mtp and dropped[1] == []
+
+
+def test_what_is_left_out_without_a_reason_is_a_problem(source, paths):
+    lost = replace(source, weights=source.weights[1:], rows=source.rows[1:])
+    problems = verify(paths["bf16"], lost).problems
+    assert any("embed_tokens.weight, of the source and nowhere in the build" in problem for problem in problems)
+
+
+def test_mtp_that_the_manifest_has_is_missed(source, tmp_path):
+    """A build without MTP is held against a source without it only if its manifest does not say otherwise."""
+    report = convert(open_source(source.folder, mtp="drop"), tmp_path / "out", ["bf16"])
+    path = report.builds[0].path
+    assert verify(path, open_against(path, source.folder)).ok
+    text = json.loads((path / MANIFEST).read_bytes())
+    assert json.loads((path / "config.json").read_bytes())["text_config"]["mtp_num_hidden_layers"] == 0
+    (path / MANIFEST).write_text(json.dumps(text | {"mtp": True}))
+    assert any("mtp." in problem for problem in verify(path, open_against(path, source.folder)).problems)
 
 
 @pytest.mark.parametrize("build", BUILDS, indirect=True)
