@@ -278,8 +278,6 @@ class Qwen35:
             return GgufPlace(f"{block}ffn_{kind}_exps.weight", shape, row=weight.expert * weight.shape[0])
         module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
         name = block + _GGUF_NAMES[module]
-        if module == "mlp.shared_expert_gate.weight":
-            return GgufPlace(name, weight.shape[1:])  # ggml keeps the one row as a vector
         if module.startswith("linear_attn."):
             return self._gguf_linear_attention(weight, name, module.removeprefix("linear_attn."))
         return GgufPlace(name, weight.shape, values="add_one" if module.endswith("norm.weight") else "same")
