@@ -35,6 +35,7 @@ from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf_codecs import ENCODERS
 from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.gguf_metadata import gguf_metadata
+from ornith_moe.quant.gguf_tokenizer import tokenizer_entries
 from ornith_moe.quant.gguf_types import FILE_TYPES
 from ornith_moe.quant.imatrix import Coverage, Imatrix
 from ornith_moe.quant.journal import JOURNAL, Journal
@@ -46,6 +47,7 @@ from ornith_moe.quant.scan import non_finite_weights
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FP8_BLOCK, Gguf
 from ornith_moe.quant.stream import units
+from ornith_moe.quant.tokenizer_files import read_tokenizer
 
 ENCODING = 2  # raised when a storage gives other bytes, so that two versions never share a conversion
 PARTIAL = ".ornith-partial"
@@ -250,8 +252,10 @@ def _place(
 ) -> list[PlacedBuild]:
     """Lay out every build."""
     placed, files = [], 0
+    tokenizer, told = _tokenizer(source, tokenizer_pre) if any(plan.is_gguf for plan in plans) else ([], ())
     for plan in plans:
         if plan.is_gguf:
+            plan.notes += told
             final = out / f"{source.name}-{plan.file_type}.gguf"
             metadata = gguf_metadata(
                 source.config,
@@ -259,7 +263,8 @@ def _place(
                 name=source.name,
                 file_type=FILE_TYPES[plan.file_type].id,
                 mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
-                pre=tokenizer_pre,
+                shapes={tensor.name: tensor.shape for tensor in plan.tensors},
+                tokenizer=tokenizer,
             ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
             layout = gguf_layout(plan, final.name, metadata)
         else:
@@ -267,6 +272,13 @@ def _place(
         placed.append(PlacedBuild(plan, layout, staging / plan.build.replace(":", "-"), final, files))
         files += len(layout.files)
     return placed
+
+
+def _tokenizer(source: Source, pre: str | None) -> tuple[list[Entry], tuple[str, ...]]:
+    """Keys of the tokenizer, the same for every GGUF, and what is to be said of it."""
+    rows = source.architecture.vocabulary
+    files = read_tokenizer(source.folder, rows)
+    return tokenizer_entries(files, source.config, rows, pre=pre), files.notes
 
 
 def _check_names(placed: list[PlacedBuild]) -> None:
@@ -288,9 +300,7 @@ def _check_space(out: Path, staging: Path, placed: list[PlacedBuild]) -> None:
         )
 
 
-def _identity(
-    source: Source, placed: list[PlacedBuild], sides: list[dict[str, bytes]], imatrix: Imatrix | None
-) -> str:
+def _identity(source: Source, placed: list[PlacedBuild], sides: list[dict[str, bytes]], imatrix: Imatrix | None) -> str:
     """A digest of all that determines the bytes of a conversion: source, importance, builds, headers, side files."""
     importance = [imatrix.digest] if imatrix else []
     digest = xxhash.xxh3_128(json.dumps([ENCODING, source.checkpoint.fingerprint, *importance]).encode())

@@ -12,6 +12,8 @@ import json
 import os
 from pathlib import Path
 
+from ornith_moe.quant.chat_templates import FOLDER as TEMPLATES
+from ornith_moe.quant.chat_templates import MAX_TEMPLATE_BYTES, named_templates
 from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import read_bytes, sync_folder, write_file
 from ornith_moe.quant.layout import safetensors_index
@@ -39,6 +41,8 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
         wanted = any(path.match(pattern) for pattern in SIDE_FILES)
         if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
             sides[path.name] = read_bytes(path, what="a side file", limit=MAX_SIDE_FILE_BYTES)
+    for path in named_templates(source.folder):
+        sides[f"{TEMPLATES}/{path.name}"] = read_bytes(path, what="a chat template", limit=MAX_TEMPLATE_BYTES)
     config = json.loads(json.dumps(source.config))
     text = config.get("text_config", config)
     if build.plan.config:
@@ -61,6 +65,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         for i, file in enumerate(build.layout.files)
     }
     for name, payload in sides.items():
+        (build.staging / name).parent.mkdir(exist_ok=True)
         write_file(build.staging / name, payload)
         files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     manifest = {

@@ -35,6 +35,7 @@ from ornith_moe.quant.accounts import LeftOut, account, some
 from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.builds import plan_build
+from ornith_moe.quant.chat_templates import FOLDER as TEMPLATES
 from ornith_moe.quant.checkpoint import matrix_shape, read_tables
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.files import open_file, read_json
@@ -221,8 +222,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, 
 
 
 def _is_file_entry(name: str, entry: Any) -> bool:
-    """A plain file name with its size and digest."""
-    if Path(name).name != name or not isinstance(entry, dict):
+    """A plain file name, or that of a chat template in its folder, with its size and digest."""
+    if Path(name).name != name.removeprefix(f"{TEMPLATES}/") or not isinstance(entry, dict):
         return False
     return type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
 

@@ -14,10 +14,12 @@ import gguf
 import pytest
 
 import ornith_moe
+from ornith_moe.quant.architectures import architecture
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.gguf_metadata import gguf_metadata
-from ornith_moe.quant.gguf_tokenizer import PRE_BY_PATTERN
+from ornith_moe.quant.gguf_tokenizer import PRE_BY_PATTERN, tokenizer_entries
+from ornith_moe.quant.tokenizer_files import read_tokenizer
 
 PRESETS = Path(ornith_moe.__file__).parent / "quant" / "presets"
 REQUIRED = {"context_length", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon"}
@@ -58,10 +60,15 @@ def preset(name: str) -> dict:
     return json.loads((PRESETS / f"{name}.json").read_text())
 
 
-def values(folder, *, mtp_layers=0, **options) -> dict:
+def entries_of(folder, *, mtp_layers=0, pre=None) -> list[Entry]:
     config = json.loads((folder / "config.json").read_text())
-    entries = gguf_metadata(config, folder, name="x", file_type=0, mtp_layers=mtp_layers, **options)
-    return {entry.key: entry.value for entry in entries}
+    rows = architecture(config).vocabulary
+    tokenizer = tokenizer_entries(read_tokenizer(folder, rows), config, rows, pre=pre)
+    return gguf_metadata(config, folder, name="x", file_type=0, mtp_layers=mtp_layers, tokenizer=tokenizer)
+
+
+def values(folder, **options) -> dict:
+    return {entry.key: entry.value for entry in entries_of(folder, **options)}
 
 
 def hyperparameters(config: dict, mtp_layers: int = 0) -> dict:
@@ -182,8 +189,7 @@ def test_equal_checkpoints_give_equal_metadata_without_paths(qwen, editable):
 @pytest.mark.parametrize("make", [fixtures.qwen35, fixtures.gemma4])
 def test_every_entry_survives_a_real_file(make, tmp_path):
     folder = make(tmp_path / "checkpoint")
-    config = json.loads((folder / "config.json").read_text())
-    entries = gguf_metadata(config, folder, name="tiny", file_type=0, mtp_layers=0)
+    entries = entries_of(folder)
     writer = gguf.GGUFWriter(tmp_path / "metadata.gguf", "")
     writer.kv_data[0].clear()
     for entry in entries:
@@ -210,7 +216,7 @@ def test_byte_level_tokens_have_the_type_that_llama_cpp_needs(qwen):
     assert padding == list(range(padding[0], fixtures.VOCAB_ROWS))
     assert tokens[padding[0]] == f"[PAD{padding[0]}]"
     assert found["tokenizer.ggml.model"] == "gpt2" and found["tokenizer.ggml.pre"] == "qwen35"
-    assert tokens[found["tokenizer.ggml.eos_token_id"]] == tokens[found["tokenizer.ggml.eot_token_id"]] == "<|im_end|>"
+    assert tokens[found["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
     assert tokens[found["tokenizer.ggml.padding_token_id"]] == "<|endoftext|>"
     assert found["tokenizer.ggml.add_bos_token"] is False
     assert found["tokenizer.chat_template"] == fixtures.QWEN_TEMPLATE
@@ -222,7 +228,7 @@ def test_gemma_tokens_have_bytes_scores_and_a_beginning(gemma):
     assert found["tokenizer.ggml.model"] == "gemma4" and found["tokenizer.ggml.add_bos_token"] is True
     assert types.count(gguf.TokenType.BYTE) == 256
     assert types[tokens.index("<bos>")] == gguf.TokenType.CONTROL
-    assert tokens[found["tokenizer.ggml.eot_token_id"]] == "<turn|>"
+    assert types[tokens.index("<turn|>")] == gguf.TokenType.CONTROL
     assert len(found["tokenizer.ggml.scores"]) == len(tokens) == fixtures.VOCAB_ROWS
     assert found["tokenizer.ggml.add_space_prefix"] is False
 
