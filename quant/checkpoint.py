@@ -33,7 +33,7 @@ from ornith_moe.quant.accounts import LeftOut, bare
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
 from ornith_moe.quant.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
-from ornith_moe.quant.tensor_names import is_buffer, is_quantization
+from ornith_moe.quant.tensor_names import is_buffer, is_quantization, is_spare
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
@@ -120,11 +120,12 @@ class Checkpoint:
         return _fingerprint(self.folder, self.config, self.files, self.tensors) != self.fingerprint
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Read config and headers of the checkpoint in `folder` and check them.
 
     Args:
         folder: a directory with `config.json` and `*.safetensors`, with `model.safetensors.index.json` when sharded.
+        drop_mtp: shards of multi-token prediction that the index names need not be there.
     Returns:
         Checkpoint: its table of tensors; no payload has been read.
     Raises:
@@ -135,8 +136,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: expected a checkpoint folder, found {_found(folder)}")
     if is_adapter_alone(folder):
         raise CheckpointError(_adapter_sentence(folder))
+    if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: is a repository of a Hub cache; give one of the folders in its snapshots/")
     config = read_json(folder / "config.json", what="a checkpoint folder with a config.json")
-    found = _model_files(folder)
+    found = model_files(folder, lambda: _weight_map(folder), drop_mtp=drop_mtp)
     files, tensors = _read_tables(folder, found)
     config, stale = without_stale_quantization(config, folder / "config.json", tensors)
     others, left_out = _read_others(folder, found)
@@ -158,11 +161,7 @@ def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     Raises:
         CheckpointError: a shard missing, damaged, outside the folder, or not what the index says it is.
     """
-    return _read_tables(folder, _model_files(folder))
-
-
-def _model_files(folder: Path) -> ModelFiles:
-    return model_files(folder, lambda: _weight_map(folder))
+    return _read_tables(folder, model_files(folder, lambda: _weight_map(folder)))
 
 
 def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
@@ -171,7 +170,9 @@ def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dic
     for path in files:
         header = read_header(path)
         wanted = found.names[path.name]
-        stray, lost = ((), ()) if wanted is None else (header.keys() - wanted, wanted - header.keys())
+        wanted = header.keys() if wanted is None else wanted
+        stray = [name for name in header.keys() - wanted if not is_spare(name)]
+        lost = [name for name in wanted - header.keys() if not is_spare(name)]
         if stray:
             raise CheckpointError(
                 f"{path.name}: holds tensor {bare(min(stray))}, which the index does not place there; "
@@ -180,8 +181,11 @@ def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dic
         if lost:
             raise CheckpointError(
                 f"{path.name}: the index places tensor {bare(min(lost))} here (and {len(lost) - 1} more) "
-                "but the shard does not hold it; fetch shard and index again"
+                "but the shard does not hold it; fetch or save shards and index of one model"
             )
+        if twice := tensors.keys() & header.keys():
+            holder = tensors[min(twice)].path.name
+            raise CheckpointError(f"{path.name}: holds tensor {bare(min(twice))}, as {holder} does; keep one of them")
         tensors |= header
     return files, tensors
 
@@ -298,9 +302,10 @@ def _read_others(folder: Path, found: ModelFiles) -> tuple[dict[str, dict[str, T
 
 def _adapter_sentence(folder: Path) -> str:
     try:
-        base = read_json(folder / "adapter_config.json", limit=1 << 20).get("base_model_name_or_path")
+        found = read_json(folder / "adapter_config.json", limit=1 << 20)
     except CheckpointError:
-        base = None
+        found = {}
+    base = found.get("base_model_name_or_path") or found.get("model")  # PEFT; MLX
     of = f" of {brief(base)}" if base else ""
     return (
         f"{folder}: is an adapter{of}, not a model; load it on its base model with peft, merge_and_unload(), "

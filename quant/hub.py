@@ -45,7 +45,7 @@ def open_any(
     try:
         if not config_only:
             folder = snapshot_download(repository, revision=revision, allow_patterns=list(WANTED))
-            return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
+            return source_from_checkpoint(open_checkpoint(folder, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
         path = Path(hf_hub_download(repository, "config.json", revision=revision))
         config, names = read_json(path), None
         try:

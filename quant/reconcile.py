@@ -17,6 +17,7 @@ from ornith_moe.quant.accounts import LeftOut, bare, some
 from ornith_moe.quant.architectures import Gemma4, Qwen35
 from ornith_moe.quant.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, matrix_shape
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.storage import to_float32
 from ornith_moe.quant.tensor_names import canonical_names, is_adapter
 
 HEAD = "lm_head.weight"
@@ -33,16 +34,16 @@ def named_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list
     tensors = checkpoint.tensors
     if adapter := [name for name in tensors if is_adapter(name)]:
         raise CheckpointError(
-            f"{checkpoint.folder}: {some('tensor', adapter)}, belong to an adapter (LoRA or its like) that was not "
-            "merged; load the model with peft, merge_and_unload(), save_pretrained(), and convert that folder"
+            f"{checkpoint.folder}: {some('tensor', adapter)}, of an adapter (LoRA or its like) that was not merged; "
+            "load the model with peft, merge_and_unload(), save_pretrained(), and convert that folder"
         )
     names = canonical_names(tensors, text_prefix(tensors))
     if any(name != canonical for name, canonical in names.items()):
         names = canonical_names(tensors, "model.language_model." if "text_config" in config else "model.")
         other = [name for name, canonical in names.items() if name != canonical]
         if other:
-            first = f"{bare(other[0])}, read as {bare(names[other[0]])}"
-            notes.append(f"{len(other)} tensors have the names of a wrapper around the model, the first is {first}")
+            first = bare(names[other[0]])
+            notes.append(f"{some('tensor', other)}, named by a wrapper around the model: read as {first}")
     return {names[name]: info for name, info in tensors.items()}
 
 
@@ -78,7 +79,7 @@ def mtp_beside(
         if mtp:
             used[file] = {info.name: info for info in mtp.values()}
             found |= mtp
-            notes.append(f"{len(mtp)} MTP tensors are taken from {file}, which is not of the model by its index")
+            notes.append(f"{some('tensor', sorted(mtp))}, taken from {bare(file)}, which is not of the model otherwise")
     return (checkpoint.including(used), found) if used else (checkpoint, {})
 
 
@@ -151,11 +152,13 @@ def _with_tied_head(config: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 def _equal(checkpoint: Checkpoint, a: TensorInfo, b: TensorInfo) -> bool:
     """Whether two tensors hold the same values, read a slab at a time up to the first difference."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.dtype not in ITEM_BYTES:
+    if a.shape != b.shape or not {a.dtype, b.dtype} <= ITEM_BYTES.keys():
         return False
     rows, columns = matrix_shape(a.shape)
-    slab = max(1, COMPARED_BYTES // max(1, columns * ITEM_BYTES[a.dtype]))
-    return all(
-        np.array_equal(*(checkpoint.read_rows(info, start, min(slab, rows - start)) for info in (a, b)))
-        for start in range(0, rows, slab)
-    )
+    slab = max(1, COMPARED_BYTES // max(1, 4 * columns))
+
+    def read(info: TensorInfo, start: int) -> np.ndarray:
+        raw = checkpoint.read_rows(info, start, min(slab, rows - start))
+        return raw if a.dtype == b.dtype else to_float32(raw, info.dtype)
+
+    return all(np.array_equal(read(a, start), read(b, start)) for start in range(0, rows, slab))

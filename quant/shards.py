@@ -16,9 +16,11 @@ from pathlib import Path
 
 from ornith_moe.quant.accounts import bare, some
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.tensor_names import is_mtp
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MTP_ADVICE = "; --mtp drop leaves multi-token prediction out"
 UNNAMED = "not of the model that transformers would load"
 _OTHER = (  # file names that are never the model -> what they are
     (re.compile(r"^(adapters?|(pytorch_)?lora(_weights)?)[._-]", re.I), "an adapter, which is not applied"),
@@ -37,10 +39,13 @@ class ModelFiles:
     notes: tuple[str, ...]
 
 
-def model_files(folder: Path, read_index: Callable[[], Mapping[str, str] | None]) -> ModelFiles:
+def model_files(
+    folder: Path, read_index: Callable[[], Mapping[str, str] | None], *, drop_mtp: bool = False
+) -> ModelFiles:
     """Choose the files of the model in `folder`; no header is read.
 
     Args:
+        drop_mtp: shards that hold multi-token prediction alone need not be there.
         read_index: the checked weight_map of the folder, {tensor: file}; None if it has no index.
     Raises:
         CheckpointError: no weights, several files and no index, shards missing; what `read_index` raises, unless there
@@ -66,15 +71,19 @@ def model_files(folder: Path, read_index: Callable[[], Mapping[str, str] | None]
             notes.append(f"{only} is taken for the model: there is no {WHOLE} and no index")
         shards = {only: None}
     elif missing := sorted(shards.keys() - set(present)):
+        only_mtp = all(is_mtp(name) for file in missing for name in shards[file])
+        if only_mtp and drop_mtp:
+            notes.append(f"{some('file', missing)}, not there: it is of the multi-token prediction that is dropped")
+            shards = {file: names for file, names in shards.items() if file not in missing}
+            return ModelFiles(shards, _others(present, shards), tuple(notes))
         unnamed = [name for name in present if name not in shards]
         beside = f"; {some('file', unnamed)}, not in the index, so it may be of another save" if unnamed else ""
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shards)} shards named by the index are missing ("
             f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}){beside}; fetch or save shards and index "
-            "of one model"
+            f"of one model{MTP_ADVICE if only_mtp else ''}"
         )
-    others = tuple((name, _what(name) or UNNAMED) for name in present if name not in shards)
-    return ModelFiles(shards, others, tuple(notes))
+    return ModelFiles(shards, _others(present, shards), tuple(notes))
 
 
 def is_adapter_alone(folder: Path) -> bool:
@@ -83,6 +92,10 @@ def is_adapter_alone(folder: Path) -> bool:
     adapter = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"} & names
     model = any(name.endswith(".safetensors") and not _what(name) for name in names) or INDEX in names
     return bool(adapter) and not model and not any(name.startswith("pytorch_model") for name in names)
+
+
+def _others(present: list[str], shards: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, _what(name) or UNNAMED) for name in present if name not in shards)
 
 
 def _by_file(weight_map: Mapping[str, str]) -> dict[str, frozenset[str] | None]:

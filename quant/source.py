@@ -43,6 +43,7 @@ from ornith_moe.quant.reconcile import (
     settle_head,
     text_prefix,
 )
+from ornith_moe.quant.shards import MTP_ADVICE
 from ornith_moe.quant.tensor_names import is_buffer, is_quantization
 
 # What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.
@@ -57,6 +58,7 @@ PRESET_HAS_MTP = {
 }
 MTP_CHOICES = (None, "keep", "drop")
 LONGEST_NAME = 200  # bytes; a file's name may have 255
+QUANTIZED_ADVICE = "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
 BUFFERS = "buffers that every model computes for itself"
 DROPPED_MTP = "multi-token prediction, dropped as asked"
 
@@ -106,7 +108,7 @@ def open_source(source: str | Path, *, mtp: str | None = None, name: str | None 
         preset = resources.files("ornith_moe.quant").joinpath(f"presets/{source}.json")
         opened = source_from_config(json.loads(preset.read_bytes()), name=str(source), mtp=mtp)
     elif path.is_dir():
-        return source_from_checkpoint(open_checkpoint(path), name=name, mtp=mtp)
+        return source_from_checkpoint(open_checkpoint(path, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
     elif path.suffix == ".json" and path.is_file():
         config, _ = without_stale_quantization(read_json(path, named=True), path, None)
         opened = source_from_config(config, name=path.stem, mtp=mtp)
@@ -224,22 +226,20 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
     info, shape, row = (alone, weight.shape, 0) if alone else (packed, getattr(weight.packed, "shape", None), None)
     if info is None:
         return None
+    advice = MTP_ADVICE if weight.role == "mtp" else ""
     if info.dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{info.path.name}: tensor {info.name} is {info.dtype}; expected BF16, F16 or F32 (an already quantized or "
-            f"packed checkpoint cannot be a source: use its BF16 original){_or_drop(weight.role == 'mtp')}"
+            f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16 or F32 "
+            + ("(save it as one of them)" if info.dtype == "F64" else QUANTIZED_ADVICE)
+            + advice
         )
     if info.shape != shape:
         raise CheckpointError(
             f"{info.path.name}: tensor {bare(info.name)} has shape {list(info.shape)}, config.json means "
-            f"{list(shape)}; config and shards are not of one model{_or_drop(weight.role == 'mtp')}"
+            f"{list(shape)}; config and shards are not of one model{advice}"
         )
     used.add(weight.name if alone else weight.packed.name)
     return info, weight.packed.row if row is None else row
-
-
-def _or_drop(is_mtp: bool) -> str:
-    return "; --mtp drop leaves multi-token prediction out" if is_mtp else ""
 
 
 def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list[Weight], unknown: list[str]) -> str:
@@ -253,13 +253,16 @@ def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list
     count = f"{len(unknown):,} tensors are" if len(unknown) > 1 else "a tensor is"
     stray = f"{count} no weight of {brief(kind)}, the first is {bare(unknown[0])}" if unknown else ""
     if not missing:
-        return f"{folder}: {stray}; config.json and shards may not be of one model{_or_drop(is_mtp)}"
+        return f"{folder}: {stray}; config.json and shards may not be of one model{MTP_ADVICE if is_mtp else ''}"
     first = missing[0]
+    names = {first.name, first.packed.name if first.packed else first.name}
+    holder = next((file for file, table in checkpoint.others.items() if names & table.keys()), None)
     packed = f" (nor {first.packed.name})" if first.packed else ""
     lost = f"weight {first.name} is missing{packed}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
     if is_mtp:
         total = sum(weight.role == "mtp" for weight in weights)
-        return f"{folder}: {lost}, of the {total} of multi-token prediction{_or_drop(True)}"
+        keep = f"; --mtp keep takes it from {bare(holder)}" if holder else ""
+        return f"{folder}: {lost}, of the {total} of multi-token prediction{keep}{MTP_ADVICE}"
     if first.name == HEAD and len(missing) == 1 and not unknown:
         return (
             f"{folder}: {lost}, but config.json says tie_word_embeddings false, so transformers would begin with a "
@@ -272,8 +275,6 @@ def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list
         )
     if unknown:
         return f"{folder}: {lost}, and {stray}; config.json and shards are not of one model, or names were changed"
-    names = {first.name, first.packed.name if first.packed else first.name}
-    holder = next((file for file, table in checkpoint.others.items() if names & table.keys()), None)
     if holder:
         read = some("file", [path.name for path in checkpoint.files])
         return (

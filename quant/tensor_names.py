@@ -21,7 +21,8 @@ _BUFFER = re.compile(
     r"(?:^|\.)(?:"
     r"rotary\w*\.\w*(?:inv_freq|cos_cached|sin_cached)|position_ids|embed_tokens\.embed_scale"
     r"|(?:self_)?attn(?:ention)?\.(?:masked_bias|bias|mask|causal_mask)|masked_bias|causal_mask"
-    r"|num_batches_tracked|_extra_state|total_ops|total_params"  # the last three: Megatron and thop
+    r"|rope\.freqs|freqs_cis|token_type_ids|num_batches_tracked"
+    r"|_extra_state|total_ops|total_params"  # of Megatron and thop
     r")$"
 )
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_\w+|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|ia3_\w+|modules_to_save)(?:\.|$)", re.I)
@@ -45,6 +46,16 @@ _PLACES = {
 def is_buffer(name: str) -> bool:
     """Whether it is a buffer that every model computes for itself."""
     return _BUFFER.search(name) is not None
+
+
+def is_mtp(name: str) -> bool:
+    """Whether it belongs to multi-token prediction, under whatever wrapper."""
+    return next((part for part in name.split(".") if part not in _WRAPPERS | _ROOTS), None) == "mtp"
+
+
+def is_spare(name: str) -> bool:
+    """Whether a model may be whole without it, so that an index and its shards may differ in it."""
+    return is_buffer(name) or is_mtp(name) or name.endswith("lm_head.weight")
 
 
 def is_adapter(name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
 
 ROLES = (
     "router", "expert", "shared_expert", "attention", "linear_attention", "mlp", "norm", "embedding", "head",
@@ -118,9 +118,12 @@ class Settings:
     where: str
 
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = 1 << 24) -> int:
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        value = default if value is None else value
         if type(value) is not int or not low <= value <= high:
-            raise CheckpointError(f"{self.where}: expected {key} to be an integer from {low} to {high}, got {value!r}")
+            raise CheckpointError(
+                f"{self.where}: expected {key} to be an integer from {low} to {high}, got {brief(value)}"
+            )
         return value
 
     def fraction(self, key: str, default: float) -> float:

@@ -4,6 +4,7 @@ Reference: a folder in the Hub cache's own layout; the library's functions are r
 Not covered: the network.
 """
 
+import json
 import shutil
 
 import fixtures
@@ -12,7 +13,7 @@ import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.hub import WANTED, open_any
+from ornith_moe.quant.hub import INDEX, WANTED, open_any
 from ornith_moe.quant.source import open_source
 
 
@@ -59,6 +60,20 @@ def test_a_plan_needs_config_and_index_only(hub):
     assert [call[2] for call in calls] == ["config.json", "model.safetensors.index.json"]
     assert source.has_mtp and source.name == "moe"
     assert [w.shape for w in source.weights] == [w.shape for w in open_source(snapshot).weights]
+
+
+def test_a_plan_tells_what_the_names_of_an_index_tell(hub):
+    """Quantized by its scales, stale without; a head that is tied and there all the same."""
+    snapshot, _ = hub
+    config, index = (json.loads((snapshot / name).read_text()) for name in ("config.json", INDEX))
+    config |= {"quantization_config": {"quant_method": "fp8"}, "tie_word_embeddings": True}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    notes = open_any("hf://org/moe", config_only=True, name="mine").notes
+    assert "stale quantization_config" in notes[0] and "it counts if its values are not the embedding's" in notes[1]
+    index["weight_map"]["a.weight_scale_inv"] = "model-00001-of-00002.safetensors"
+    (snapshot / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="already quantized"):
+        open_any("hf://org/moe", config_only=True)
 
 
 def test_without_an_index_mtp_is_left_open(hub):

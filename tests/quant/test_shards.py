@@ -88,6 +88,32 @@ def test_the_only_file_is_the_model_whatever_its_name(folder):
     assert value(checkpoint) == 3 and "weights.safetensors is taken for the model" in checkpoint.notes[0]
 
 
+def test_an_index_and_its_shards_may_differ_in_what_a_model_can_spare(folder):
+    """A tied head that was not saved, buffers, multi-token prediction: named and not there, or there and not named."""
+    names = ("x", "lm_head.weight", "mtp.norm.weight", "model.position_ids")
+    made = folder({"a-1.safetensors": 3, "b-2.safetensors": 1}, dict.fromkeys(names, "a-1.safetensors"))
+    assert list(open_checkpoint(made).tensors) == ["x"]
+    save_file({"x": torch.ones(1), "mtp.fc.weight": torch.ones(1)}, made / "a-1.safetensors")
+    assert open_checkpoint(made).tensors.keys() == {"x", "mtp.fc.weight"}
+    save_file({"mtp.fc.weight": torch.ones(1)}, made / "b-2.safetensors")
+    folder({}, {"x": "a-1.safetensors", "mtp.norm.weight": "b-2.safetensors"})
+    with pytest.raises(CheckpointError, match=r"mtp.fc.weight, as a-1.safetensors does; keep one"):
+        open_checkpoint(made)
+
+
+def test_a_shard_of_dropped_mtp_may_be_missing(folder):
+    made = folder({"a-1.safetensors": 3}, {"x": "a-1.safetensors", "model.mtp.norm.weight": "b-2.safetensors"})
+    with pytest.raises(CheckpointError, match=r"b-2.safetensors.*; --mtp drop leaves"):
+        open_checkpoint(made)
+    assert value(open_checkpoint(made, drop_mtp=True)) == 3
+
+
+def test_a_repository_of_a_hub_cache_is_not_its_snapshot(tmp_path):
+    (tmp_path / "snapshots" / "0123abc").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="give one of the folders in its snapshots"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 def test_an_adapter_alone_says_so(folder, with_config):
     made = folder({"adapter_model.safetensors": 1})
