@@ -14,6 +14,7 @@ Read from the result, all of it exact:
 - registers, local memory and instructions of the machine code (nvdisasm and cuobjdump come with Triton; AMD's compiler
   writes them into the assembly),
 - matrix instructions by the name that PTX or the AMD ISA gives them, and whether tiles travel by TMA,
+- over how much of K the matrix unit itself sums (`unbroken_k`), in Triton's last form of the kernel before LLVM,
 - programs that fit on one SM or CU by registers, shared and tensor memory and warps, and the hot loop: the innermost
   loop that holds matrix instructions. Loops are strongly connected components of the branches; one inside another is
   what remains connected without the outer loop's entry.
@@ -40,8 +41,9 @@ from ornith_moe.kernels.launch import Launch
 
 @dataclass(frozen=True)
 class Processor:
-    """What one SM or CU holds. NVIDIA: CUDA programming guide, compute capabilities 9.0 and 10.0. AMD: CDNA3 and CDNA4
-    ISA and the occupancy rules of LLVM's AMDGPU backend. Registers are 32 bits wide and counted over all lanes."""
+    """What one SM or CU holds. NVIDIA: CUDA programming guide, compute capabilities 8.9, 9.0 and 10.0. AMD: CDNA3 and
+    CDNA4 ISA and the occupancy rules of LLVM's AMDGPU backend. Registers are 32 bits wide and counted over all lanes.
+    """
 
     backend: str
     arch: int | str
@@ -58,6 +60,7 @@ class Processor:
 
 
 PROCESSORS = {
+    "sm89": Processor("cuda", 89, 32, 4, 48, 24, 65536, 8, 100 << 10, 99 << 10, 1 << 10),
     "sm90": Processor("cuda", 90, 32, 4, 64, 32, 65536, 8, 228 << 10, 227 << 10, 1 << 10),
     "sm100": Processor("cuda", 100, 32, 4, 64, 32, 65536, 8, 228 << 10, 227 << 10, 1 << 10, 512),
     "gfx942": Processor("hip", "gfx942", 64, 4, 32, 32, 4 * 64 * 512, 8, 64 << 10, 64 << 10, 0),
@@ -103,6 +106,7 @@ class Report:
     spills: int
     shared_bytes: int
     matrix_instructions: dict[str, int]
+    unbroken_k: int | None  # the most of K that leaves the matrix unit as one sum; None: all of it
     tma: bool
     tensor_columns: int
     instructions: int  # of the machine code, each counted once
@@ -260,8 +264,40 @@ def _compile(request: Request) -> Report:
         warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0),
+        unbroken_k=unbroken_k(compiled.asm["ttgir"]),
         **read(compiled.asm),
     )
+
+
+_PRODUCT = re.compile(
+    r"\s*(?:(%\w+) = )?(?:tt\.dot|tt\.dot_scaled|ttng\.warp_group_dot|ttng\.tc_gen5_mma) (%.*?) :"
+    r" (?:tensor|!ttg\.memdesc)<\d+x(\d+)x"
+)
+
+
+def unbroken_k(ttgir: str) -> int | None:
+    """The most of K that the matrix unit sums before the kernel sees the sum: 0 without products, None where a product
+    goes on from one that the loop's last turn left.
+
+    A product is `dot a, b, acc` or, in tensor memory, `mma a, b, acc, whether to go on from acc`. It starts a sum where
+    acc is the constant 0 or the flag is false, and continues one where acc is the result of another product.
+    """
+    known: dict[str, int | None] = {}  # what each value would add to: 0 for a zero or false, K of a product's result
+    longest = 0
+    for line in ttgir.splitlines():
+        if found := re.match(r"\s*(%\w+) = arith\.constant (?:dense<0\.0+e\+00>|false)", line):
+            known[found[1]] = 0
+        elif found := _PRODUCT.match(line):
+            operands = re.findall(r"%\w+(?:#\d+)?", re.sub(r" scale %\w+|\[.*?\]", "", found[2]))
+            before = known.get(operands[3] if len(operands) > 3 else operands[2])
+            if before is None:
+                return None
+            longest = max(longest, before + int(found[3]))
+            known[found[1]] = before + int(found[3])
+        else:  # names of one region may come again in another
+            for name in re.findall(r"(%\w+)(?::\d+)? =", line):
+                known.pop(name, None)
+    return longest
 
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:

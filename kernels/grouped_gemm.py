@@ -400,8 +400,8 @@ def _start(product, a, a_scale, weights, plan, tile, columns, first, *, gather, 
     pair = epilogue == "swiglu" or (epilogue == "store" and tile.pair and columns >= 2 * block_n)
     width = 2 * block_n if pair and epilogue == "store" else block_n
     even = k % step == 0 and columns % width == 0
-    # AMD has no TMA: a descriptor becomes pointers whose masks take four times the instructions of the product.
-    tma = None if target(a.device).arch.startswith("gfx") else _contiguous_side(b, step)
+    # Without TMA a descriptor becomes pointers whose masks take four times the instructions of the product.
+    tma = _contiguous_side(b, step) if target(a.device).tma else None
     if tma == "k":
         operand = TensorDescriptor(b, [experts * rows_b, k], [b.stride(1), 1], [block_n, step])
     elif tma == "n":

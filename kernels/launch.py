@@ -28,10 +28,15 @@ class Target:
     arch: str
     processors: int
 
+    @property
+    def tma(self) -> bool:
+        """Whether the hardware copies tiles: NVIDIA's from sm90 on, and the interpreter, which imitates it."""
+        return not self.arch.startswith("gfx") and not (self.arch.startswith("sm") and int(self.arch[2:]) < 90)
 
-TARGETS = {  # H100 SXM, B200, MI300X, MI355X
+
+TARGETS = {  # L40S, H100 SXM, B200, MI300X, MI355X
     name: Target(name, processors)
-    for name, processors in {"sm90": 132, "sm100": 148, "gfx942": 304, "gfx950": 256}.items()
+    for name, processors in {"sm89": 142, "sm90": 132, "sm100": 148, "gfx942": 304, "gfx950": 256}.items()
 }
 _INTERPRETER = Target("interpreter", 2)  # what it costs is the number of programs
 

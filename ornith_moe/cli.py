@@ -413,7 +413,7 @@ def compare(
 @app.command()
 def kernels(
     arch: Annotated[
-        str | None, typer.Option(metavar="ARCH[,ARCH]", help="Of sm90, sm100, gfx942 and gfx950. Default: all.")
+        str | None, typer.Option(metavar="ARCH[,ARCH]", help="Of sm89, sm90, sm100, gfx942 and gfx950. Default: all.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -20,6 +20,7 @@ from ornith_moe.kernels.compile import (
     parse_amdgcn,
     parse_sass,
     specialize,
+    unbroken_k,
 )
 from ornith_moe.kernels.launch import recording
 
@@ -79,10 +80,47 @@ def test_code_without_a_matrix_loop_has_none():
     assert hot_loop(list(parse_sass(SASS.splitlines())), "HGMMA", "x") is None
 
 
+DOT = "tt.dot {} : tensor<64x128xf8E4M3FN, #a> * tensor<128x32xf8E4M3FN, #b> -> tensor<64x32xf32, #mma> loc(#loc1)"
+WGMMA = "ttng.warp_group_dot {} : !ttg.memdesc<64x128xf8E4M3FN, #a> * !ttg.memdesc<128x32xf8E4M3FN, #b> -> tensor<>"
+MMA = "ttng.tc_gen5_mma {} {{is_async}} : !ttg.memdesc<64x128xf8E4M3FN, #a>, !ttg.memdesc<128x32xf8E4M3FN, #b>"
+SCALED = "tt.dot_scaled {} lhs = e4m3 rhs = e4m3 : tensor<64x128xf8E4M3FN, #a>, tensor<64x4xi8> * tensor<128x32> -> t"
+
+
+@pytest.mark.parametrize(
+    ("products", "k"),
+    [
+        ([], 0),
+        ([f"%x = {DOT.format('%a, %b, %cst')}"], 128),
+        ([f"%x = {DOT.format('%a, %b, %acc')}"], None),  # what `acc += dot(a, b)` is folded into
+        ([f"%x = {DOT.format('%a, %b, %acc, inputPrecision = ieee')}"], None),
+        ([f"%x = {DOT.format('%a, %b, %cst')}", f"%y = {DOT.format('%c, %d, %x')}"], 256),  # split along K
+        ([f"%x = {DOT.format('%a, %b, %cst')}", f"%y = {DOT.format('%c, %d, %cst')}"], 128),
+        ([f"%x = {DOT.format('%a, %b, %cst')}", "%x = math.fma %x, %s, %t", f"%y = {DOT.format('%c, %d, %x')}"], None),
+        ([f"%x = {WGMMA.format('%a, %b, %cst {isAsync = true, maxNumImpreciseAcc = 1073741824 : i32}')}"], 128),
+        ([f"%x = {WGMMA.format('%a, %b, %acc, %false {isAsync = true}')}"], 128),
+        ([f"%x = {WGMMA.format('%a, %b, %acc, %going {isAsync = true}')}"], None),
+        ([MMA.format("%a, %b, %acc[%token], %false, %true, %bar[%true]")], 128),
+        ([MMA.format("%a, %b, %acc[], %true, %true, %bar[%true]")], None),
+        ([f"%x = {SCALED.format('%a scale %s, %b scale %t, %cst')}"], 128),
+        ([f"%x = {SCALED.format('%a scale %s, %b scale %t, %acc')}"], None),
+        (["%r:2 = scf.for %k = %c0 to %n step %c1 iter_args(%cst = %z) {", f"%x = {DOT.format('%a, %b, %cst')}"], None),
+    ],
+)
+def test_how_much_of_k_the_matrix_unit_sums(products, k):
+    """Lines as Triton 3.9 prints them."""
+    constants = [
+        "%cst = arith.constant dense<0.000000e+00> : tensor<64x32xf32, #mma>",
+        "%acc = arith.constant dense<1.000000e+00> : tensor<64x32xf32, #mma>",
+        "%false = arith.constant false",
+        "%true = arith.constant true",
+    ]
+    assert unbroken_k("\n".join(f"    {line}" for line in constants + products)) == k
+
+
 def report(arch, **fields):
     defaults = dict(
-        warps=8, registers=64, spills=0, shared_bytes=0, matrix_instructions={}, tma=False, tensor_columns=0,
-        instructions=0, loop=None, asm="",
+        warps=8, registers=64, spills=0, shared_bytes=0, matrix_instructions={}, unbroken_k=0, tma=False,
+        tensor_columns=0, instructions=0, loop=None, asm="",
     )  # fmt: skip
     return Report(arch, **(defaults | fields))
 

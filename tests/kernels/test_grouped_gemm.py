@@ -119,7 +119,7 @@ def test_the_interpreter_multiplies_bf16_through_our_dot_only():
 
 
 def test_the_tables_answer_every_question():
-    for arch in ("sm90", "sm100", "gfx942", "gfx950", "sm80", "interpreter"):
+    for arch in ("sm90", "sm100", "gfx942", "gfx950", "sm89", "sm80", "interpreter"):
         for operands in ("bf16", "fp8", "fp32"):
             for rows in (0.01, 1, 20, 250, 10**6):
                 tiles = table_entry(arch, operands, rows)

@@ -118,6 +118,6 @@ def test_meta_tensors_allocate_nothing():
 def test_products_read_shared_memory(operands, matrix, read):
     """Two warpgroups; a product reads its 64 rows of a and its columns of b."""
     asm = "ld.shared.b32 %r1, [%r2];\n" + f"wgmma.mma_async.sync.aligned.{operands}\n" * matrix
-    report = Report("sm90", 8, 128, 0, 0, {}, True, 0, 100, Loop(50, matrix, 10), asm)
+    report = Report("sm90", 8, 128, 0, 0, {}, 0, True, 0, 100, Loop(50, matrix, 10), asm)
     assert _shared_reads(report, 1) == read
     assert _shared_reads(report, 2) == 2 * read
