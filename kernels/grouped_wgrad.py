@@ -93,9 +93,9 @@ def wgrad(product, g, x, plan, tile, dw, *, gather_g=False, gather_x=False, accu
         fp8: quantize both operands in columns of 128 rows first.
     """
     experts, n, k = dw.shape
-    block_k = tile.block_n
-    block_n = 128 if tile.num_warps >= 8 else 64
-    processors = target(g.device).processors * max(1, 8 // tile.num_warps)
+    block_k, num_warps = (64, 8) if fp8 else (tile.block_n, tile.num_warps)  # casting wider operands spills
+    block_n = 128 if num_warps >= 8 else 64
+    processors = target(g.device).processors * max(1, 8 // num_warps)
     tiles = experts * triton.cdiv(n, block_n) * triton.cdiv(k, block_k)
     launch(
         f"{product} {'fp8' if fp8 else 'fp32' if g.dtype == torch.float32 else 'bf16'}", grouped_wgrad_kernel,
@@ -103,6 +103,6 @@ def wgrad(product, g, x, plan, tile, dw, *, gather_g=False, gather_x=False, accu
         TOP_K_G=plan.top_k if gather_g else 0, TOP_K_X=plan.top_k if gather_x else 0, ACCUMULATE=accumulate,
         QUANTIZE=fp8, BLOCK_R=128 if fp8 else 64 if g.element_size() < 4 else 32, BLOCK_N=block_n, BLOCK_K=block_k,
         EVEN=n % block_n == 0 and k % block_k == 0, WIDE=max(g.numel(), x.numel()) >= 2**31,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=num_warps, num_stages=2 if fp8 else tile.num_stages,
     )  # fmt: skip
     return dw
