@@ -18,10 +18,11 @@ What the operands are, and so how they multiply (d is the dtype of `a`):
 | e4m3 per row, e4m3 per row of b | acc += partial over 128 of K; times both scales at the end | channel FP8 forward |
 | d, e4m3 | d x narrow(e4m3 * scale), as `dequantize_fp8` gives it | BF16 dgrad on dequantized weights |
 
-FP8 partial sums leave the matrix unit every 128 of K, because Hopper's keeps about 14 bits. The order of K is that of
-memory, BLOCK_K follows from the dtypes alone and no K is split: a row's bits depend neither on the other rows nor on
-the tile. `pre` and a' are rounded to d before anything is computed from them, which makes the a' that backward
-recomputes from the saved `pre` the forward's, and matches engines that store the activation in BF16.
+FP8 partial sums leave the matrix unit every 128 of K on every target, because Ada's and Hopper's keeps about 14 bits
+(`Report.unbroken_k` reads it in compiled code). The order of K is that of memory, BLOCK_K follows from the dtypes alone
+and no K is split: a row's bits depend neither on the other rows nor on the tile. `pre` and a' are rounded to d before
+anything is computed from them, which makes the a' that backward recomputes from the saved `pre` the forward's, and
+matches engines that store the activation in BF16.
 
 Schedule: program p takes tiles p, p + grid, ... of the plan, columns innermost, so one expert's weights are read while
 they are in cache. With `swap` the weights take the matrix unit's M side and the rows its N side, which may be 16: few
@@ -114,6 +115,12 @@ def _scaled_add(partial, row_scale, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _promoted_add(partial, acc):
+    """acc + partial, outside the matrix unit. Triton folds `acc += dot(a, b)` into dot(a, b, acc), but no fma."""
+    return tl.fma(partial, tl.full(partial.shape, 1.0, tl.float32), acc)
+
+
+@triton.jit
 def _scale_of_rows(x, SHIFT: tl.constexpr):
     """fp32 [rows, 1] scales of the rows of fp32 `x`."""
     return float_of(scale_bits(tl.max(bits_of(x) & 0x7FFFFFFF, axis=1, keep_dims=True), SHIFT))
@@ -197,9 +204,9 @@ def grouped_gemm_kernel(
                         if PAIR:
                             up = _scaled_add(_multiply_add(tile_a, tile_up, None, SWAP), scale_up, up, SWAP)
                 elif SCALES == "channel":
-                    acc += _multiply_add(tile_a, tile_b, None, SWAP)
+                    acc = _promoted_add(_multiply_add(tile_a, tile_b, None, SWAP), acc)
                     if PAIR:
-                        up += _multiply_add(tile_a, tile_up, None, SWAP)
+                        up = _promoted_add(_multiply_add(tile_a, tile_up, None, SWAP), up)
                 else:
                     if SCALES == "dequantize block":
                         sb = stored_scale(tl.load(sb_ptr + nb // _GROUP * stride_sn + k // _GROUP * stride_sk))
