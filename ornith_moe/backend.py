@@ -93,7 +93,6 @@ def _cpu_findings() -> str:
     return f"; {describe()}" if describe else ""
 
 
-@torch.compiler.assume_constant_result
 def choose_backend(request: str | None, device: torch.device, recipe: str = "bf16") -> str:
     """The backend for tensors on `device`: the requested one, or by default the fast one of that device.
 
@@ -126,3 +125,7 @@ def choose_backend(request: str | None, device: torch.device, recipe: str = "bf1
         served = ", ".join(repr(one) for one in backend.recipes)
         raise ValueError(f"recipe: {name!r} does not compute {recipe!r} here: {backend.refused[recipe]}; use {served}")
     return name
+
+
+# What `torch.compiler.assume_constant_result` sets. As a decorator it would import the compiler, 1.8 s, for everyone.
+choose_backend._dynamo_marked_constant = True

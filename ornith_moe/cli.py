@@ -185,7 +185,7 @@ def convert(
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     opened = open_any(source, mtp=mtp, name=name)
-    from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch: after all that can fail at once
+    from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)
     with _resumable(target / PARTIAL), progress_bar() as progress:

@@ -13,16 +13,20 @@ at a time, which Triton's interpreter needs and which compiles each of them once
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ornith_moe.backend import backends
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.pipeline import Encoders
 from ornith_moe.quant.storage import FP8Block, FP8Channel, Slab, Storage
+
+if TYPE_CHECKING:  # a conversion on the CPU needs no torch, whose import takes longer than a small one
+    import torch
 
 
 def choose_device(request: str = "auto") -> tuple[str, str]:
@@ -35,12 +39,27 @@ def choose_device(request: str = "auto") -> tuple[str, str]:
     """
     if request == "cpu":
         return "cpu", "as asked"
+    if request == "auto" and not _has_driver():
+        return "cpu", "no CUDA or ROCm driver is installed"
+    import torch
+
+    from ornith_moe.backend import backends
+
     triton = backends()["triton"]
     if triton.available and torch.cuda.is_available():
         return "cuda", torch.cuda.get_device_name()
     if request == "cuda":
         raise PlanError(f"device: expected a CUDA or ROCm device, but {triton.reason}; pass --device cpu")
     return "cpu", triton.reason
+
+
+def _has_driver() -> bool:
+    """Whether a driver is there through which torch could see a GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    except OSError:
+        return Path("/dev/kfd").exists()
 
 
 def gpu_encoders(device: str | torch.device) -> Encoders:

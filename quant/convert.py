@@ -152,7 +152,7 @@ def convert(
             resumed, bytes_read = len(journal.extents), 0
             if not journal.checked:
                 _check_names(placed)
-                with reserved(placed, fresh=not resumed) as files, one_thread_each():
+                with reserved(placed, fresh=not resumed) as files, one_thread_each(placed, encoders):
                     work = units(source, journal.slab_bytes)
                     run = Pass(source, placed, work, files, journal, jobs, progress, encoders)
                     run.write()

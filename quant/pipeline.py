@@ -31,7 +31,7 @@ from ornith_moe.quant.files import open_output, own_folder
 from ornith_moe.quant.journal import Extent, Journal
 from ornith_moe.quant.layout import Layout
 from ornith_moe.quant.source import Source, weight_matrix
-from ornith_moe.quant.storage import Slab, Storage
+from ornith_moe.quant.storage import Slab, Storage, ToBF16
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
@@ -91,8 +91,14 @@ def _allow_descriptors(needed: int) -> None:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """torch on one thread per worker: the workers are the parallelism, and pools of their own would fight for cores."""
+def one_thread_each(placed: list[PlacedBuild], encoders: Encoders | None) -> Iterator[None]:
+    """torch on one thread per worker: the workers are the parallelism, and pools of their own would fight for cores.
+
+    Not imported for builds that do without it: that takes longer than a small conversion.
+    """
+    if not encoders and not any(isinstance(step.storage, ToBF16) for build in placed for step in build.plan.steps):
+        yield
+        return
     import torch
 
     before = torch.get_num_threads()

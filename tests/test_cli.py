@@ -71,6 +71,18 @@ def test_plan_imports_no_torch(moe):
     subprocess.run([sys.executable, "-c", code, moe], check=True, capture_output=True)
 
 
+def test_convert_imports_no_torch(moe, tmp_path):
+    """Its import takes longer than a small conversion, torch._dynamo's longer still: no decorator brings it."""
+    code = (
+        "import sys; sys.argv = ['ornith-moe', 'convert', *sys.argv[1:], '--to', 'gguf:Q4_K_M', '--to', 'fp8-block'];"
+        "from ornith_moe import cli, gpu_encoders; gpu_encoders._has_driver = lambda: False;"
+        "cli.app(standalone_mode=False);"
+        "assert not {'torch', 'transformers', 'triton'} & sys.modules.keys();"
+        "import ornith_moe.layer; assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, moe, tmp_path / "out"], check=True, capture_output=True)
+
+
 def test_convert_verify_inspect(moe, converted):
     assert converted.keys() >= {"builds", "bytes_read", "peak_rss_bytes"}
     for build in converted["builds"]:

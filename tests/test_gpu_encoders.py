@@ -121,14 +121,17 @@ def test_a_failing_gpu_is_one_sentence(monkeypatch):
 
 def test_the_device_is_chosen_or_refused_with_a_reason(monkeypatch):
     assert choose_device("cpu") == ("cpu", "as asked")
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "_has_driver", lambda: False)
+    assert choose_device() == ("cpu", "no CUDA or ROCm driver is installed")
+    monkeypatch.setattr(module, "_has_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     where, why = choose_device()
     assert where == "cpu" and why
     assert examine()["builds"]["encoded by"] == f"the CPU: {why}"
     with pytest.raises(PlanError, match=r"^device: expected a CUDA or ROCm device, but .*; pass --device cpu$"):
         choose_device("cuda")
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     assert choose_device() == choose_device("cuda") == ("cuda", "GPU")
     assert examine()["builds"]["encoded by"].startswith("GPU for FP8, Q8_0, Q4_K")
 
