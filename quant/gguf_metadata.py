@@ -196,9 +196,10 @@ def _gemma4(shape, text: Settings) -> tuple[list[tuple], list[tuple]]:
     sliding = _rope(text, rope.section("sliding_attention"), "default")
     is_sliding = [attention == "sliding_attention" for attention in shape.attentions]
     kv_heads = [shape.kv_heads if slides else shape.global_kv_heads for slides in is_sliding]
+    heads = (kv_heads, Type.ARRAY, Type.INT32) if set(kv_heads) != {shape.kv_heads} else (shape.kv_heads, Type.UINT32)
     first = [
         (Keys.LLM.BLOCK_COUNT, shape.layers, Type.UINT32),
-        *_common(shape, text, (kv_heads, Type.ARRAY, Type.INT32)),
+        *_common(shape, text, heads),
         (Keys.Rope.FREQ_BASE, _number(everywhere, "rope_theta", 1e6), Type.FLOAT32),
         (Keys.Rope.FREQ_BASE_SWA, _number(sliding, "rope_theta", 1e4), Type.FLOAT32),
         (Keys.Attention.LAYERNORM_RMS_EPS, _number(text, "rms_norm_eps", 1e-6), Type.FLOAT32),

@@ -146,6 +146,21 @@ def test_values_of_gemma_31b():
     assert {key: found[f"gemma4.{key}"] for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_global_key_value_heads": None}, 16),
+        ({"attention_k_eq_v": False}, 16),  # which the number of global heads goes with
+        ({"layer_types": ["full_attention"] * 60}, [4] * 60),
+    ],
+)
+def test_gemma_counts_key_heads_per_layer_only_where_they_differ(changes, expected):
+    """As llama.cpp's converter, which was run on such configs."""
+    config = preset("gemma-4-31b")
+    config.get("text_config", config).update(changes)
+    assert hyperparameters(config)["gemma4.attention.head_count_kv"] == expected
+
+
 def test_mtp_is_announced_only_when_the_file_has_it():
     config = preset("qwen3.5-35b-a3b")
     assert config["text_config"]["mtp_num_hidden_layers"] == 1
