@@ -8,7 +8,6 @@ The quantizing libraries are imported by the commands that need them, so `--help
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -113,38 +112,32 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
-    from ornith_moe.quant.build_plan import iterate_dtypes, plan_json
+    from ornith_moe.quant.build_plan import plan_json
     from ornith_moe.quant.builds import plan_build
-    from ornith_moe.quant.fallbacks import by_kind
+    from ornith_moe.quant.errors import PlanError
     from ornith_moe.quant.hub import open_any
     from ornith_moe.quant.layout import shard_tensors
+    from ornith_moe.quant.names import build_name
 
     opened = open_any(source, mtp=mtp, name=name, config_only=True)
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
-    plans = [plan_build(opened, build, recipe=asked, imatrix=importance) for build in to]
+    plans, failed = [], {}
+    for build in map(build_name, to):
+        try:
+            plans.append(plan_build(opened, build, recipe=asked, imatrix=importance))
+        except PlanError as error:
+            failed[build] = error
     files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
     if as_json:
-        print_json(
-            {"builds": [plan_json(*pair) for pair in zip(plans, files, strict=True)], "notes": list(opened.notes)}
-        )
-        return
-    table = Table()
-    for column in ("build", "tensors", "bytes", "files", "bits/weight", "max TP"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "build" else "right")
-    table.add_column("stored as")
-    weights = sum(math.prod(weight.shape) for weight in opened.weights)
-    for plan, count in zip(plans, files, strict=True):
-        kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
-        bits = f"{8 * plan.tensor_bytes / weights:.2f}"
-        ranks = str(plan.max_tensor_parallel or "-")
-        table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
-    for warning in filter(None, (plan.warning for plan in plans)):
-        say(warning)
-    say(opened.name)
-    out.print(table)
-    _print_coverage(plan.coverage for plan in plans)
-    for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)])]:
-        say(f"- {note}")
+        builds = [plan_json(*pair) for pair in zip(plans, files, strict=True)]
+        reasons = {build: str(error) for build, error in failed.items()}
+        print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
+    elif plans:
+        from ornith_moe.conversion_report import print_plans
+
+        print_plans(opened, plans, files)
+    for error in failed.values():
+        raise error
 
 
 @app.command()
@@ -156,7 +149,10 @@ def convert(
     max_memory: Annotated[
         int, typer.Option(metavar="SIZE", parser=parse_size, help="Memory the process may hold.")
     ] = "2GiB",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished conversion.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; without it, an unfinished conversion goes on.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,  # goes without saying
     mtp: MtpOption = None,
     name: Name = None,
     max_shard_size: MaxShard = "5GB",
@@ -175,12 +171,11 @@ def convert(
     ] = Device.auto,
     as_json: Json = False,
 ) -> None:
-    """Write every build in one pass over the checkpoint."""
-    from dataclasses import asdict
-
+    """Write every build in one pass over the checkpoint; the same command again goes on where it was."""
+    from ornith_moe.conversion_report import conversion_json, print_conversion
     from ornith_moe.quant.convert import PARTIAL
     from ornith_moe.quant.convert import convert as run
-    from ornith_moe.quant.fallbacks import by_kind
+    from ornith_moe.quant.errors import BuildsFailed
     from ornith_moe.quant.hub import open_any
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
@@ -188,62 +183,32 @@ def convert(
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)
+    failure = None
     with _resumable(target / PARTIAL), progress_bar() as progress:
-        report = run(
-            opened,
-            target,
-            to,
-            jobs=jobs,
-            max_memory=max_memory,
-            resume=resume,
-            max_shard_bytes=max_shard_size,
-            tokenizer_pre=tokenizer_pre,
-            recipe=asked,
-            imatrix=importance,
-            non_finite=non_finite,
-            encoders=gpu_encoders(where) if where == "cuda" else None,
-            progress=progress,
-        )
+        try:
+            report = run(
+                opened,
+                target,
+                to,
+                jobs=jobs,
+                max_memory=max_memory,
+                restart=restart,
+                max_shard_bytes=max_shard_size,
+                tokenizer_pre=tokenizer_pre,
+                recipe=asked,
+                imatrix=importance,
+                non_finite=non_finite,
+                encoders=gpu_encoders(where) if where == "cuda" else None,
+                progress=progress,
+            )
+        except BuildsFailed as error:
+            report, failure = error.report, error
     if as_json:
-        builds = [
-            {
-                "build": build.build,
-                "path": str(build.path),
-                "files": build.files,
-                "tensors": build.tensors,
-                "tensor_bytes": build.tensor_bytes,
-                "seconds": build.seconds,
-                "fallbacks": build.fallbacks,
-                "notes": build.notes,
-                "imatrix": [asdict(found) for found in build.coverage],
-            }
-            for build in report.builds
-        ]
-        print_json(
-            {
-                "builds": builds,
-                "device": where,
-                "bytes_read": report.bytes_read,
-                "peak_rss_bytes": report.peak_rss_bytes,
-                "resumed_units": report.resumed_units,
-                "notes": list(opened.notes),
-            }
-        )
-        return
-    say(f"{opened.name}: read {report.bytes_read:,} bytes once")
-    table = Table("build", "path", "tensors", "bytes")
-    for build in report.builds:
-        table.add_row(build.build, shown(build.path), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
-    out.print(table)
-    _print_coverage(build.coverage for build in report.builds)
-    for note in opened.notes:
-        say(f"- {note}")
-    for build in report.builds:
-        for note in [*build.notes, *by_kind(build.fallbacks)]:
-            say(f"- {note}")
-    seconds = max(build.seconds for build in report.builds)
-    out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "
-              f"peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")  # fmt: skip
+        print_json(conversion_json(report, where, opened.notes))
+    else:
+        print_conversion(report, opened)
+    if failure:
+        raise failure
 
 
 @app.command()
@@ -261,6 +226,7 @@ def imatrix(
     """Measure how much each column of each weight matters, for `convert --imatrix`, one layer in memory at a time."""
     from dataclasses import asdict
 
+    from ornith_moe.conversion_report import print_coverage
     from ornith_moe.imatrix import make_imatrix
     from ornith_moe.quant.hub import open_any
 
@@ -273,7 +239,7 @@ def imatrix(
         print_json(asdict(report) | {"path": str(report.path), "notes": report.notes})
         return
     say(f"{report.path}: {len(report.coverage)} tensors from {report.chunks} chunks of {report.ctx} tokens")
-    _print_coverage([report.coverage])
+    print_coverage([report.coverage])
     for note in report.notes:
         say(f"- {note}")
     out.print(f"{report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")
@@ -288,27 +254,6 @@ def _asked(imatrix: Path | None, tensor_type, recipe: Path | None, embedding: st
         tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output
     )
     return asked, open_imatrix(imatrix) if imatrix else None
-
-
-def _print_coverage(coverages) -> None:
-    """What an importance matrix knows of each kind of tensor, and each tensor that it knows only in part."""
-    tensors = {found.tensor: found for coverage in coverages for found in coverage}
-    if not tensors:
-        return
-    kinds: dict[str, list] = {}
-    for found in tensors.values():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", found.tensor, count=1), []).append(found)
-    table = Table("importance of", "tensors", "experts reached", "tokens of an expert")
-    for kind, members in kinds.items():
-        reached, of = (sum(getattr(found, what) for found in members) for what in ("covered", "matrices"))
-        least, most = min(found.least for found in members), max(found.most for found in members)
-        experts = f"{reached:,} of {of:,}" if of > len(members) else "-"
-        table.add_row(shown(kind), f"{len(members):,}", experts, f"{least:,} to {most:,}")
-    out.print(table)
-    for found in tensors.values():
-        if found.covered < found.matrices:
-            say(f"- {found.tensor}: {found.matrices - found.covered} of {found.matrices} experts were never reached "
-                "and count all columns alike")  # fmt: skip
 
 
 @app.command()
@@ -480,7 +425,7 @@ def _resumable(partial: Path) -> Iterator[None]:
     try:
         yield
     except Stopped:
-        raise Stopped("stopped; --resume goes on" if partial.is_dir() else "stopped") from None
+        raise Stopped("stopped; the same command goes on" if partial.is_dir() else "stopped") from None
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -100,7 +100,9 @@ def gpu_encoders(device: str | torch.device) -> Encoders:
                 return tuple(part.view(torch.uint8).cpu().numpy() for part in parts)
             except RuntimeError as error:  # out of memory, or a device that is lost
                 reason = str(error).strip().partition("\n")[0]
-                raise ConversionError(f"the GPU failed ({reason}); go on with --resume --device cpu") from error
+                raise ConversionError(
+                    f"the GPU failed ({reason}); run it again with --device cpu, it goes on"
+                ) from error
 
         return encoder
 

@@ -56,6 +56,18 @@ class ConversionError(OrnithError):
     """The work stopped half way: full disk, non-finite weight, changed source, lost journal."""
 
 
+class UnstorableError(ConversionError):
+    """A value that a storage has no number for: too large, or not a number at all."""
+
+
+class BuildsFailed(ConversionError):
+    """Some builds could not be made; `report` tells of those that could, which are finished."""
+
+    def __init__(self, sentence: str, report: object):
+        super().__init__(sentence)
+        self.report = report
+
+
 class VerificationError(OrnithError):
     """A build is not what its manifest or its source says it is."""
 

@@ -1,8 +1,9 @@
 """The journal of a conversion: which units are written, and a digest of every extent they left.
 
-One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...]]`. The
-first line names what is being converted; a conversion resumes only if it is the same. The last one says that everything
-was read back and may get its final name. A line torn by a crash ends the journal there.
+One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...], lost]`,
+lost being [[build, weights that became zero], ...]. The first line names what is being converted: the source, and each
+build with the digest of all that determines its bytes. A line `{"failed": ...}` says that a build cannot hold a weight,
+the last one that everything was read back and may get its final name. A line torn by a crash ends the journal there.
 
 A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every extent is read
 back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents, not attacks.
@@ -13,8 +14,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import open_output
@@ -24,14 +27,35 @@ CHECKED = {"checked": True}
 JOURNAL = "journal"
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a conversion was begun for: the source's fingerprint, {build: digest of it}, and the bytes of a slab."""
+
+    source: str
+    builds: dict[str, str]
+    slab_bytes: int  # cuts the units; a conversion that goes on keeps the cut it began with
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why `build` cannot be made: it cannot store weight `weight`."""
+
+    build: str
+    weight: int
+    reason: str
+    final: bool  # nothing more can be said of the build; otherwise other weights may fail too
+
+
 class Journal:
     """Append-only record in `folder`; holds a lock that dies with the process."""
 
-    def __init__(self, folder: Path, identity: str, slab_bytes: int, *, resume: bool):
+    def __init__(self, folder: Path):
         self.path = folder / JOURNAL
+        self.head: Head | None = None  # None: nothing is begun
         self.extents: dict[int, list[Extent]] = {}
+        self.lost: dict[int, list[tuple[int, int]]] = {}
+        self.failures: list[Failure] = []
         self.checked = False  # every byte was read back; what is left to do is to rename
-        self.slab_bytes = slab_bytes  # cuts the units; a resumed conversion keeps the cut it began with
         self._mutex = Lock()
         self._file = os.fdopen(open_output(self.path), "r+b")
         try:
@@ -40,34 +64,38 @@ class Journal:
             raise ConversionError(
                 f"{folder}: another conversion is writing here; wait for it or choose another OUT"
             ) from None
-        kept = self._read(identity) if resume else 0
+        kept = self._read()
         self._file.truncate(kept)
-        if kept == 0:
-            self._write({"identity": identity, "slab_bytes": slab_bytes})
+        self._file.seek(kept)
 
-    def _read(self, identity: str) -> int:
+    def begin(self, head: Head) -> None:
+        self.head = head
+        self._write(asdict(head))
+
+    def _read(self) -> int:
         """Load lines up to the first damaged one; returns the length of what is kept."""
         self._file.seek(0)
         kept = 0
         for number, line in enumerate(self._file):
             try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-                if number == 0:
-                    begun, self.slab_bytes = entry["identity"], int(entry["slab_bytes"])
-                elif entry == CHECKED:
-                    self.checked = True
-                else:
-                    unit, extents = entry
-                    self.extents[int(unit)] = [(int(f), int(o), int(n), str(d)) for f, o, n, d in extents]
-            except (ValueError, TypeError, KeyError):
+                self._take(number, json.loads(line) if line.endswith(b"\n") else None)
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
-            if begun != identity:
-                raise ConversionError(
-                    f"{self.path.parent}: was begun from another source, other builds or other options; "
-                    "delete that folder to begin anew"
-                )
             kept += len(line)
         return kept
+
+    def _take(self, number: int, entry: Any) -> None:
+        if number == 0:
+            builds = {str(build): str(digest) for build, digest in dict(entry["builds"]).items()}
+            self.head = Head(str(entry["source"]), builds, int(entry["slab_bytes"]))
+        elif entry == CHECKED:
+            self.checked = True
+        elif isinstance(entry, dict):
+            self.failures.append(Failure(**entry["failed"]))
+        else:
+            unit, extents, lost = entry
+            extents = [(int(f), int(o), int(n), str(d)) for f, o, n, d in extents]
+            self.extents[int(unit)], self.lost[int(unit)] = extents, [(int(b), int(n)) for b, n in lost]
 
     def forget_all_beyond(self, units: int, sizes: list[int]) -> None:
         """Drop what a damaged journal says of units and bytes that do not exist; they are written again."""
@@ -78,10 +106,15 @@ class Journal:
 
         self.extents = {unit: extents for unit, extents in self.extents.items() if sound(unit, extents)}
 
-    def record(self, unit: int, extents: list[Extent]) -> None:
+    def record(self, unit: int, extents: list[Extent], lost: list[tuple[int, int]]) -> None:
         with self._mutex:
-            self.extents[unit] = extents
-            self._write([unit, extents])
+            self.extents[unit], self.lost[unit] = extents, lost
+            self._write([unit, extents, lost])
+
+    def record_failure(self, failure: Failure) -> None:
+        with self._mutex:
+            self.failures.append(failure)
+            self._write({"failed": asdict(failure)})
 
     def record_checked(self) -> None:
         self.checked = True
@@ -92,8 +125,11 @@ class Journal:
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self.close()

@@ -4,6 +4,10 @@ Files exist at their final size before the first weight is read, so units may be
 threads. Each unit is read once, encoded for every build, written, and journalled with a digest per extent. The check
 then reads each file once from front to back: extents must be what was encoded and must cover all that weights own; what
 a power cut has lost is encoded again.
+
+A build that cannot store a weight fails and costs the others nothing: the pass goes on without writing to it. It is
+still encoded, so that all weights of the kind are known at the end, unless the weight was no number: then leave to keep
+such weights is all that it needs.
 """
 
 from __future__ import annotations
@@ -26,12 +30,12 @@ import xxhash
 from ornith_moe.quant.architectures.weight import Weight
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.checkpoint import ITEM_BYTES
-from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
+from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
 from ornith_moe.quant.files import open_output, own_folder
-from ornith_moe.quant.journal import Extent, Journal
+from ornith_moe.quant.journal import Extent, Failure, Journal
 from ornith_moe.quant.layout import Layout
 from ornith_moe.quant.source import Source, weight_matrix
-from ornith_moe.quant.storage import Slab, Storage, ToBF16
+from ornith_moe.quant.storage import FLOAT_BITS, Slab, Storage, ToBF16
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
@@ -49,6 +53,15 @@ class PlacedBuild:
     staging: Path
     final: Path
     first_file: int
+
+
+@dataclass
+class Written:
+    """What a unit left: extents in files, weights that became zero per build, and builds that cannot hold it."""
+
+    extents: list[Extent]
+    lost: list[tuple[int, int]]
+    failures: list[Failure]
 
 
 @contextmanager
@@ -135,6 +148,13 @@ class Pass:
                 self.steps[step.weight].append((build, step))
         sizes = [file.size for build in placed for file in build.layout.files]
         journal.forget_all_beyond(len(work), sizes)
+        self.failed = {failure.build for failure in journal.failures}
+        self.given_up = {failure.build for failure in journal.failures if failure.final}
+
+    @property
+    def alive(self) -> list[PlacedBuild]:
+        """The builds that nothing has failed."""
+        return [build for build in self.placed if build.plan.build not in self.failed]
 
     def write(self) -> None:
         """Write every unit that the journal does not know."""
@@ -147,8 +167,14 @@ class Pass:
         done = sum(self._size(self.work[index]) for index in self.journal.extents)
         total = sum(map(self._size, self.work))
         missing = [index for index in range(len(self.work)) if index not in self.journal.extents]
-        for index, extents in self._map(self._convert, missing):
-            self.journal.record(index, extents)
+        for index, written in self._map(self._convert, missing):
+            for failure in written.failures:
+                self.journal.record_failure(failure)
+                self.failed.add(failure.build)
+                self.given_up |= {failure.build} if failure.final else set()
+            if len(self.given_up) == len(self.placed):
+                return
+            self.journal.record(index, written.extents, written.lost)
             done += self._size(self.work[index])
             self.bytes_read += self._size(self.work[index])
             self.progress("convert", done, total)
@@ -168,8 +194,9 @@ class Pass:
 
     def _read_back(self) -> tuple[list[str], set[int]]:
         """sha256 of each file, and the units whose bytes are not there or not what was encoded."""
-        for descriptor in self.files:
-            os.fsync(descriptor)
+        live = [build.first_file + i for build in self.alive for i in range(len(build.layout.files))]
+        for file in live:
+            os.fsync(self.files[file])
         extents: list[list[tuple[int, int, str, int]]] = [[] for _ in self.files]
         for unit, written in self.journal.extents.items():
             for file, offset, length, digest in written:
@@ -182,16 +209,16 @@ class Pass:
             nonlocal done
             with lock:
                 done += count
-                self.progress("check", done, sum(sizes))
+                self.progress("check", done, sum(sizes[file] for file in live))
 
         def read(index: int) -> tuple[str, set[int], int]:
             return _digest_file(self.files[index], sorted(extents[index]), sizes[index], tell)
 
-        for index, (digest, bad, covered) in self._map(read, range(len(self.files))):
+        for index, (digest, bad, covered) in self._map(read, live):
             if covered != owned[index] and not bad:
                 raise ConversionError(
                     f"the journal covers {covered} bytes of file {index} and its weights own {owned[index]}; it is "
-                    "damaged, so delete the partial folder and convert again"
+                    "damaged, so run the command again with --restart"
                 )
             digests[index] = digest
             damaged |= bad
@@ -205,30 +232,52 @@ class Pass:
                 owned[build.first_file + file] += 0 if tensor.constant else tensor.nbytes
         return owned
 
-    def _convert(self, index: int) -> list[Extent]:
+    def _convert(self, index: int) -> Written:
         unit = self.work[index]
         weight = self.source.weights[unit.weight]
         slab = read_unit(self.source, unit)
-        if unit.weight not in self.kept:
-            _refuse_non_finite(weight, unit, slab)
-        extents = []
+        written = Written([], [], [])
+        bad = None if unit.weight in self.kept else _non_finite(weight, unit, slab)
         for build, step in self.steps[unit.weight]:
+            name = build.plan.build
+            if name in self.given_up:
+                continue
+            if bad:
+                written.failures.append(Failure(name, unit.weight, bad, final=True))
+                continue
             try:
-                encode = self.encoders.get(step.storage.name, type(step.storage).encode)
-                encoded = encode(step.storage, transform(step.place, slab))
-            except OrnithError as error:
-                raise ConversionError(
-                    f"{weight.name}, from row {unit.start}: {error} (build {build.plan.build})"
-                ) from None
-            for run in runs(step, unit, weight_matrix(weight)[0]):
-                part = step.parts[run.part]
-                payload = np.ascontiguousarray(encoded[run.part][run.rows])
-                file, offset = build.layout.places[step.tensors[run.part]]
-                file, offset = build.first_file + file, offset + run.target * part.row_bytes
-                view = memoryview(payload).cast("B")
-                assert len(view) == run.count * part.row_bytes
-                _write_all(self.files[file], view, offset)
-                extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))
+                encoded = self._encode(step, transform(step.place, slab))
+            except UnstorableError as error:
+                reason = f"{weight.name}, from row {unit.start}: {error}"
+                written.failures.append(Failure(name, unit.weight, reason, final=False))
+                continue
+            if name not in self.failed:
+                written.extents += self._write_out(build, step, unit, encoded)
+        return written
+
+    def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:
+        encoded = self.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
+        stored = step.storage.name
+        changed = step.place is not None and step.place.values != "same"
+        if stored in FLOAT_BITS and (changed or stored != slab.dtype) and step.weight not in self.kept:
+            found = Slab(encoded[0], stored).first_non_finite()
+            if found:
+                row, column, _ = found
+                value = "what becomes of it here" if changed else f"{slab.float32[row, column]:.4g}"
+                raise UnstorableError(f"row {row}, column {column}: {value} is beyond {stored}")
+        return encoded
+
+    def _write_out(self, build: PlacedBuild, step: Step, unit: Unit, encoded: tuple[np.ndarray, ...]) -> list[Extent]:
+        extents = []
+        for run in runs(step, unit, weight_matrix(self.source.weights[unit.weight])[0]):
+            part = step.parts[run.part]
+            payload = np.ascontiguousarray(encoded[run.part][run.rows])
+            file, offset = build.layout.places[step.tensors[run.part]]
+            file, offset = build.first_file + file, offset + run.target * part.row_bytes
+            view = memoryview(payload).cast("B")
+            assert len(view) == run.count * part.row_bytes
+            _write_all(self.files[file], view, offset)
+            extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))
         return extents
 
     def _size(self, unit: Unit) -> int:
@@ -253,14 +302,15 @@ class Pass:
                     future.cancel()
 
 
-def _refuse_non_finite(weight: Weight, unit: Unit, slab: Slab) -> None:
+def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:
     found = slab.first_non_finite()
-    if found:
-        row, column, value = found
-        raise ConversionError(
-            f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
-            "so mend the checkpoint first, or keep its tensor unquantized with --non-finite keep-bf16"
-        )
+    if not found:
+        return None
+    row, column, value = found
+    return (
+        f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
+        "so mend the checkpoint first, or keep its tensor unquantized with --non-finite keep-bf16"
+    )
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:

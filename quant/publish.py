@@ -58,7 +58,7 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
     return sides
 
 
-def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests: list[str]) -> None:
+def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests: list[str], made_from: str) -> None:
     """Write side files and the manifest of a checked build, still in its staging folder."""
     files = {
         file.name: {"bytes": file.size, "sha256": digests[build.first_file + i]}
@@ -74,6 +74,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         "mtp": source.has_mtp,
         "tensors": len(build.plan.tensors),
         "tensor_bytes": build.plan.tensor_bytes,
+        "made_from": made_from,
         "files": files,
     }
     if build.plan.non_finite:
@@ -86,8 +87,12 @@ def final_paths(build: PlacedBuild) -> list[tuple[Path, Path]]:
     """(staged, final) of what a build is made of, in the order in which it gets its names."""
     if not build.plan.is_gguf:
         return [(build.staging, build.final)]
-    manifest = build.final.with_name(build.final.name + ".manifest.json")
-    return [(build.staging / MANIFEST, manifest), (build.staging / build.final.name, build.final)]
+    return [(build.staging / MANIFEST, manifest_path(build.final)), (build.staging / build.final.name, build.final)]
+
+
+def manifest_path(build: Path) -> Path:
+    """Where the manifest of a build lies: in its folder, or beside its file."""
+    return build / MANIFEST if build.suffix != ".gguf" else build.with_name(build.name + ".manifest.json")
 
 
 def publish(build: PlacedBuild) -> None:
@@ -99,11 +104,11 @@ def publish(build: PlacedBuild) -> None:
     for staged, final in final_paths(build):
         if staged.exists():
             if os.path.lexists(final):
-                raise ConversionError(f"{final}: exists already; move it away and pass --resume")
+                raise ConversionError(f"{final}: exists already; move it away and run the same command again")
             os.rename(staged, final)
         elif not final.exists():
             partial = build.staging.parent
-            raise ConversionError(f"{final}: is neither there nor in {partial}; delete that folder and convert again")
+            raise ConversionError(f"{final}: is neither there nor in {partial}; run the command again with --restart")
     sync_folder(build.final.parent)
 
 

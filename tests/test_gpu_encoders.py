@@ -114,7 +114,7 @@ def test_a_failing_gpu_is_one_sentence(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
 
     monkeypatch.setattr(gguf_encode, "encode", fail)
-    sentence = r"^the GPU failed \(CUDA out .* 2 GiB\.\); go on with --resume --device cpu$"
+    sentence = r"^the GPU failed \(CUDA out .* 2 GiB\.\); run it again with --device cpu, it goes on$"
     with pytest.raises(ConversionError, match=sentence):
         gpu_encoders(DEVICE)["Q8_0"](Gguf("Q8_0"), slab(np.ones((1, 32), np.float32)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.errors import UnstorableError
 from ornith_moe.quant.gguf_types import block_shape, row_bytes
 
 CHUNK = 1 << 17  # values at a time: half a MB of input, so that checks and stages find it in cache
@@ -82,16 +82,16 @@ class BlockCodec(GgufCodec):
         return out
 
 
-def not_finite(rows: np.ndarray, row: int, column: int) -> ConversionError:
-    return ConversionError(
+def not_finite(rows: np.ndarray, row: int, column: int) -> UnstorableError:
+    return UnstorableError(
         f"row {row}, column {column} is {rows[row, column]}; expected finite weights, so mend the checkpoint first"
     )
 
 
-def beyond_half(rows: np.ndarray, row: int, column: int) -> ConversionError:
-    return ConversionError(
+def beyond_half(rows: np.ndarray, row: int, column: int) -> UnstorableError:
+    return UnstorableError(
         f"row {row}, column {column}: {rows[row, column]:.4g} is beyond fp16, which this type stores its scale or "
-        "values in; use BF16 for this tensor"
+        "values in, as BF16 does not"
     )
 
 

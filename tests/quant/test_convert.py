@@ -7,6 +7,7 @@ with SIGKILL, a disk that is full, bytes lost after the journal had them. Not co
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,10 +25,12 @@ from safetensors.torch import load_file, save_file
 import ornith_moe.quant.convert as convert_module
 from ornith_moe.quant import pipeline
 from ornith_moe.quant.convert import PARTIAL, convert
-from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
+from ornith_moe.quant.errors import BuildsFailed, CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block, quantize_fp8_channel
 from ornith_moe.quant.publish import MANIFEST
+from ornith_moe.quant.recipe import parse_recipe
 from ornith_moe.quant.source import open_source
+from ornith_moe.quant.verify import verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:Q8_0"]
 
@@ -89,7 +92,7 @@ def test_every_layout_of_the_source_gives_the_same_builds(tmp_path, done):
 
 @pytest.mark.parametrize(("jobs", "slab"), [(1, 1 << 14), (3, 100_000), (2, 1 << 25)])
 def test_bytes_do_not_depend_on_slabs_or_jobs(tmp_path, monkeypatch, moe, done, jobs, slab):
-    monkeypatch.setattr(convert_module, "_slabs", lambda *limits: (jobs, slab))
+    monkeypatch.setattr(convert_module, "slabs", lambda *limits: (jobs, slab))
     report = convert(open_source(moe), tmp_path / "out", BUILDS, jobs=jobs)
     assert contents(tmp_path / "out") == contents(done[0])
     assert report.bytes_read == done[1].bytes_read
@@ -175,7 +178,7 @@ def test_other_source_dtypes(tmp_path, dtype):
 def start(moe, out, *options):
     """The command as a process of its own, with small slabs so that it can be interrupted."""
     code = (
-        "import sys; import ornith_moe.quant.convert as c; c._slabs = lambda *limits: (2, 1 << 14);"
+        "import sys; import ornith_moe.quant.convert as c; c.slabs = lambda *limits: (2, 1 << 14);"
         "import os, time, ornith_moe.quant.pipeline as p; write = p._write_all;"
         "p._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
         "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
@@ -211,7 +214,7 @@ def test_a_killed_conversion_shows_nothing_and_resumes(killed, moe, done):
     assert [path.name for path in killed.iterdir()] == [PARTIAL]
     with open(killed / PARTIAL / "journal", "ab") as journal:
         journal.write(b"[999999,[[0,1")  # a line torn by the crash
-    report = convert(open_source(moe), killed, BUILDS, resume=True)
+    report = convert(open_source(moe), killed, BUILDS)
     assert report.resumed_units >= 40 - 1
     assert report.bytes_read < done[1].bytes_read
     assert contents(killed) == contents(done[0])
@@ -224,7 +227,7 @@ def test_bytes_lost_after_the_journal_are_mended(killed, moe, done):
             with open(path, "r+b") as file:
                 file.seek(path.stat().st_size // 8)
                 file.write(bytes(200_000))
-    convert(open_source(moe), killed, BUILDS, resume=True)
+    convert(open_source(moe), killed, BUILDS)
     assert contents(killed) == contents(done[0])
 
 
@@ -236,18 +239,45 @@ def test_a_disk_that_loses_bytes_is_an_error(tmp_path, monkeypatch, moe):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
 
 
-def test_an_unfinished_conversion_is_not_overwritten_or_mixed(killed, moe, tmp_path):
-    with pytest.raises(PlanError, match="--resume"):
-        convert(open_source(moe), killed, BUILDS)
-    with pytest.raises(ConversionError, match="another source, other builds"):
-        convert(open_source(moe), killed, ["bf16"], resume=True)
-    with pytest.raises(PlanError, match="no unfinished conversion"):
-        convert(open_source(moe), tmp_path / "new", BUILDS, resume=True)
+def test_an_unfinished_conversion_is_not_mixed_and_both_ways_out_work(killed, moe, done):
+    for builds, options, what in (
+        (["bf16"], {}, "for other builds"),
+        ([*BUILDS, "gguf:F32"], {}, "for other builds"),
+        (BUILDS, {"max_shard_bytes": 5_000_000}, "with other options"),
+    ):
+        with pytest.raises(PlanError, match=rf"{what}.*run its own command again .* or add --restart"):
+            convert(open_source(moe), killed, builds, **options)
+    (killed / "mine").write_text("not ours")
+    report = convert(open_source(moe), killed, ["bf16"], restart=True)
+    assert report.resumed_units == 0 and (killed / "mine").read_text() == "not ours"
+    assert contents(killed / "bf16") == contents(done[0] / "bf16") and not (killed / PARTIAL).exists()
+
+
+def test_the_same_command_says_that_it_is_finished(moe, done, tmp_path):
+    """Only if the builds are of this source and these options, by what their manifests say of them."""
+    report = convert(open_source(moe), done[0], BUILDS)
+    assert [(b.build, b.path, b.tensor_bytes) for b in report.builds] == [
+        (b.build, b.path, b.tensor_bytes) for b in done[1].builds
+    ]
+    assert all(build.was_finished for build in report.builds) and report.bytes_read == 0
+    more = convert(open_source(moe), Path(shutil.copytree(done[0], tmp_path / "out")), [*BUILDS, "gguf:F32"])
+    assert [build.was_finished for build in more.builds] == [True] * len(BUILDS) + [False]
+    with pytest.raises(PlanError, match=r"fp8-channel: exists already.*leave fp8-channel out"):
+        convert(open_source(moe), done[0], ["fp8-channel"], max_shard_bytes=5_000_000)
+    folder = Path(shutil.copytree(moe, tmp_path / "moe", copy_function=shutil.copy2))
+    tensors = load_file(folder / "model.safetensors")
+    next(tensors[name] for name in tensors if name.endswith("layers.3.mlp.experts.5.down_proj.weight"))[-1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match="exists already"):
+        convert(open_source(folder), done[0], BUILDS)
+    os.truncate(tmp_path / "out" / "moe-F32.gguf", 1000)
+    with pytest.raises(PlanError, match="exists already"):
+        convert(open_source(moe), tmp_path / "out", [*BUILDS, "gguf:F32"])
 
 
 @pytest.mark.parametrize("survived", range(6))
 def test_killed_between_the_final_names(tmp_path, monkeypatch, moe, done, survived):
-    """Builds get their names one after the other; a run that dies among them is finished by --resume."""
+    """Builds get their names one after the other; a run that dies among them is finished by the same command."""
     moved, remove = [], shutil.rmtree
 
     def rename(source, target):
@@ -266,7 +296,7 @@ def test_killed_between_the_final_names(tmp_path, monkeypatch, moe, done, surviv
         patch.setattr(shutil, "rmtree", rmtree)
         with pytest.raises(KeyboardInterrupt):
             convert(open_source(moe), tmp_path / "out", BUILDS)
-    report = convert(open_source(moe), tmp_path / "out", BUILDS, resume=True)
+    report = convert(open_source(moe), tmp_path / "out", BUILDS)
     assert report.bytes_read == 0
     assert contents(tmp_path / "out") == contents(done[0])
 
@@ -276,8 +306,8 @@ def test_a_changed_tokenizer_is_another_conversion(killed, moe, tmp_path):
     text = (folder / "tokenizer_config.json").read_text()
     (folder / "chat_template.jinja").write_text("other")
     (folder / "tokenizer_config.json").write_text(text)
-    with pytest.raises(ConversionError, match="another source, other builds"):
-        convert(open_source(folder), killed, BUILDS, resume=True)
+    with pytest.raises(PlanError, match=r"other side files.*--restart"):
+        convert(open_source(folder), killed, BUILDS)
 
 
 def test_two_conversions_do_not_share_a_folder(tmp_path, moe):
@@ -287,15 +317,10 @@ def test_two_conversions_do_not_share_a_folder(tmp_path, moe):
         while lines(out / PARTIAL / "journal") < 2 and process.poll() is None:
             time.sleep(0.005)
         with pytest.raises(ConversionError, match="another conversion is writing here"):
-            convert(open_source(moe), out, BUILDS, resume=True)
+            convert(open_source(moe), out, BUILDS)
     finally:
         process.kill()
         process.communicate()
-
-
-def test_finished_builds_are_not_overwritten(moe, done):
-    with pytest.raises(PlanError, match="exists already"):
-        convert(open_source(moe), done[0], ["bf16"])
 
 
 @pytest.mark.parametrize("name", ["moe-Q8_0.gguf", "moe-Q8_0.gguf.manifest.json", "bf16"])
@@ -314,11 +339,11 @@ def test_nothing_that_exists_is_replaced(tmp_path, monkeypatch, moe, name, link)
     (out / name).unlink()
     record = convert_module.Journal.record_checked
     monkeypatch.setattr(convert_module.Journal, "record_checked", lambda self: (record(self), occupy()))
-    with pytest.raises(ConversionError, match=f"{name}: exists already; move it away and pass --resume"):
+    with pytest.raises(ConversionError, match=f"{name}: exists already; move it away and run the same command"):
         convert(open_source(moe), out, BUILDS)
     assert os.readlink(out / name) == "nowhere" if link else (out / name).read_text() == "mine"
     (out / name).unlink()
-    convert(open_source(moe), out, BUILDS, resume=True)
+    convert(open_source(moe), out, BUILDS)
     assert not (out / PARTIAL).exists() and (out / "bf16").is_dir()
 
 
@@ -342,30 +367,55 @@ def test_a_damaged_journal_is_mended_or_told(killed, moe, done, line):
     journal = killed / PARTIAL / "journal"
     journal.write_bytes(journal.read_bytes() + line + b"\n")
     try:
-        convert(open_source(moe), killed, BUILDS, resume=True)
+        convert(open_source(moe), killed, BUILDS)
         assert contents(killed) == contents(done[0])
     except ConversionError as error:
         assert "journal" in str(error)
 
 
-def test_what_is_left_without_a_journal_is_told(tmp_path, moe):
-    (tmp_path / "out" / PARTIAL).mkdir(parents=True)
-    for resume in (False, True):
-        with pytest.raises(PlanError, match="wrote nothing; delete that folder"):
-            convert(open_source(moe), tmp_path / "out", BUILDS, resume=resume)
+@pytest.mark.parametrize("left", [None, b"", b'{"source": "x", "bui', b"journal of another version\n"])
+def test_a_kill_around_the_journal_needs_no_hand(tmp_path, moe, done, left):
+    """Between mkdir and the first whole line of the journal, nothing is begun."""
+    (tmp_path / PARTIAL).mkdir()
+    if left is not None:
+        (tmp_path / PARTIAL / "journal").write_bytes(left)
+    assert convert(open_source(moe), tmp_path, ["bf16"]).resumed_units == 0
+    assert contents(tmp_path) == {f"bf16/{name}": data for name, data in contents(done[0] / "bf16").items()}
+
+
+@pytest.mark.parametrize("left", ["nothing", "journal"])
+def test_a_kill_at_the_very_end_needs_no_hand(tmp_path, moe, monkeypatch, left):
+    """After the names are given: the journal may be there or gone, its folder is left."""
+    rmtree = shutil.rmtree
+
+    def die(folder, **options):
+        if Path(folder).name != PARTIAL:
+            return rmtree(folder, **options)
+        if left == "nothing":
+            (folder / "journal").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            convert(open_source(moe), tmp_path, ["gguf:F32"])
+    assert (tmp_path / PARTIAL).is_dir()
+    report = convert(open_source(moe), tmp_path, ["gguf:F32"])
+    assert report.builds[0].was_finished and report.bytes_read == 0
+    assert not (tmp_path / PARTIAL).exists()
 
 
 def test_jobs_are_those_that_memory_allows(moe):
     """The default fits every machine; what is asked for is kept or refused."""
     source = open_source(moe)
-    jobs, _ = convert_module._slabs(source, 4, 2 << 30, None)
-    assert jobs >= 1 and convert_module._slabs(source, 4, 800 << 20, None)[0] <= jobs
-    assert convert_module._slabs(source, 4, 2 << 30, 3)[0] == 3
-    assert convert_module._slabs(open_source("gemma-4-31b"), 4, 2 << 30, None)[0] <= os.cpu_count()
+    jobs, _ = convert_module.slabs(source, 4, 2 << 30, None)
+    assert jobs >= 1 and convert_module.slabs(source, 4, 800 << 20, None)[0] <= jobs
+    assert convert_module.slabs(source, 4, 2 << 30, 3)[0] == 3
+    assert convert_module.slabs(open_source("gemma-4-31b"), 4, 2 << 30, None)[0] <= os.cpu_count()
     with pytest.raises(PlanError, match="500 jobs need at least"):
-        convert_module._slabs(source, 4, 2 << 30, 500)
+        convert_module.slabs(source, 4, 2 << 30, 500)
     with pytest.raises(ValueError, match="jobs"):
-        convert_module._slabs(source, 4, 2 << 30, 0)
+        convert_module.slabs(source, 4, 2 << 30, 0)
 
 
 def test_a_link_that_leaves_the_source_is_told_before_work(tmp_path, moe):
@@ -401,7 +451,7 @@ def small_disk(tmp_path):
 def test_disk_that_fills_up_on_the_way(small_disk, monkeypatch, moe):
     usage = shutil.disk_usage(small_disk)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 40))  # somebody else took the space
-    with pytest.raises(ConversionError, match="the disk is full; free space and pass --resume"):
+    with pytest.raises(ConversionError, match="the disk is full; free space and run the same command again"):
         convert(open_source(moe), small_disk / "out", BUILDS)
     assert [path.name for path in (small_disk / "out").iterdir()] == [PARTIAL]
 
@@ -430,14 +480,64 @@ def test_non_finite_weights_are_found(tmp_path, value):
         convert(open_source(folder), tmp_path / "out", ["fp8-block"])
 
 
-def test_fp16_overflow_names_the_weight(tmp_path):
-    folder = fixtures.qwen35(tmp_path / "src")
+def test_a_build_that_cannot_hold_a_weight_costs_the_others_nothing(tmp_path, monkeypatch):
+    """It is reported with an option that makes it, alone, in the same folder; killed or not on the way."""
+    folder, out = fixtures.qwen35(tmp_path / "src"), tmp_path / "out"
     tensors = load_file(folder / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("layers.2.mlp.up_proj.weight"))
-    tensors[name][3, 4] = 1e6
+    for name in tensors:
+        if name.endswith(("layers.2.mlp.up_proj.weight", "layers.0.linear_attn.out_proj.weight")):
+            tensors[name][3, 4] = 1e6
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"layers\.2\.mlp\.up_proj.*beyond fp16.*gguf:F16"):
-        convert(open_source(folder), tmp_path / "out", ["gguf:F16"])
+    builds = ["gguf:F16", "gguf:Q8_0", "bf16"]
+    with monkeypatch.context() as patch:  # killed when all is written and checked
+        patch.setattr(convert_module.Journal, "record_checked", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(open_source(folder), out, builds)
+    with pytest.raises(BuildsFailed, match=r"row 3, column 4: .* beyond fp16.* 2 of its tensors") as told:
+        convert(open_source(folder), out, builds)
+    report = told.value.report
+    assert [build.build for build in report.builds] == builds[1:] and list(report.failed) == ["gguf:F16"]
+    assert all(verify(build.path, open_source(folder)).ok for build in report.builds)
+    assert {path.name for path in out.iterdir()} == {"bf16", "src-Q8_0.gguf", "src-Q8_0.gguf.manifest.json"}
+    build, pattern = re.search(r"--to (\S+) --tensor-type '(.+)'", str(told.value)).groups()
+    report = convert(open_source(folder), out, [build], recipe=parse_recipe([pattern]))
+    assert verify(report.builds[0].path, open_source(folder)).ok
+    again = convert(open_source(folder), out, ["gguf:Q8_0", "bf16"])
+    assert all(build.was_finished for build in again.builds)
+
+
+def test_leave_to_keep_a_nan_is_taken_in_the_same_folder(tmp_path):
+    folder, out = fixtures.qwen35(tmp_path / "src", vision=True), tmp_path / "out"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[next(name for name in tensors if name.startswith("model.visual.blocks"))][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BuildsFailed, match=r"is nan.*--non-finite keep-bf16") as told:
+        convert(open_source(folder), out, ["fp8-channel", "gguf:Q8_0"])
+    assert [build.build for build in told.value.report.builds] == ["gguf:Q8_0"]  # it has no vision tower
+    report = convert(open_source(folder), out, ["fp8-channel", "gguf:Q8_0"], non_finite="keep-bf16")
+    assert [build.was_finished for build in report.builds] == [False, True]
+
+
+def test_a_build_that_cannot_be_planned_costs_the_others_nothing(tmp_path, moe):
+    with pytest.raises(BuildsFailed, match=r"noise without an importance matrix.*--imatrix") as told:
+        convert(open_source(moe), tmp_path, ["gguf:IQ2_XXS", "gguf:F32"])
+    assert [build.build for build in told.value.report.builds] == ["gguf:F32"]
+    with pytest.raises(PlanError, match="noise without an importance matrix"):
+        convert(open_source(moe), tmp_path, ["gguf:IQ2_XXS"])
+
+
+def test_values_beyond_a_float_are_told(tmp_path):
+    """F32 holds more than BF16, and what is stored of A_log is its exponential."""
+    folder = fixtures.qwen35(tmp_path / "src", dtype=torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    next(tensors[name] for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))[2, 3] = 3.4e38
+    next(tensors[name] for name in tensors if name.endswith("layers.1.linear_attn.A_log"))[1] = 99
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(BuildsFailed) as told:
+        convert(open_source(folder), tmp_path / "out", ["gguf:BF16", "bf16", "gguf:F32"])
+    failed = told.value.report.failed
+    assert "up_proj.weight, from row 0: row 2, column 3: 3.4e+38 is beyond BF16" in failed["bf16"]
+    assert "A_log" in failed["gguf:F32"] and "is beyond F32; mend the checkpoint" in failed["gguf:F32"]
 
 
 def test_what_cannot_be_made_is_told_before_work(tmp_path, moe):

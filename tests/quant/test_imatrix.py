@@ -17,7 +17,7 @@ import ornith_moe.quant.convert as convert_module
 from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.convert import convert
-from ornith_moe.quant.errors import CheckpointError, ConversionError, OrnithError, PlanError
+from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.gguf_codecs import CODECS
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import FILE_TYPES
@@ -235,9 +235,9 @@ def test_resume_notices_another_importance(tmp_path, monkeypatch, moe, f32, entr
         with pytest.raises(KeyboardInterrupt):
             convert(open_source(moe), out, ["gguf:Q2_K"], imatrix=first)
     for other in (second, None):
-        with pytest.raises(ConversionError, match="was begun from another source"):
-            convert(open_source(moe), out, ["gguf:Q2_K"], imatrix=other, resume=True)
-    resumed = convert(open_source(moe), out, ["gguf:Q2_K"], imatrix=first, resume=True)
+        with pytest.raises(PlanError, match="begun with other options"):
+            convert(open_source(moe), out, ["gguf:Q2_K"], imatrix=other)
+    resumed = convert(open_source(moe), out, ["gguf:Q2_K"], imatrix=first)
     whole = convert(open_source(moe), tmp_path / "again", ["gguf:Q2_K"], imatrix=first)
     assert resumed.builds[0].path.read_bytes() == whole.builds[0].path.read_bytes()
 

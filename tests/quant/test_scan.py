@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ornith_moe.quant.convert as convert_module
 from ornith_moe.compare import open_client
 from ornith_moe.quant.convert import convert
-from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.scan import non_finite_weights
 from ornith_moe.quant.source import open_source
@@ -133,9 +133,9 @@ def test_resume_goes_on_with_the_same_leave_only(broken, kept, tmp_path, monkeyp
         patch.setattr(convert_module.Journal, "record_checked", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, ["fp8-block", "gguf:Q4_K_M"], non_finite="keep-bf16")
-    with pytest.raises(ConversionError, match="was begun from another source"):
-        convert(source, out, ["fp8-block", "gguf:Q4_K_M"], resume=True)
-    report = convert(source, out, ["fp8-block", "gguf:Q4_K_M"], resume=True, non_finite="keep-bf16")
+    with pytest.raises(PlanError, match="begun with other options"):
+        convert(source, out, ["fp8-block", "gguf:Q4_K_M"])
+    report = convert(source, out, ["fp8-block", "gguf:Q4_K_M"], non_finite="keep-bf16")
     assert report.bytes_read == 0
     for name in ("fp8-block/model.safetensors", "fp8-block/config.json", "moe-Q4_K_M.gguf"):
         assert (out / name).read_bytes() == (kept[0] / name).read_bytes()
