@@ -80,10 +80,10 @@ def record(arch: str, which: Pass) -> list[Launch]:
             for n, k in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
                 weight = torch.empty(s.experts, n, k, dtype=torch.bfloat16, **meta)
                 if which.recipe == "fp8_channel":
-                    fp8_cast.quantize_fp8_channel(weight)
+                    _kept(weight, (1, None), fp8_cast.quantize_fp8_channel(weight))
                 else:
-                    fp8_cast.quantize_fp8_block(weight)
-                    fp8_cast.quantize_fp8_block_both(weight)
+                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block(weight))
+                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block_both(weight))
             return launches
         if which.direction == "encode":
             rows = torch.empty(s.experts * 2 * s.inner, s.hidden, dtype=torch.bfloat16, **meta)
@@ -96,15 +96,20 @@ def record(arch: str, which: Pass) -> list[Launch]:
         indices, weights, _, _, _ = routing.route_forward(logits, s.top_k)
         layer = moe.Experts(experts(2 * s.inner, s.hidden), experts(s.hidden, s.inner))
         if which.recipe == "fp8_full":
-            layer = moe.Experts(
-                layer.gate_up, layer.down, experts(s.hidden, 2 * s.inner), experts(s.inner, s.hidden)
-            )
+            layer = moe.Experts(layer.gate_up, layer.down, experts(s.hidden, 2 * s.inner), experts(s.inner, s.hidden))
         _, saved = moe.moe_forward(x, indices, weights, layer, recipe=which.recipe, save=True)
         if which.direction == "backward":
             launches.clear()
             _, dweights, _, _ = moe.moe_backward(torch.empty_like(x), saved, layer, recipe=which.recipe)
             routing.route_backward(logits, indices, weights, dweights)
     return launches
+
+
+def _kept(weight: torch.Tensor, block: tuple[int, int | None], copy: tuple[torch.Tensor, ...]) -> None:
+    """The check of a copy that is kept; its model is that of a weight which has changed throughout."""
+    experts = torch.empty(len(weight), dtype=torch.bool, device="meta")
+    copy = (*copy, None, None)[:4]
+    fp8_cast.quantize_fp8_experts(weight, *copy, experts, fp8_cast.new_digests(weight, block), block=block)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,13 @@ besides:
 
 One program owns one tile and its scales, reads it once (per row: twice), and uses no atomics: runs are bitwise equal.
 
+Copies that are kept (`ornith_moe.fp8_weights`) are refreshed by the same kernels: a program whose expert is not active
+ends at once, and one whose tile has the digest that it left there last time ends after reading it. Modulo 2^64,
+
+    digest = sum over rows n of mix(sum over columns k of h(x[n, k]) * key(k)) * key(n)
+
+h and mix are bijections and keys are odd, so that one changed element always changes it; others with the odds of 2^-60.
+
 Legend: E experts (or 1), N rows (output channels or tokens), K columns (the contraction).
 """
 
@@ -34,6 +41,8 @@ from ornith_moe.kernels.arithmetic import (
 )
 from ornith_moe.kernels.launch import launch
 from ornith_moe.quant.fp8 import FLOATS, SCALES
+
+ROWS = 8  # of the row kernel's tile
 
 
 @triton.jit
@@ -72,20 +81,56 @@ def _store_scales(ptr, s, mask, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _mix(z):
+    """The finalizer of splitmix64, a bijection of uint64."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _key(index):
+    """Odd uint64 that look random."""
+    return _mix((index.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15) | 1
+
+
+@triton.jit
+def _row_digests(x, k):
+    """sum over columns of h(x) * key(k): uint64 [rows, 1]; padding is zero and adds nothing."""
+    h = x.to(tl.uint32, bitcast=True)
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = h ^ (h >> 15)
+    return tl.sum(h.to(tl.uint64) * _key(k), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _digest_of(rows, n):
+    """int64 digest of a tile from those of its rows; never 0, which stands for a tile that was not quantized yet."""
+    digest = tl.sum(tl.sum(_mix(rows) * _key(n), axis=1), axis=0).to(tl.int64, bitcast=True)
+    return tl.where(digest == 0, 1, digest)
+
+
+@triton.jit
 def quantize_tile_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, N, K, stride_xe, stride_xn, stride_xk,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_ROW: tl.constexpr,
-    SHIFT: tl.constexpr, THROUGH_BF16: tl.constexpr,
+    SHIFT: tl.constexpr, THROUGH_BF16: tl.constexpr, active_ptr=None, digest_ptr=None,
 ):  # fmt: skip
     """Grid: E * ceil(N / BLOCK_N) * ceil(K / BLOCK_K). One program owns a tile of x and writes, all contiguous:
 
     q [E, N, K]: codes, or values if q_ptr points to a floating dtype.
     scale [E, grid rows, grid columns], with PER_ROW [E, N, grid columns]; not if scale_ptr is None.
     q_t [E, K, N] and scale_t: the same of x transposed; not if q_t_ptr is None.
+
+    active [E] uint8: which experts; all if None. digest, int64 per program: nothing is written where it is still that
+    of the tile; always if None.
     """
     grid_n, grid_k = tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     pid = tl.program_id(0)
     j, i, e = pid % grid_k, pid // grid_k % grid_n, (pid // grid_k // grid_n).to(tl.int64)
+    if active_ptr is not None:
+        if tl.load(active_ptr + e) == 0:
+            return
     n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     k = (j * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
     mask = (n < N) & (k < K)
@@ -96,6 +141,12 @@ def quantize_tile_kernel(
         scales_n, scales_k = grid_n, grid_k
 
     x = _load(x_ptr + e * stride_xe + n * stride_xn + k * stride_xk, mask, THROUGH_BF16)
+    if digest_ptr is not None:
+        digest = _digest_of(_row_digests(x, k), n)
+        if digest == tl.load(digest_ptr + pid):
+            return
+        tl.debug_barrier()  # every warp has read the old digest
+        tl.store(digest_ptr + pid, digest)
     # Without PER_ROW the two are one, and so are their codes: the compiler merges them, which the tests count. All
     # scales come before any code, because otherwise |x| stays in registers beside x and sm90 and sm100 spill.
     s = _scale_along(x, 1 if PER_ROW else None, SHIFT)
@@ -113,23 +164,36 @@ def quantize_tile_kernel(
 def quantize_row_kernel(
     x_ptr, q_ptr, scale_ptr, N, K, stride_xe, stride_xn, stride_xk,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT: tl.constexpr, THROUGH_BF16: tl.constexpr,
+    active_ptr=None, digest_ptr=None,
 ):  # fmt: skip
     """Grid: E * ceil(N / BLOCK_N). One program owns BLOCK_N whole rows and reads them twice: for amax, for the codes.
     Writes q [E, N, K], codes or values as above, and one scale per row, scale [E, N], not if scale_ptr is None; both
-    are contiguous.
+    are contiguous. active and digest: as above.
     """
     grid_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     i, e = pid % grid_n, (pid // grid_n).to(tl.int64)
+    if active_ptr is not None:
+        if tl.load(active_ptr + e) == 0:
+            return
     n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     x_ptr += e * stride_xe + n * stride_xn
     q_ptr += (e * N + n) * K
 
     amax_bits = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
+    rows = tl.zeros([BLOCK_N, 1], tl.uint64)
     for start in range(0, K, BLOCK_K):
         k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
         x = _load(x_ptr + k * stride_xk, (n < N) & (k < K), THROUGH_BF16)
         amax_bits = tl.maximum(amax_bits, bits_of(x) & 0x7FFFFFFF)
+        if digest_ptr is not None:
+            rows += _row_digests(x, k)
+    if digest_ptr is not None:
+        digest = _digest_of(rows, n)
+        if digest == tl.load(digest_ptr + pid):
+            return
+        tl.debug_barrier()  # every warp has read the old digest
+        tl.store(digest_ptr + pid, digest)
     s = _scale_along(float_of(amax_bits), 1, SHIFT)
     if scale_ptr is not None:
         _store_scales(scale_ptr + e * N + n, s, n < N, SHIFT)
@@ -153,6 +217,37 @@ def quantize_fp8_block_both(w, *, block=(128, 128), scale="fp32"):
 def quantize_fp8_channel(w, *, scale="bf16"):
     """`ornith_moe.quant.fp8.quantize_fp8_channel` on the GPU, bit for bit."""
     return _launch("w", w, 1, None, scale, ("bf16", "fp32"), weight=True)
+
+
+@torch.no_grad()
+def quantize_fp8_experts(w, q, scale, q_t, scale_t, experts, digests, *, block):
+    """`ornith_moe.quant.fp8.quantize_fp8_experts` on the GPU, for those tiles whose digest differs; nothing waits.
+
+    Args:
+        w: [E, N, K] (or [..., N, K]). q, scale, q_t, scale_t: as `quantize_fp8_block_both` returns them (the last two
+            may be None), or as `quantize_fp8_channel` does; written to.
+        experts: [E] bool, or None for all. digests: of `new_digests`, written to; or None to quantize every tile.
+        block: (128, 128) or (1, None).
+    """
+    if not w.numel():
+        return
+    *lead, N, K = w.shape
+    _, carrier, shift = next(of for of in SCALES.values() if of[0] == scale.dtype)
+    dtypes = (torch.uint8, carrier, torch.uint8, carrier)
+    out = [None if t is None else t.view(dtype) for t, dtype in zip((q, scale, q_t, scale_t), dtypes, strict=True)]
+    label = f"fp8_cast {'row' if block[1] is None else 'block'}{' both' if q_t is not None else ''}"
+    label += "" if digests is None else " if changed"
+    active = None if experts is None else experts.view(torch.uint8)
+    w = _as_matrices("w", w, torch.Size(lead).numel(), N, K)
+    _start(label, w, out, *block, False, shift, w.dtype != torch.bfloat16, active, digests)
+
+
+def new_digests(w, block):
+    """Digests for `quantize_fp8_experts` of tiles that were not quantized yet."""
+    *lead, N, K = w.shape
+    bn, bk = block
+    tiles = triton.cdiv(N, bn if bk else ROWS) * (triton.cdiv(K, bk) if bk else 1)
+    return torch.zeros(torch.Size(lead).numel() * tiles, dtype=torch.int64, device=w.device)
 
 
 def quantize_fp8_tokens(x, *, group=128, scale="fp32"):
@@ -204,24 +299,10 @@ def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False
         shape = (*lead, K if per_row else grid_k, triton.cdiv(N, tile_n))
         s_t = torch.empty(shape, dtype=carrier, device=x.device)
     if x.numel():
-        try:
-            x = x.view(E, N, K)
-        except RuntimeError:
-            raise ValueError(
-                f"{name}: leading dimensions of shape {list(x.shape)} and strides {list(x.stride())} do not collapse;"
-                " pass a contiguous tensor"
-            ) from None
         through_bf16 = weight and x.dtype != torch.bfloat16
         use = " both" if both else " round trip" if values else ""
-        if bk is None:
-            args = (x, q, s, N, K, *x.stride(), 8, 512, shift, through_bf16)
-            launch(f"fp8_cast row{use}", quantize_row_kernel, (E * triton.cdiv(N, 8),), *args)
-        else:
-            args = (x, q, s, q_t, s_t, N, K, *x.stride(), tile_n, bk, per_row, shift, through_bf16)
-            label = f"fp8_cast {'block' if weight else 'tokens'}{use}"
-            programs = E * triton.cdiv(N, tile_n) * grid_k
-            warps = 4 if tile_n * bk <= 8192 else 16 if both else 8  # 8 spill where a tile is quantized twice
-            launch(label, quantize_tile_kernel, (programs,), *args, num_warps=warps)
+        label = f"fp8_cast {'row' if bk is None else 'block' if weight else 'tokens'}{use}"
+        _start(label, _as_matrices(name, x, E, N, K), (q, s, q_t, s_t), tile_n, bk, per_row, shift, through_bf16)
     else:
         for scales in (s, s_t):  # of partial blocks without elements
             if scales is not None:
@@ -230,3 +311,28 @@ def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False
         return q
     pairs = ((q, s), (q_t, s_t)) if both else ((q, s),)
     return tuple(t for codes, scales in pairs for t in (codes.view(torch.float8_e4m3fn), scales.view(dtype)))
+
+
+def _as_matrices(name, x, E, N, K):
+    try:
+        return x.view(E, N, K)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: leading dimensions of shape {list(x.shape)} and strides {list(x.stride())} do not collapse;"
+            " pass a contiguous tensor"
+        ) from None
+
+
+def _start(label, x, out, tile_n, bk, per_row, shift, through_bf16, active=None, digests=None):
+    """One launch over x [E, N, K], into q, scale, q_t and scale_t of `out`."""
+    q, s, q_t, s_t = out
+    (E, N, K), kept = x.shape, {"active_ptr": active, "digest_ptr": digests}
+    if bk is None:
+        args = (x, q, s, N, K, *x.stride(), ROWS, 512, shift, through_bf16)
+        launch(label, quantize_row_kernel, (E * triton.cdiv(N, ROWS),), *args, **kept)
+        return
+    args = (x, q, s, q_t, s_t, N, K, *x.stride(), tile_n, bk, per_row, shift, through_bf16)
+    programs = E * triton.cdiv(N, tile_n) * triton.cdiv(K, bk)
+    # of 8, some spill where a tile is quantized twice, and with digests one block fills a processor
+    warps = 4 if tile_n * bk <= 8192 else 8 if q_t is None and digests is None else 16
+    launch(label, quantize_tile_kernel, (programs,), *args, num_warps=warps, **kept)

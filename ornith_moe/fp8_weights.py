@@ -1,37 +1,51 @@
-"""Expert weights in FP8, quantized once per optimizer step and not once per micro-batch.
+"""Expert weights in FP8, quantized when their numbers have changed and not once per call.
 
     recipe        q, scale                        q_t, scale_t
     fp8           128x128 blocks
     fp8_full      128x128 blocks                  the same transposed, for the FP8 gradient of the input
     fp8_channel   one BF16 scale per output row
 
-A parameter has one entry, found by its storage and its place in it: what autograd, checkpointing and compiled graphs
-hand to a backward is an alias of the parameter, with the same version. What may change a weight, and what notices it:
+A copy is kept per weight, and beside it a 64-bit digest of the numbers that each expert was quantized from. Every use,
+in a forward, a recomputation or a backward, reads the experts that the call routes to, and quantizes again those whose
+digest differs. So it does not matter who wrote the weight or how: an optimizer, `.data`, a flat buffer, numpy, a merged
+adapter, another process. No sign that torch gives of a change, `_version` or an address, is trusted to show them all.
 
-- In-place updates (`copy_`, `load_state_dict`, most optimizers) raise `_version`.
-- `weight.data = ...`, offloading and reallocation change the storage, its address, the shape or the strides.
-- An optimizer may change a weight without raising its version: those of torch with `fused=True` do (torch 2.13), and
-  FSDP2, Megatron and DeepSpeed step a shard or a master copy and then write through another tensor. So the end of a
-  step of any `torch.optim.Optimizer` drops all entries.
-- Nothing notices writes through `weight.data` or a flat buffer outside of a step, such as loading a checkpoint into
-  the shards of FSDP2: call `forget_quantized_weights`.
+| what happens to a weight | what becomes of its copy |
+|---|---|
+| any write, of one element or all | the experts that it changed are quantized again, in place, when one is next used |
+| other shape, strides, dtype, recipe or scale | replaced |
+| `weight.data = ...`, offloading: another storage | goes with the storage it was made from |
+| FSDP2 empties the storage after use | goes when the next copy is made, so a model in shards is not kept whole in FP8 |
+| `with unchanged():` | not checked again |
 
-An entry goes with the storage it was made from. FSDP2 empties the storage
-of a layer after use; entries of such layers go at the next miss, so that a model kept in shards is not kept whole in
-FP8. Quantized at every call are results of differentiable operations, inference tensors (they have no version), meta
-tensors, and all weights while a CUDA graph is captured, which must quantize when it is replayed.
+What a use sees is the weight as it is then. A backward after a write that autograd cannot see takes the new numbers, as
+it does with weights that are not quantized. Refreshing in place is safe because no copy is saved between the passes:
+autograd keeps the weight. A write while another thread multiplies is a race, as it is without FP8.
+
+The check costs one reading of the routed experts (docs/numerics.md). On a CPU the digest is XXH3 of the bytes. On a GPU
+it is computed by the kernel that quantizes, tile by tile: nothing waits for the device.
+
+Quantized at every use, the routed experts alone: results of differentiable operations, such as weights under a
+parametrization; tensors that are not plain memory; and all weights while a CUDA graph is captured, which then quantizes
+whenever it is replayed.
 """
 
+import ctypes
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+import xxhash
 
 from ornith_moe.quant import fp8
 
-_RECIPES = ("fp8", "fp8_full", "fp8_channel")
+_BLOCKS = {"fp8": (128, 128), "fp8_full": (128, 128), "fp8_channel": (1, None)}
+_THREAD_BYTES = 1 << 20  # of weights that pay for another thread
 
 
 class FP8Weights(NamedTuple):
@@ -43,113 +57,226 @@ class FP8Weights(NamedTuple):
     scale_t: torch.Tensor | None = None
 
 
-class _Entry(NamedTuple):
-    storage: weakref.ref
-    state: tuple[Any, ...]
-    quantized: tuple[torch.Tensor | None, ...]
+@dataclass(eq=False)
+class _Copy:
+    """Memory for the copy of one weight, and what is known of each expert in it."""
+
+    made_as: tuple[Any, ...]
+    weights: FP8Weights
+    storage: weakref.ref | None = None  # None: used once
+    digests: Any = None  # by expert on a CPU, by tile on a GPU, where 0 is a tile not quantized yet
+    trust: tuple[Any, ...] = ()  # the promise and version under which `trusted` were compared
+    trusted: set[int] = field(default_factory=set)
+    lock: Any = field(default_factory=threading.Lock)
 
 
-_entries: dict[tuple[int, int], _Entry] = {}  # by id of the storage, removed before that id is free again, and address
+_copies: dict[tuple[int, int], _Copy] = {}  # by id of the storage, removed before that id is free again, and offset
 _lock = threading.RLock()  # backward runs in threads of its own
+_promise: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
 
-def quantized_weights(weight: torch.Tensor, recipe: str, scale: str = "fp32") -> FP8Weights:
-    """The FP8 copy of `weight` that `recipe` needs, from the cache while the weight has not changed.
+def quantized_weights(
+    weight: torch.Tensor, recipe: str, scale: str = "fp32", experts: torch.Tensor | None = None
+) -> FP8Weights:
+    """The FP8 copy of `weight` that `recipe` needs, as the weight is now.
 
     Args:
-        weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: a parameter, or an alias of one (`weight.detach()`, but
-            not `weight.data`, whose version is another).
+        weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: a parameter, an alias or a view of one.
         recipe: "fp8", "fp8_full" or "fp8_channel".
         scale: dtype of block scales, "fp32" or "ue8m0"; those of fp8_channel are always BF16, as in its files.
+        experts: [E] bool on the device of the weight, those to be looked at; None for all. What the others hold is
+            undefined, or old.
     Returns:
-        FP8Weights. With a cache hit these are the same tensors as before; nobody may write to them.
+        FP8Weights. The next use of the weight gives the same tensors, refreshed in place; nobody else may write to
+        them.
     Raises:
         ValueError: unknown recipe or scale. TypeError: another dtype.
-    Numerics: `ornith_moe.quant.fp8` on the CPU and its Triton twin elsewhere, which give the same bits.
+    Numerics: `ornith_moe.quant.fp8` on the CPU and its Triton twin elsewhere, which give the same bits. A changed
+        expert is missed with probability 2^-64 on a CPU; a GPU always sees one changed element of a tile, and misses
+        other changes about as seldom.
     Streams: quantized on the current stream. Work on another stream waits for it as it does for the weight.
     Example:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.randn(2, 256, 384))
-        >>> first = quantized_weights(weight, "fp8_full")
-        >>> first.q_t.shape, quantized_weights(weight, "fp8_full") is first
-        (torch.Size([2, 384, 256]), True)
+        >>> first = quantized_weights(weight, "fp8")
+        >>> weight.data[1].mul_(2) is None, weight._version
+        (False, 0)
+        >>> quantized_weights(weight, "fp8") is first, first.scale[1].equal(quantized_weights(weight[1], "fp8").scale)
+        (True, True)
     """
-    if recipe not in _RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(_RECIPES)}, got {recipe!r}")
-    return _kept(weight, (recipe, scale), lambda: _quantize(weight, recipe, scale))
+    if recipe not in _BLOCKS:
+        raise ValueError(f"recipe: expected one of {', '.join(_BLOCKS)}, got {recipe!r}")
+    if scale not in ("fp32", "ue8m0"):
+        raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
+    if weight.dtype not in fp8.FLOATS:
+        raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; convert it first")
+    copy = _copy_of(weight, recipe, "bf16" if recipe == "fp8_channel" else scale)
+    with copy.lock, torch.no_grad():
+        _refresh(copy, weight.detach(), recipe, experts)
+    return copy.weights
 
 
 def turned_weights(q: torch.Tensor, scale: torch.Tensor) -> FP8Weights:
     """The FP8Weights of a weight that is stored as (q, scale) in 128x128 blocks, with the transposed copy of fp8_full.
 
     Args:
-        q: [E, N, K] e4m3, itself the key of the copy. scale: [E, ceil(N / 128), ceil(K / 128)].
+        q: [E, N, K] e4m3. scale: [E, ceil(N / 128), ceil(K / 128)].
     Returns:
-        FP8Weights, kept like those of `quantized_weights`, while neither q nor scale changes.
+        FP8Weights; q and scale as given. The transposed copy is made anew: that reads what a check would have to read.
     Example:
         >>> import torch
         >>> q, scale = torch.zeros(2, 256, 384).to(torch.float8_e4m3fn), torch.ones(2, 2, 3)
         >>> turned_weights(q, scale).q_t.shape
         torch.Size([2, 384, 256])
     """
-    state = ("turned", scale.data_ptr(), None if scale.is_inference() else scale._version)
-    turned = _kept(q, state, lambda: (q.detach().mT.contiguous(), scale.detach().mT.contiguous()))
-    return FP8Weights(q, scale, *turned)  # the entry holds only the copy: holding q, it would keep q alive
+    return FP8Weights(q, scale, q.detach().mT.contiguous(), scale.detach().mT.contiguous())
 
 
-def _kept(weight, made_as, make):
-    """`make()`, or what it gave before for the same `weight` in the same state."""
-    if not _is_lasting(weight):
-        return make()
-    storage = weight.untyped_storage()
-    key = (id(storage), weight.data_ptr())
-    state = (*made_as, weight._version, weight.shape, weight.stride(), weight.dtype)
+@contextmanager
+def unchanged():
+    """Inside, this thread's calls check each expert of a weight once and not again: the caller writes to no weight.
 
-    def drop(_):
-        _entries.pop(key, None)
+    For a rollout between two updates, or the micro-batches between two optimizer steps; end it before the step. A write
+    inside that raises `weight._version` is still seen, one past it is not. Autograd runs a backward on a GPU in a
+    thread of its own, which checks. On a GPU the first use checks all experts, not those that it routes to.
 
-    with _lock:
-        entry = _entries.get(key)
-        if entry and entry.storage() is storage and entry.state == state:
-            return entry.quantized
-        del entry
-        drop(None)  # the old copy goes before the new one is made
-        _drop_emptied()
-        with torch.inference_mode(False):  # what is made inside of it could not be saved for a backward pass
-            quantized = make()
-        _entries[key] = _Entry(weakref.ref(storage, drop), state, quantized)
-        return quantized
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2, 128, 128))
+        >>> with unchanged():
+        ...     before = quantized_weights(weight, "fp8").scale.clone()
+        ...     _ = weight.data.mul_(2)  # against the promise
+        ...     print(quantized_weights(weight, "fp8").scale.equal(before))
+        True
+        >>> quantized_weights(weight, "fp8").scale.equal(before)
+        False
+    """
+    token = _promise.set(_promise.get() or object())
+    try:
+        yield
+    finally:
+        _promise.reset(token)
 
 
 def forget_quantized_weights() -> None:
-    """Drop every copy: after weights were written in a way that the module's table says nothing notices."""
+    """Drop every copy and free its memory; no change of a weight needs it."""
     with _lock:
-        _entries.clear()
+        _copies.clear()
 
 
-register_optimizer_step_post_hook(lambda *_: forget_quantized_weights())
+def _copy_of(weight, recipe, scale):
+    """The copy kept for `weight`, or memory for one."""
+    made_as = (recipe, scale, weight.shape, weight.stride(), weight.dtype)
+    if not _is_lasting(weight):
+        return _Copy(made_as, _allocate(weight, recipe, scale))
+    storage = weight.untyped_storage()
+    key = (id(storage), weight.storage_offset())
+
+    def drop(_=None):
+        _copies.pop(key, None)
+
+    with _lock:
+        copy = _copies.get(key)
+        if copy is None or copy.storage() is not storage or copy.made_as != made_as:
+            del copy
+            drop()  # the old copy goes before memory for the new one is taken
+            _drop_emptied()
+            with torch.inference_mode(False):  # what is made inside of it could not be saved for a backward pass
+                weights = _allocate(weight, recipe, scale)
+                digests = {} if weight.is_cpu else _device_casts().new_digests(weight, _BLOCKS[recipe])
+            _copies[key] = copy = _Copy(made_as, weights, weakref.ref(storage, drop), digests)
+        return copy
 
 
 def _is_lasting(weight):
-    """Whether `weight` is a tensor that comes again and whose changes can be seen."""
-    if not weight.is_leaf or weight.is_inference() or weight.is_meta:
+    """Whether `weight` is plain memory that comes again."""
+    plain = type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not weight.is_meta
+    if not plain or not weight.is_leaf:
         return False
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _drop_emptied():
-    for key, entry in _entries.copy().items():
-        storage = entry.storage()
+    for key, copy in _copies.copy().items():
+        storage = copy.storage()
         if storage is None or not storage.size():
-            _entries.pop(key, None)
+            _copies.pop(key, None)
 
 
-def _quantize(weight, recipe, scale):
-    casts = fp8
-    if weight.device.type != "cpu":
-        from ornith_moe.kernels import fp8_cast as casts  # a machine without a GPU may have no Triton
-    if recipe == "fp8_channel":
-        return FP8Weights(*casts.quantize_fp8_channel(weight))
+def _allocate(weight, recipe, scale):
+    (bn, bk), (*lead, n, k) = _BLOCKS[recipe], weight.shape
+    grid = (-(-n // bn), -(-k // bk) if bk else 1)
+    sizes = [((n, k), torch.float8_e4m3fn), (grid, fp8.SCALES[scale][0])]
     if recipe == "fp8_full":
-        return FP8Weights(*casts.quantize_fp8_block_both(weight, scale=scale))
-    return FP8Weights(*casts.quantize_fp8_block(weight, scale=scale))
+        sizes += [((k, n), torch.float8_e4m3fn), (grid[::-1], fp8.SCALES[scale][0])]
+    return FP8Weights(*(torch.empty(*lead, *size, dtype=dtype, device=weight.device) for size, dtype in sizes))
+
+
+def _refresh(copy, weight, recipe, experts):
+    """Quantize what has changed of `experts`."""
+    promise = _promise.get()
+    trust = (promise, None if weight.is_inference() else weight._version)
+    if promise is None or copy.trust != trust:
+        copy.trust, copy.trusted = trust, set()
+    refresh = _refresh_on_cpu if weight.is_cpu else _refresh_on_device
+    refresh(copy, weight, recipe, experts, promise is not None and copy.storage is not None)
+
+
+def _refresh_on_device(copy, weight, recipe, experts, trusting):
+    if not copy.trusted:
+        experts = None if trusting else experts  # which those are, only the device knows
+        _device_casts().quantize_fp8_experts(weight, *copy.weights, experts, copy.digests, block=_BLOCKS[recipe])
+        copy.trusted = set(range(len(weight))) if trusting else set()
+
+
+def _refresh_on_cpu(copy, weight, recipe, experts, trusting):
+    weight = _matrices(weight)
+    chosen = range(len(weight)) if experts is None else experts.nonzero().flatten().tolist()
+    chosen = [e for e in chosen if e not in copy.trusted]
+    if copy.storage is None:
+        _quantize(weight, copy.weights, recipe, chosen)
+        return
+    found = _digests(weight, chosen)
+    if any(copy.digests.get(e) != digest for e, digest in found.items()):
+        # Whatever wrote one expert has written others: all that changed, so that a step's next batch has none to do.
+        found |= _digests(weight, [e for e in range(len(weight)) if e not in found])
+        stale = {e: digest for e, digest in sorted(found.items()) if copy.digests.get(e) != digest}
+        for e in stale:
+            copy.digests.pop(e, None)  # should quantizing fail
+        _quantize(weight, copy.weights, recipe, list(stale))
+        copy.digests |= stale
+    if trusting:
+        copy.trusted.update(found)
+
+
+def _quantize(weight, copy, recipe, experts):
+    q, scale, q_t, scale_t = (None if t is None else _matrices(t) for t in copy)
+    fp8.quantize_fp8_experts(weight, q, scale, experts, block=_BLOCKS[recipe])
+    for e in experts if q_t is not None else ():
+        q_t[e], scale_t[e] = q[e].mT, scale[e].mT
+
+
+def _matrices(t):
+    return t.flatten(0, -3) if t.dim() > 2 else t[None]
+
+
+def _device_casts():
+    from ornith_moe.kernels import fp8_cast  # a machine without a GPU may have no Triton
+
+    return fp8_cast
+
+
+def _digests(weight, experts):
+    """{expert: XXH3 of its memory}, read by address: torch never resizes a storage that numpy() has lent out."""
+    per_thread = max(1, _THREAD_BYTES // max(weight[:1].nbytes, 1))
+    threads = min(torch.get_num_threads(), -(-len(experts) // per_thread))
+    if threads < 2:
+        return {e: _digest(weight[e]) for e in experts}
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(experts, pool.map(lambda e: _digest(weight[e]), experts), strict=True))
+
+
+def _digest(matrix):
+    if not (matrix.is_contiguous() or matrix.mT.is_contiguous()):
+        matrix = matrix.contiguous()
+    return xxhash.xxh3_64_intdigest((ctypes.c_char * matrix.nbytes).from_address(matrix.data_ptr()))

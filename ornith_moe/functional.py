@@ -57,7 +57,7 @@ def moe_mlp(
         TypeError: an argument is not a tensor of the expected kind, or the dtypes differ.
         ValueError: a shape, device, recipe, activation, scale or backend does not fit.
 
-    Numerics: docs/numerics.md; deterministic. Masters are rounded to BF16 and quantized once per optimizer step, not
+    Numerics: docs/numerics.md; deterministic. Masters are rounded to BF16 and quantized when they have changed, not
     once per call (`ornith_moe.fp8_weights`), and get their gradient as if they had not been quantized.
 
     Example:

@@ -65,7 +65,7 @@ def _moe_mlp(
     x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale,
     recipe, scale, batch_invariant, backend, save,
 ):  # fmt: skip
-    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend)
+    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices)
     pre = row_to_slot = offsets = a_scale = None
     with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
         if backend == "triton":
@@ -108,17 +108,29 @@ def _saved(x, indices, gate_up_proj, recipe, backend, save):
     )
 
 
-def _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend):
-    """FP8Weights of both weights as the recipe multiplies them: given, quantized, or plain without a scale."""
+def _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices, backward=False):
+    """FP8Weights of both weights as the recipe multiplies them: given, quantized, or plain without a scale.
+
+    Of quantized ones, the experts in `indices` are current: `ornith_moe.fp8_weights`.
+    """
     turned = recipe == "fp8_full" and backend == "triton"  # only its matrix unit wants another copy for the gradient
     kind = "fp8" if recipe == "fp8_full" and not turned else recipe
+    quantizes = recipe != "bf16" and (gate_up_scale is None or down_scale is None)
+    routed = _routed(indices, gate_up_proj.shape[0]) if quantizes else None
     sides = []
     for w, stored in ((gate_up_proj, gate_up_scale), (down_proj, down_scale)):
         if stored is not None:
-            sides.append(turned_weights(w, stored) if turned else FP8Weights(w, stored))
+            sides.append(turned_weights(w, stored) if turned and backward else FP8Weights(w, stored))
         else:
-            sides.append(FP8Weights(w, None) if recipe == "bf16" else quantized_weights(w, kind, scale))
+            sides.append(FP8Weights(w, None) if recipe == "bf16" else quantized_weights(w, kind, scale, routed))
     return sides
+
+
+def _routed(indices, experts):
+    """[E] bool: the experts that have rows. Sentinels fall into one more, which is cut off; no device waits."""
+    ids = indices.detach().flatten().long()
+    ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
+    return torch.zeros(experts + 1, dtype=torch.bool, device=ids.device).index_fill_(0, ids, True)[:experts]
 
 
 @_implements("moe_mlp_backward")
@@ -126,7 +138,7 @@ def _moe_mlp_backward(
     dy, x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, pre, row_to_slot, offsets, a_scale,
     recipe, scale, batch_invariant, backend, wants, gate_up_dtype, down_dtype,
 ):  # fmt: skip
-    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend)
+    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices, backward=True)
     wants, grad_dtypes = tuple(wants), (gate_up_dtype, down_dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if backend == "triton":

@@ -25,7 +25,9 @@ here: what it makes of the rule fuses roundings away and divides approximately o
 Sources: OCP 8-bit floating point specification (e4m3fn), DeepSeek-V3 section 3.3 (1x128 and 128x128), OCP MX (UE8M0).
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,6 +126,36 @@ def quantize_fp8_channel(w: torch.Tensor, *, scale: str = "bf16") -> tuple[torch
     _check("w", w, 2)
     _check_scale(scale, ("bf16", "fp32"))
     return _quantize(w, 1, None, scale, torch.bfloat16)
+
+
+@torch.no_grad()
+def quantize_fp8_experts(
+    w: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    experts: Iterable[int],
+    *,
+    block: tuple[int, int | None] = (128, 128),
+) -> None:
+    """`quantize_fp8_block` of w[e], or with block (1, None) `quantize_fp8_channel`, into q[e] and scale[e].
+
+    Args:
+        w: [E, N, K], fp32, fp16 or BF16; rounded to BF16 first.
+        q, scale: what those functions gave for w or for another weight of its shape; written to.
+        experts: which e. The others are neither read nor written.
+    Raises:
+        TypeError: the dtype of w.
+    Numerics: as `quantize_fp8_block`.
+    Example:
+        >>> w = torch.ones(3, 128, 128)
+        >>> q, s = quantize_fp8_block(w)
+        >>> quantize_fp8_experts(2 * w, q, s, [1])
+        >>> dequantize_fp8(q, s)[:, 0, 0]
+        tensor([1., 2., 1.], dtype=torch.bfloat16)
+    """
+    _check("w", w, 3)
+    kind = next(name for name, (dtype, _, _) in SCALES.items() if dtype == scale.dtype)
+    _quantize(w, *block, kind, torch.bfloat16, (q, scale), experts)
 
 
 @torch.no_grad()
@@ -241,15 +273,23 @@ def roundtrip_fp8_tokens(x: torch.Tensor, *, group: int | None = 128, scale: str
     return dequantize_fp8(*quantize_fp8_tokens(x, group=group, scale=scale), block=(1, group), dtype=x.dtype)
 
 
-def _quantize(x, bn, bk, kind, through):
-    """Codes and scales of `x` [..., N, K] for blocks of bn x bk (None: the whole row), rounded to `through` first."""
-    *lead, n, k = x.shape
-    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+def _quantize(x, bn, bk, kind, through, out=None, experts=None):
+    """Codes and scales of `x` [..., N, K] for blocks of bn x bk (None: the whole row), rounded to `through` first.
+
+    Into `out`, where it is given, and then of some `experts` alone.
+    """
     dtype, carrier, _ = SCALES[kind]
-    scale = torch.empty(*lead, *_grid(n, k, bn, bk), dtype=carrier, device=x.device)
+    if out is None:
+        *lead, n, k = x.shape
+        q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        scale = torch.empty(*lead, *_grid(n, k, bn, bk), dtype=carrier, device=x.device)
+    else:
+        q, scale = out[0], out[1].view(carrier)
+    parts = [(x, scale, q)] if experts is None else [(x[e], scale[e], q[e]) for e in experts]
     in_machine_code = _has_machine_code(bk, x)
     rows = _quantize_rows_in_machine_code if in_machine_code else _quantize_rows
-    _each(lambda *tile: rows(*tile, bn, bk, kind, through), _row_tiles(bn, x, scale, q), in_machine_code)
+    tiles = chain.from_iterable(_row_tiles(bn, *part) for part in parts)
+    _each(lambda *tile: rows(*tile, bn, bk, kind, through), tiles, in_machine_code)
     return q, scale.view(dtype)
 
 

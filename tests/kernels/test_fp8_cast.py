@@ -163,6 +163,54 @@ def test_errors_name_the_argument():
         fp8_cast.quantize_fp8_tokens_both(w, group=None)
 
 
+KEPT = [
+    ((128, 128), fp8_cast.quantize_fp8_block),
+    ((128, 128), fp8_cast.quantize_fp8_block_both),
+    ((1, None), fp8_cast.quantize_fp8_channel),
+]
+
+
+@pytest.mark.parametrize(("block", "make"), KEPT, ids=["block", "both", "row"])
+def test_a_kept_copy_is_written_where_its_weight_changed(block, make):
+    """Every tile of the active experts at first; then those of one element; last, of all experts."""
+
+    def refresh():
+        for t in copy:
+            t.view(torch.uint8).fill_(0x55)  # what is not written stays so
+        fp8_cast.quantize_fp8_experts(w, *(*copy, None, None)[:4], active, digests, block=block)
+        return [t.view(torch.uint8).clone() for t in copy]
+
+    w = torch.randn(2, 130 if block[1] else 12, 140, device=DEVICE).bfloat16()
+    active = torch.tensor([False, True], device=DEVICE)
+    copy, digests = make(w), fp8_cast.new_digests(w, block)
+    for got, truth in zip(refresh(), make(w), strict=True):
+        assert torch.equal(got[1], truth[1].view(torch.uint8)) and (got[0] == 0x55).all()
+    w[:, -1, -1] += 1
+    first = 128 if block[1] else 8  # row and, for blocks, column of the only tile that changed
+    changed = (slice(first, None), slice(first if block[1] else 0, None))
+    codes, truth = refresh()[0], make(w)[0].view(torch.uint8)
+    assert torch.equal(codes[1][changed], truth[1][changed])
+    codes[1][changed] = 0x55
+    assert (codes == 0x55).all()
+    active, w = None, 2 * w
+    for got, truth in zip(refresh(), make(w), strict=True):
+        assert torch.equal(got, truth.view(torch.uint8))
+
+
+def test_a_digest_sees_every_bit_and_every_order():
+    """One expert per change of the same tile: each bit that BF16 keeps, in all corners; rows and columns swapped."""
+    tile = torch.randn(16, 32, device=DEVICE)
+    changed = [tile, -tile, 2 * tile, tile.flip(0), tile.flip(1), tile.roll(1, 1), tile[[1, 0, *range(2, 16)]]]
+    for bit in range(16, 32):
+        changed.append(tile.clone())
+        changed[-1].view(torch.int32)[(0, 15)[bit % 2], (0, 31)[bit // 2 % 2]] ^= 1 << bit if bit < 31 else -(1 << 31)
+    w = torch.stack(changed)
+    digests = fp8_cast.new_digests(w, (16, 32))
+    copy = [t.to(DEVICE) for t in fp8.quantize_fp8_block(w.cpu(), block=(16, 32))]
+    fp8_cast.quantize_fp8_experts(w, *copy, None, None, None, digests, block=(16, 32))
+    assert len(set(digests.tolist())) == len(changed)
+
+
 def launches(arch):
     """What the launchers start, by label, for a layer of the 35B shape and an fp32 master weight."""
     x = torch.empty(4096, 2048, dtype=torch.bfloat16, device="meta")
@@ -173,6 +221,9 @@ def launches(arch):
         fp8_cast.quantize_fp8_block(w.float(), scale="ue8m0")
         fp8_cast.quantize_fp8_block_both(w)
         fp8_cast.quantize_fp8_channel(w)
+        for block, make in KEPT:
+            copy, digests = (*make(w), None, None)[:4], fp8_cast.new_digests(w, block)
+            fp8_cast.quantize_fp8_experts(w, *copy, w[:, 0, 0] == 0, digests, block=block)
         fp8_cast.roundtrip_fp8_tokens(x)
         fp8_cast.roundtrip_fp8_tokens(x, group=None)
     return started
