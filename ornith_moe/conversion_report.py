@@ -30,7 +30,8 @@ def print_plans(opened, plans, files) -> None:
     say(opened.name)
     out.print(table)
     print_coverage(plan.coverage for plan in plans)
-    for note in [*opened.notes, *(note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)])]:
+    told = [note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)]]
+    for note in dict.fromkeys([*opened.notes, *told]):
         say(f"- {note}")
 
 
@@ -80,12 +81,9 @@ def print_conversion(report, opened) -> None:
         table.add_row(build.build, shown(where), f"{build.tensors:,}", f"{build.tensor_bytes:,}")
     out.print(table)
     print_coverage(build.coverage for build in made)
-    for note in opened.notes:
+    told = [note for build in made for note in [*build.notes, *by_kind(build.fallbacks)] if note != build.warning]
+    for note in dict.fromkeys([*opened.notes, *told]):  # what is said of the tokenizer is said of every GGUF
         say(f"- {note}")
-    for build in made:
-        for note in [*build.notes, *by_kind(build.fallbacks)]:
-            if note != build.warning:
-                say(f"- {note}")
     seconds = max(build.seconds for build in made)
     out.print(f"{seconds:.1f} s, {report.bytes_read / 1e6 / max(seconds, 1e-9):.0f} MB/s of source, "
               f"peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")  # fmt: skip

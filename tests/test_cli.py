@@ -102,8 +102,10 @@ def test_convert_tells_what_it_made_of_its_source(moe, tmp_path):
     folder = tmp_path / "src"
     shutil.copytree(moe, folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    (folder / "chat_template.jinja").unlink()
     words = ("--to", "gguf:F32", "--mtp", "drop", "--name", "mine")
-    text = ornith_moe("convert", folder, tmp_path / "a", *words).stdout
+    text = ornith_moe("convert", folder, tmp_path / "a", *words, "--to", "gguf:BF16").stdout
+    assert text.count("no chat template is here") == 1  # which is said of each GGUF
     notes = json.loads(ornith_moe("convert", folder, tmp_path / "b", *words, "--json").stdout)["notes"]
     assert (tmp_path / "b" / "mine-F32.gguf").exists() and text.startswith("mine: ")
     assert len(notes) == 2 and all(f"- {note}\n" in text for note in notes)
