@@ -6,11 +6,12 @@ device. A request is honoured or refused with a reason; nothing falls back silen
 
 import importlib.util
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 
+NAMES = ("triton", "cpu", "reference")
 RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 DEFAULT_OF_DEVICE = {"cpu": "cpu"}  # every other device: triton
 
@@ -37,7 +38,7 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name: available or why not, and which recipes it computes or why not.
+    """Every backend by name: available or why not, and which recipes it computes or why not; nothing is timed for it.
 
     Returns:
         {"triton": Backend, "cpu": Backend, "reference": Backend}
@@ -47,9 +48,7 @@ def backends() -> dict[str, Backend]:
         >>> om.backends()["cpu"].recipes
         ('bf16', 'fp8', 'fp8_full', 'fp8_channel')
     """
-    listed = dict(_backends(os.environ.get("TRITON_INTERPRET") == "1"))
-    listed["cpu"] = replace(listed["cpu"], reason=listed["cpu"].reason + _cpu_findings())
-    return listed
+    return dict(_backends(os.environ.get("TRITON_INTERPRET") == "1"))
 
 
 @cache
@@ -83,14 +82,6 @@ def _refused() -> dict[str, str]:
     if have >= (8, 9):
         return {}
     return dict.fromkeys(fp8, "FP8 needs compute capability 8.9 or more, this GPU has {}.{}".format(*have))
-
-
-def _cpu_findings() -> str:
-    """What the cpu backend found out about this processor, where it probes one."""
-    from ornith_moe import cpu
-
-    describe = getattr(cpu, "describe", None)
-    return f"; {describe()}" if describe else ""
 
 
 def choose_backend(request: str | None, device: torch.device, recipe: str = "bf16") -> str:

@@ -406,17 +406,14 @@ def _figure(number: float | None, form: str) -> str:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and which backend each op will use."""
-    from ornith_moe.doctor import examine
+    from ornith_moe.doctor import WIDTH, as_lines, examine
 
     found = examine()
     if as_json:
         print_json(found)
         return
-    for title, rows in found.items():
-        table = Table(title=title, show_header=False, title_justify="left")
-        for key, value in rows.items():
-            table.add_row(key, shown(value))
-        out.print(table)
+    for line in as_lines(found, min(WIDTH, out.width)):
+        say(line)
 
 
 @contextmanager

@@ -1,13 +1,19 @@
-"""What this machine has, told without importing more than is there."""
+"""What this machine has, told without importing more than is there.
+
+Nothing else measures the machine before it computes: the rates of its BF16 products are timed here, in some 20 ms once
+the kernels are compiled, and otherwise at the first product that chooses by them.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import platform
+import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+WIDTH = 100  # columns
 LIBRARIES = ("torch", "triton", "numpy", "numba", "safetensors", "gguf")
 CLIENTS = {
     "transformers": "experts_implementation='ornith', runs BF16 and FP8 builds",
@@ -23,6 +29,7 @@ def examine() -> dict[str, dict[str, Any]]:
     import torch
 
     from ornith_moe.backend import RECIPES, backends
+    from ornith_moe.cpu import describe
     from ornith_moe.gpu_encoders import choose_device
     from ornith_moe.quant.gguf_codecs import ENCODERS
     from ornith_moe.quant.gguf_types import FILE_TYPES
@@ -32,6 +39,7 @@ def examine() -> dict[str, dict[str, Any]]:
     written = [*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES if name not in planned)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     where, why = choose_device()
+    known = backends()
     encoded = {"cuda": f"{why} for FP8, Q8_0, Q4_K, Q5_K and Q6_K; the CPU for the rest", "cpu": f"the CPU: {why}"}
     return {
         "machine": {
@@ -45,15 +53,29 @@ def examine() -> dict[str, dict[str, Any]]:
         "clients": {name: f"{_version(name) or 'not installed'}: {what}" for name, what in CLIENTS.items()},
         "MoE backends": {
             name: ("available" if backend.available else "not available") + f": {backend.reason}"
-            for name, backend in backends().items()
+            for name, backend in known.items()
         },
-        "MoE recipes": {recipe: _who_computes(recipe, backends()) for recipe in RECIPES},
+        "measured just now": {"cpu": describe()},
+        "MoE recipes": {recipe: _who_computes(recipe, known) for recipe in RECIPES},
         "builds": {
-            "written": ", ".join(written),
+            "written": written,
             "encoded by": encoded[where],
-            "planned only": ", ".join(f"gguf:{name}" for name in planned) or "none",
+            "planned only": [f"gguf:{name}" for name in planned] or "none",
         },
     }
+
+
+def as_lines(found: dict[str, dict[str, Any]], width: int = WIDTH) -> list[str]:
+    """What `examine` found as text of at most `width` columns: a title, then a line or more for each row."""
+    lines = []
+    for title, rows in found.items():
+        lines += ["", title]
+        indent = 2 + max(map(len, rows)) + 2
+        for key, value in rows.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            options = {"width": width, "subsequent_indent": " " * indent, "break_on_hyphens": False}
+            lines += textwrap.wrap(text, initial_indent=f"  {key:{indent - 2}}", **options)
+    return lines[1:]
 
 
 def _who_computes(recipe: str, known: dict) -> str:

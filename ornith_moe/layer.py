@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ornith_moe.backend import RECIPES, backends
+from ornith_moe.backend import NAMES, RECIPES
 from ornith_moe.functional import moe_mlp
 from ornith_moe.routing import Routing, fold_shared, route
 
@@ -78,8 +78,8 @@ class MoEConfig:
             )
         if self.scale not in ("fp32", "ue8m0"):
             raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {self.scale!r}")
-        if self.backend is not None and self.backend not in backends():
-            raise ValueError(f"backend: expected one of {', '.join(backends())} or None, got {self.backend!r}")
+        if self.backend is not None and self.backend not in NAMES:
+            raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {self.backend!r}")
         # an empty call: the rules about experts and groups stay where they are enforced
         route(torch.empty(0, self.num_experts), self.top_k, **self.route_options)
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import ornith_moe as om
-from ornith_moe import backend, cpu
-from ornith_moe.doctor import examine
+from ornith_moe import backend
+from ornith_moe.cpu import machine
+from ornith_moe.doctor import as_lines, examine
 
 FP8 = ("fp8", "fp8_full", "fp8_channel")
 
@@ -83,13 +84,33 @@ def test_the_listing_cannot_be_changed_by_its_reader():
     assert list(om.backends()) == ["triton", "cpu", "reference"]
 
 
-def test_what_the_cpu_backend_found_is_told(monkeypatch):
-    monkeypatch.setattr(cpu, "describe", lambda: "found a needle", raising=False)
-    assert om.backends()["cpu"].reason.endswith("; found a needle")
-    assert "found a needle" in examine()["MoE backends"]["cpu"]
+def test_only_doctor_measures_the_machine(monkeypatch):
+    """Asking for a backend, in a config too, compiled and timed kernels: 47 s on a cold cache."""
+    timed = []
+    monkeypatch.setattr(machine, "bf16_rates", lambda: timed.append(1) or machine.Rates(1.0, 2.0, 3.0))
+    assert om.backends()["cpu"].reason == "tensors in main memory; the default there"
+    om.MoE(om.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, backend="cpu"))
+    assert not timed
+    found = examine()
+    assert timed and "dot 1, widened 2, torch.mm 3" in found["measured just now"]["cpu"]
+
+
+def test_a_config_names_a_backend_that_exists():
+    with pytest.raises(ValueError, match="backend: expected one of triton, cpu, reference or None, got 'cuda'"):
+        om.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, backend="cuda")
+
+
+def test_doctor_fits_100_columns(monkeypatch):
+    monkeypatch.setattr(machine, "bf16_rates", lambda: machine.Rates(1.0, 2.0, 3.0))
+    lines = as_lines(examine())
+    assert max(map(len, lines)) <= 100 and "builds" in lines
+    text = " ".join(line.strip() for line in lines)
+    assert all(name in text for name in ("fp8-block, ", "gguf:Q4_K_M, ", "gguf:MXFP4_MOE"))
+    assert max(map(len, as_lines(examine(), 60))) <= 60
 
 
 def test_doctor_lists_every_recipe_of_every_backend(monkeypatch):
+    monkeypatch.setattr(machine, "bf16_rates", lambda: machine.Rates(1.0, 2.0, 3.0))
     gpu(monkeypatch, (8, 0))
     told = examine()["MoE recipes"]
     assert list(told) == ["bf16", *FP8]
