@@ -2,6 +2,9 @@
 
 Downloads are huggingface_hub's own: resumable, hashed, in its cache. Only weights in safetensors, JSON and tokenizer
 files are fetched; code and pickles of a repository never reach the disk.
+
+The library waits and retries for minutes. One request with a short limit goes before it: where the Hub does not answer
+that, a copy in the cache serves, or the failure is one sentence.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ornith_moe.quant.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.reconcile import HEAD
 from ornith_moe.quant.shards import INDEX
 from ornith_moe.quant.source import Source, checked_name, open_source, source_from_checkpoint, source_from_config
 
+ANSWER_SECONDS = 2.0  # for each of connecting and answering
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
@@ -42,24 +46,45 @@ def open_any(
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
+    unreachable = _unreachable(repository)
+    found = {"revision": revision, "local_files_only": bool(unreachable)}
     try:
         if not config_only:
-            folder = snapshot_download(repository, revision=revision, allow_patterns=list(WANTED))
-            return source_from_checkpoint(open_checkpoint(folder, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
-        path = Path(hf_hub_download(repository, "config.json", revision=revision))
+            folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
+            return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
+        path = Path(hf_hub_download(repository, "config.json", **found))
         config, names = read_json(path), None
         try:
-            names = read_json(Path(hf_hub_download(repository, INDEX, revision=revision))).get("weight_map")
+            names = read_json(Path(hf_hub_download(repository, INDEX, **found))).get("weight_map")
         except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
-            raise
+            if not (path.parent / "model.safetensors").exists():
+                raise
         except EntryNotFoundError:  # one file, no index
             pass
         return _from_names(path, config, names if isinstance(names, dict) else None, name, mtp)
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{source}: expected the Hub to answer or a copy in its cache, got neither "
+            f"({unreachable or 'the connection was lost'}); check the network and HF_ENDPOINT, or pass a local folder"
+        ) from None
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
+
+
+def _unreachable(repository: str) -> str:
+    """Why the Hub cannot be asked now, "" if it answers."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
+        status = get_session().head(url, timeout=ANSWER_SECONDS).status_code
+        return f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else ""
+    except Exception as error:  # of whatever HTTP library it uses; offline mode too
+        return f"{constants.ENDPOINT}: {brief(str(error).strip() or type(error).__name__)}"
 
 
 def _from_names(
