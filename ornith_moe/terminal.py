@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+LONGEST_LINE = 2_000  # characters of a message
 WIDEST = 1 << 16  # columns of a table where no terminal limits them
 
 
@@ -31,8 +32,9 @@ err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
 def shown(value: object) -> str:
-    """`value` as one line that cannot move the cursor."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    """`value` as one line that cannot move the cursor, the middle of a very long one left out."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 500]} ... {text[-400:]}"
 
 
 def say(text: str) -> None:

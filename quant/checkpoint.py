@@ -30,6 +30,7 @@ import numpy as np
 import xxhash
 
 from ornith_moe.quant.accounts import LeftOut, bare
+from ornith_moe.quant.budget import Budget
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
 from ornith_moe.quant.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
@@ -43,6 +44,7 @@ OTHER_DTYPES = {  # known to the format, but not weights we convert
 }  # fmt: skip
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 MOST_OTHERS = 16  # files beside the model whose headers are read
+INFO_MEMORY = 600  # the most that a TensorInfo with its name takes
 _KNOWN_BYTES = {**ITEM_BYTES, **OTHER_DTYPES}
 
 
@@ -167,8 +169,10 @@ def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
 def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     files = tuple(folder / name for name in found.names)
     tensors: dict[str, TensorInfo] = {}
+    budget = Budget()
     for path in files:
         header = read_header(path)
+        budget.take(INFO_MEMORY * len(header), f"{path.name}: its tensors beside those of other shards")
         wanted = found.names[path.name]
         wanted = header.keys() if wanted is None else wanted
         stray = [name for name in header.keys() - wanted if not is_spare(name)]

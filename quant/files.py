@@ -157,6 +157,14 @@ def refuse_stray_links(folder: Path) -> None:
             _target(path, CheckpointError)
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a file's name can be written into another file."""
+    try:
+        return bool(name.encode()) or True
+    except UnicodeEncodeError:
+        return False
+
+
 def kind(mode: int) -> str:
     """What a file mode stands for, in words."""
     names = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}

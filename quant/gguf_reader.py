@@ -24,12 +24,14 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
+from ornith_moe.quant.budget import Budget
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # a vocabulary of 250,000 tokens with its merges takes 11 MB
 MAX_NAME_BYTES = (1 << 16) - 1  # the specification's limit for keys
 KEY_BYTES, TENSOR_BYTES, STRING_BYTES = 13, 32, 8  # the least that one of each takes
+KEY_MEMORY, TENSOR_MEMORY, STRING_MEMORY = 400, 800, 72  # the most that one of each holds beyond its bytes
 STRING, ARRAY = 8, 9
 NUMBERS = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
@@ -66,12 +68,12 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
         if version not in (2, 3):
             raise reader.damaged(f"version {version}, expected 2 or 3 in little-endian order")
         keys: dict[str, Any] = {}
-        for _ in range(reader.count(key_count, KEY_BYTES)):
+        for _ in range(reader.count(key_count, KEY_BYTES, KEY_MEMORY)):
             name = reader.string(MAX_NAME_BYTES)
             if name in keys:
                 raise reader.damaged(f"key {name[:64]!r} is there twice")
             keys[name] = reader.value()
-        tensors = [reader.tensor() for _ in range(reader.count(tensor_count, TENSOR_BYTES))]
+        tensors = [reader.tensor() for _ in range(reader.count(tensor_count, TENSOR_BYTES, TENSOR_MEMORY))]
         return keys, _placed(reader, tensors, keys.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
@@ -100,18 +102,20 @@ class _Reader:
     def __init__(self, file: BinaryIO, name: str):
         self.file, self.name, self.position = file, name, 0
         self.size = os.fstat(file.fileno()).st_size
+        self.budget = Budget()
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.name}: not a whole GGUF: {what} (near byte {self.position}); fetch it again")
 
-    def count(self, count: int, least_bytes: int) -> int:
-        """`count`, refused where so many items of at least `least_bytes` cannot follow."""
+    def count(self, count: int, least_bytes: int, memory: int = 0) -> int:
+        """`count`, refused where so many items of at least `least_bytes` cannot follow or fit into memory."""
         left = min(self.size, MAX_HEADER_BYTES) - self.position
         if count * least_bytes > left:
             raise self.damaged(
                 f"{count} times {least_bytes} bytes are announced and {left} are left "
                 f"(file of {self.size}, limit of a header {MAX_HEADER_BYTES})"
             )
+        self.budget.take(count * memory, f"{self.name}: {count} items of its header")
         return count
 
     def take(self, length: int) -> bytes:
@@ -141,7 +145,7 @@ class _Reader:
             return self.numbers(kind, 1)[0].item()
         item, count = self.unpack("<IQ")
         if item == STRING:
-            return [self.string() for _ in range(self.count(count, STRING_BYTES))]
+            return [self.string() for _ in range(self.count(count, STRING_BYTES, STRING_MEMORY))]
         return self.numbers(item, count)
 
     def numbers(self, kind: int, count: int) -> np.ndarray:

@@ -36,13 +36,18 @@ import xxhash
 from gguf import GGUFValueType as Type
 
 from ornith_moe.quant import gguf_header
-from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
+from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError, brief
 from ornith_moe.quant.files import open_file
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import EMBEDDING
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_NAME_BYTES = 1 << 10
+MAX_BYTES, MAX_VALUES = 2 << 30, 1 << 24  # of a file, that of the 397B has 1 GB; of an entry, the largest has 2^21
+MAX_OTHER_BYTES = 16 << 20  # names and padding
+MAX_TABLE_BYTES = 256 << 20
+ENTRY_MEMORY = 600  # of an entry, beside its counts
 READ_BYTES = 4 << 20
 LONGEST_TEXT = 127  # bytes of a text that llama-quantize copies into a GGUF
 # ggml's encoders of all others take no importance, or none that changes a byte.
@@ -91,7 +96,14 @@ class Imatrix:
 
     def _check(self) -> str:
         """Digest of the file, once every number in it is known to be sound."""
+        size, owned = os.fstat(self._file.fileno()).st_size, sum(4 * entry.size for entry in self.entries.values())
+        if size > 3 * owned + MAX_OTHER_BYTES:  # some programs write `in_sum` and more of the same size beside ours
+            raise CheckpointError(f"{self.name}: has {size} bytes and sums of {owned}; not a whole importance matrix")
         for entry in self.entries.values():
+            if entry.size > MAX_VALUES:
+                raise CheckpointError(
+                    f"{self.name}: entry {entry.name[:64]} has {entry.size} sums, expected at most {MAX_VALUES}"
+                )
             if not _sound(entry.counts):
                 raise CheckpointError(f"{self.name}: entry {entry.name[:64]} has counts that are not numbers from 0 on")
             for start in range(0, entry.size, READ_BYTES // 4):
@@ -193,7 +205,7 @@ def open_imatrix(path: str | Path) -> Imatrix:
         >>> imatrix.importance("blk.0.ffn_down_exps.weight", 17, 512)  # doctest: +SKIP
     """
     path = Path(path)
-    file = open_file(path, what="an importance matrix, a .gguf or .dat file", named=True)
+    file = open_file(path, what="an importance matrix, a .gguf or .dat file", limit=MAX_BYTES, named=True)
     try:
         legacy = file.read(4) != b"GGUF"
         entries, keys = _read_legacy(file, path.name) if legacy else _read_gguf(file, path)
@@ -207,6 +219,7 @@ def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, 
     keys, tensors = read_gguf_header(path)
     if keys.get("general.type", "imatrix") != "imatrix":
         raise CheckpointError(f"{path.name}: is a GGUF but no importance matrix; expected general.type imatrix")
+    budget = Budget(MAX_TABLE_BYTES)
     by_name = {tensor.name: tensor for tensor in tensors}
     entries = {}
     for tensor in tensors:
@@ -217,6 +230,7 @@ def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, 
         if counts is None or (tensor.dtype, counts.dtype) != ("F32", "F32"):
             raise CheckpointError(f"{path.name}: entry {name[:64]} lacks counts, or is not F32; make it again")
         size, many = tensor.nbytes // 4, counts.nbytes // 4
+        budget.take(ENTRY_MEMORY + counts.nbytes, f"{path.name}: counts of entry {brief(name, 64)}")
         if not many or size % many:
             raise CheckpointError(f"{path.name}: entry {name[:64]} has {size} sums for {many} counts; make it again")
         file.seek(counts.offset)
@@ -245,12 +259,13 @@ def _read_legacy(file: BinaryIO, name: str) -> tuple[dict[str, Entry], dict[str,
     def left(item: int) -> int:
         return (size - file.tell()) // item
 
-    entries = {}
+    entries, budget = {}, Budget(MAX_TABLE_BYTES)
     for _ in range(integer(1, max(size // 17, 1), "entries")):
         try:
             entry = file.read(integer(1, min(MAX_NAME_BYTES, max(left(1) - 4, 1)), "bytes of a name")).decode()
         except UnicodeDecodeError:
             raise damaged("a name is not UTF-8") from None
+        budget.take(ENTRY_MEMORY + MAX_NAME_BYTES, f"{name}: its entries")
         calls = integer(-(1 << 31), (1 << 31) - 1, "calls")
         count = integer(1, max(left(4) - 1, 1), "values")
         if entry in entries or count > left(4):
@@ -261,7 +276,7 @@ def _read_legacy(file: BinaryIO, name: str) -> tuple[dict[str, Entry], dict[str,
     if left(4):
         keys["imatrix.chunk_count"] = max(integer(-(1 << 31), (1 << 31) - 1, "chunks"), 0)
     if left(4):
-        dataset = file.read(integer(0, max(left(1) - 4, 0), "bytes of a dataset's name"))
+        dataset = file.read(integer(0, min(MAX_NAME_BYTES << 6, max(left(1) - 4, 0)), "bytes of a dataset's name"))
         keys["imatrix.datasets"] = [dataset.decode(errors="replace")] if dataset else []
     return entries, keys
 

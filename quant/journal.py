@@ -19,12 +19,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ornith_moe.quant.errors import ConversionError
-from ornith_moe.quant.files import open_output
+from ornith_moe.quant.errors import CheckpointError, ConversionError
+from ornith_moe.quant.files import open_output, parse_json
 
 Extent = tuple[int, int, int, str]  # file, offset, length, digest
 CHECKED = {"checked": True}
 JOURNAL = "journal"
+MAX_LINE_BYTES, MAX_SLAB_BYTES = 16 << 20, 64 << 20  # more is no journal of ours
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,10 @@ class Journal:
         """Load lines up to the first damaged one; returns the length of what is kept."""
         self._file.seek(0)
         kept = 0
-        for number, line in enumerate(self._file):
+        for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b"")):
             try:
-                self._take(number, json.loads(line) if line.endswith(b"\n") else None)
-            except (ValueError, TypeError, KeyError, RecursionError):
+                self._take(number, parse_json(line, self.path.name) if line.endswith(b"\n") else None)
+            except (ValueError, TypeError, KeyError, OverflowError, CheckpointError):
                 break
             kept += len(line)
         return kept
@@ -87,6 +88,8 @@ class Journal:
     def _take(self, number: int, entry: Any) -> None:
         if number == 0:
             builds = {str(build): str(digest) for build, digest in dict(entry["builds"]).items()}
+            if not 0 < entry["slab_bytes"] <= MAX_SLAB_BYTES:
+                raise ValueError("slab_bytes")
             self.head = Head(str(entry["source"]), builds, int(entry["slab_bytes"]))
         elif entry == CHECKED:
             self.checked = True

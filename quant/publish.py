@@ -12,10 +12,11 @@ import json
 import os
 from pathlib import Path
 
+from ornith_moe.quant.budget import Budget
 from ornith_moe.quant.chat_templates import FOLDER as TEMPLATES
 from ornith_moe.quant.chat_templates import MAX_TEMPLATE_BYTES, named_templates
-from ornith_moe.quant.errors import ConversionError
-from ornith_moe.quant.files import read_bytes, sync_folder, write_file
+from ornith_moe.quant.errors import CheckpointError, ConversionError
+from ornith_moe.quant.files import is_utf8, own_folder, read_bytes, sync_folder, write_file
 from ornith_moe.quant.layout import safetensors_index
 from ornith_moe.quant.pipeline import PlacedBuild
 from ornith_moe.quant.source import DROPPED_MTP, Source
@@ -25,21 +26,26 @@ SIDE_FILES = (  # what a served model needs besides weights and config
     "*token*.json", "vocab.json", "merges.txt", "*.model", "generation_config.json", "chat_template.*",
     "*processor_config.json", "LICENSE*",
 )  # fmt: skip
-MAX_SIDE_FILE_BYTES = 64 << 20
+WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".npz", ".onnx"}
+MAX_SIDE_FILE_BYTES, MAX_SIDE_FILES_BYTES = 64 << 20, 256 << 20
 
 
 def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
     """What lies beside the weights of a safetensors build: config with its quantization, index, tokenizer. {} for GGUF.
 
     Raises:
-        CheckpointError: one of the source's files is a link that leaves its folder.
+        CheckpointError: one of the source's files is a link that leaves its folder, has a name that is not UTF-8, or
+            all together are too large.
     """
     if build.plan.is_gguf:
         return {}
-    sides = {}
+    sides, budget = {}, Budget(MAX_SIDE_FILES_BYTES)
     for path in sorted(source.folder.iterdir()):
-        wanted = any(path.match(pattern) for pattern in SIDE_FILES)
+        wanted = any(path.match(pattern) for pattern in SIDE_FILES) and path.suffix.lower() not in WEIGHTS
         if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
+            if not is_utf8(path.name):
+                raise CheckpointError(f"{path}: its name is not UTF-8, which no manifest can hold; rename it")
+            budget.take(path.stat().st_size, f"{path}: one of the side files that a build copies")
             sides[path.name] = read_bytes(path, what="a side file", limit=MAX_SIDE_FILE_BYTES)
     for path in named_templates(source.folder):
         sides[f"{TEMPLATES}/{path.name}"] = read_bytes(path, what="a chat template", limit=MAX_TEMPLATE_BYTES)
@@ -65,7 +71,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         for i, file in enumerate(build.layout.files)
     }
     for name, payload in sides.items():
-        (build.staging / name).parent.mkdir(exist_ok=True)
+        own_folder((build.staging / name).parent)
         write_file(build.staging / name, payload)
         files[name] = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     manifest = {

@@ -113,9 +113,13 @@ def drop(staging: Path, journal: Journal | None = None) -> None:
 
 def check_out(source: Source, out: Path, staging: Path) -> None:
     """Whether `out` can be the folder for builds of `source`."""
-    if out.exists() and not out.is_dir():
-        raise PlanError(f"{out}: expected a folder for the builds, found a file")
-    if out.resolve() == source.folder.resolve():
+    try:
+        target = out.resolve()
+    except (OSError, RuntimeError):
+        raise PlanError(f"{out}: is a link that leads nowhere; choose another folder for the builds") from None
+    if os.path.lexists(out) and not out.is_dir():
+        raise PlanError(f"{out}: expected a folder for the builds, found something else")
+    if target == source.folder.resolve():
         raise PlanError(f"{out}: is the source itself; choose another folder for the builds")
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         raise ConversionError(f"{staging}: expected the folder of an unfinished conversion or nothing; move it away")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ornith_moe.quant.architectures.weight import Cut, GgufPlace, Settings, Weight, text_settings
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
 
 ATTENTIONS = ("sliding_attention", "full_attention")
 # Keys whose unusual value changes the model; refused until somebody needs them.
@@ -205,13 +205,13 @@ def _full_attention(text: Settings, attentions: list[str]) -> Settings:
         own |= {"num_key_value_heads": kv_heads} if kv_heads is not None else {}
         return Settings(text.values | own, text.where)
     full = {layer for layer, attention in enumerate(attentions) if attention == "full_attention"}
-    sound = isinstance(per_layer, dict) and all(str(key).isdecimal() for key in per_layer)
+    sound = isinstance(per_layer, dict) and all(key.isdecimal() and len(key) < 8 for key in per_layer)
     by_layer = {int(layer): own for layer, own in per_layer.items()} if sound else {-1: None}
     own = next(iter(by_layer.values()), {})
     known = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
     if not known or (own and by_layer.keys() != full) or any(other != own for other in by_layer.values()):
         raise CheckpointError(
             f"{text.where}: expected per_layer_config to give all full-attention layers, and only them, the same "
-            f"head_dim and num_key_value_heads, got {str(per_layer)[:120]}"
+            f"head_dim and num_key_value_heads, got {brief(per_layer)}"
         )
     return Settings(text.values | own, f"{text.where}.per_layer_config")

@@ -21,7 +21,7 @@ from typing import Any
 from ornith_moe.quant.architectures.weight import Cut, GgufPlace, HeadSwap, Packed, Settings, Weight, text_settings
 from ornith_moe.quant.errors import CheckpointError, PlanError
 
-MAX_EXPERTS = 1 << 18  # of all layers; the 397B has 30,720
+MAX_EXPERTS = 1 << 16  # of all layers; the 397B has 30,720
 MIXERS = ("linear_attention", "full_attention")
 
 # Module names below a layer -> GGUF names below a block.
@@ -103,18 +103,18 @@ class Qwen35:
                 f"config.json: expected linear_num_value_heads to be a multiple of linear_num_key_heads "
                 f"({self.key_heads}), got {self.value_heads}"
             )
+        self.mtp_layers = text.integer("mtp_num_hidden_layers", 0, low=0, high=64)
         if self.moe:
             self.experts = text.integer("num_experts", high=1 << 14)
-            if self.experts * self.layers > MAX_EXPERTS:
+            if self.experts * (self.layers + self.mtp_layers) > MAX_EXPERTS:
                 raise CheckpointError(
-                    f"config.json: {self.layers} layers of {self.experts} experts are more than the {MAX_EXPERTS} "
-                    "in all that this version plans"
+                    f"config.json: {self.layers} layers, and {self.mtp_layers} for MTP, of {self.experts} experts are "
+                    f"more than the {MAX_EXPERTS} in all that this version plans"
                 )
             self.intermediate = text.integer("moe_intermediate_size")
             self.shared_intermediate = text.integer("shared_expert_intermediate_size")
         else:
             self.experts, self.intermediate = 0, text.integer("intermediate_size")
-        self.mtp_layers = text.integer("mtp_num_hidden_layers", 0, low=0, high=64)
         self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", False)))
         self.vision = Settings(config, "config.json").section("vision_config")
 

@@ -106,7 +106,7 @@ def text_settings(config: dict[str, Any]) -> Settings:
     """Settings of the language model: `text_config` of a wrapper, or the config itself."""
     text = config.get("text_config", config)
     if not isinstance(text, dict):
-        raise CheckpointError(f"config.json: expected text_config to be an object, got {str(text)[:80]}")
+        raise CheckpointError(f"config.json: expected text_config to be an object, got {brief(text)}")
     return Settings(text, "config.json")
 
 
@@ -129,14 +129,14 @@ class Settings:
     def fraction(self, key: str, default: float) -> float:
         value = self.values.get(key, default)
         if type(value) not in (int, float) or not 0 < value <= 1:
-            raise CheckpointError(f"{self.where}: expected {key} to be a number from 0 to 1, got {value!r}")
+            raise CheckpointError(f"{self.where}: expected {key} to be a number from 0 to 1, got {brief(value)}")
         return float(value)
 
     def strings(self, key: str, count: int, allowed: tuple[str, ...]) -> list[str]:
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) != count or not all(item in allowed for item in value):
             raise CheckpointError(
-                f"{self.where}: expected {key} to be {count} names out of {', '.join(allowed)}, got {str(value)[:120]}"
+                f"{self.where}: expected {key} to be {count} names out of {', '.join(allowed)}, got {brief(value)}"
             )
         return value
 
