@@ -16,12 +16,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-gpu lint bench wheel clean
+.PHONY: help demo test test-gpu fuzz lint bench wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
 	@echo 'make test      lint and every test that needs no GPU (ARGS="-k fp8" picks some)'
 	@echo 'make test-gpu  the tests that need a GPU'
+	@echo 'make fuzz      hostile inputs against the command line (ARGS="--cases 5000 --seed 7")'
 	@echo 'make lint | bench | wheel | clean'
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ demo: $(VENV)/.installed
 
 test: lint
 	@$(BIN)/pytest -m 'not gpu' -n $(WORKERS) --dist worksteal $(ARGS)
+
+fuzz: $(VENV)/.installed
+	@$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/pytest -m gpu $(ARGS)
