@@ -43,7 +43,7 @@ OTHER_DTYPES = {  # known to the format, but not weights we convert
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-MOST_OTHERS = 16  # files beside the model whose headers are read
+MOST_OTHERS, MOST_OTHER_TENSORS = 16, 1 << 18  # files beside the model whose headers are read, and what they may hold
 INFO_MEMORY = 600  # the most that a TensorInfo with its name takes
 _KNOWN_BYTES = {**ITEM_BYTES, **OTHER_DTYPES}
 
@@ -294,14 +294,15 @@ def _read_others(folder: Path, found: ModelFiles) -> tuple[dict[str, dict[str, T
     """Tables of the files beside the model that may hold more of it, and all files that are left out."""
     tables: dict[str, dict[str, TensorInfo]] = {}
     reasons: dict[str, list[str]] = {}
-    for name, what in found.others:
-        if what == UNNAMED and len(tables) < MOST_OTHERS:
+    for name, what in sorted(found.others, key=lambda other: "mtp" not in other[0]):  # what --mtp keep may want first
+        room = len(tables) < MOST_OTHERS and sum(map(len, tables.values())) < MOST_OTHER_TENSORS
+        if what == UNNAMED and room:
             try:
                 tables[name] = read_header(folder / name)
             except CheckpointError:
                 what = "not of the model, and no sound safetensors file"
         reasons.setdefault(what, []).append(name)
-    return tables, tuple(LeftOut(what, tuple(names), "file") for what, names in reasons.items())
+    return tables, tuple(LeftOut(what, tuple(sorted(names)), "file") for what, names in reasons.items())
 
 
 def _adapter_sentence(folder: Path) -> str:

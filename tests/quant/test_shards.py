@@ -69,6 +69,15 @@ def test_what_lies_beside_the_model_is_told(folder):
     assert "consolidated.safetensors: the publisher's own copy" in told and "no sound safetensors file" in told
 
 
+def test_a_file_of_mtp_is_found_beside_many(folder):
+    """An earlier save of twenty shards is told in one line, and does not hide what --mtp keep may want."""
+    made = folder({"model.safetensors": 2, "x-mtp.safetensors": 1} | {f"a-{i}.safetensors": 1 for i in range(20)})
+    checkpoint = open_checkpoint(made)
+    assert "x-mtp.safetensors" in checkpoint.others and len(checkpoint.others) == 16
+    (entry,) = checkpoint.left_out
+    assert str(entry).startswith("left out: 21 files, the first is a-0.safetensors: ")
+
+
 @pytest.mark.parametrize(
     ("files", "index", "word"),
     [
