@@ -1,11 +1,14 @@
 """quant/files.py: the one door to files. Not covered here: what readers make of a file, which their own tests hold."""
 
 import ast
+import json
 import os
 import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ornith_moe.quant import files
 from ornith_moe.quant.budget import Budget
@@ -147,6 +150,28 @@ def test_json_that_two_programs_would_read_differently_is_refused(case):
     with pytest.raises(CheckpointError, match=r"^f\.json: ") as caught:
         files.parse_json(raw, "f.json")
     assert expected in str(caught.value) and len(str(caught.value)) < 300
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(_VALUES, st.booleans())
+def test_json_as_writers_write_it_is_read(value, escaped):
+    assert files.parse_json(json.dumps(value, ensure_ascii=escaped).encode(), "f.json") == value
+
+
+@settings(deadline=None)
+@given(st.binary() | st.text().map(str.encode) | st.from_regex(rb'[{}\[\]:,"\\ud8019.eE -]{,60}', fullmatch=True))
+def test_bytes_are_json_or_refused_in_words(raw):
+    try:
+        json.dumps(files.parse_json(raw, "f.json"), ensure_ascii=False).encode()
+    except CheckpointError as error:
+        assert str(error).startswith("f.json: ") and len(str(error)) < 300
 
 
 def test_json_that_is_fine():
