@@ -48,6 +48,7 @@ def conversion_json(report, where: str, notes) -> dict:
             "was_finished": build.was_finished,
             "fallbacks": build.fallbacks,
             "notes": build.notes,
+            "underflow": dict(build.underflow),
             "imatrix": [asdict(found) for found in build.coverage],
         }
         for build in report.builds

@@ -62,6 +62,11 @@ class BuildPlan:
         return [*filter(None, [self.warning]), *self.notes]
 
     @property
+    def types(self) -> dict[str, str]:
+        """{tensor: dtype}"""
+        return {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    @property
     def tensor_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 

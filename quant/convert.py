@@ -32,13 +32,14 @@ from ornith_moe.quant.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.names import build_name
 from ornith_moe.quant.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
 from ornith_moe.quant.prepare import Wishes, check_space, numbered, place_all, slabs
-from ornith_moe.quant.publish import finish, publish
+from ornith_moe.quant.publish import finish, publish, underflow
 from ornith_moe.quant.recipe import Recipe
 from ornith_moe.quant.remedies import why_failed
 from ornith_moe.quant.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
 from ornith_moe.quant.scan import non_finite_weights
 from ornith_moe.quant.source import Source
 from ornith_moe.quant.stream import units
+from ornith_moe.quant.underflow import underflow_notes
 
 PARTIAL = ".ornith-partial"
 NON_FINITE = ("error", "keep-bf16")
@@ -56,6 +57,7 @@ class BuildReport:
     notes: tuple[str, ...]
     coverage: tuple[Coverage, ...]  # by the importance matrix
     warning: str = ""  # the first note, where a user must know it before all else
+    underflow: Mapping[str, int] = field(default_factory=dict)  # {tensor: weights too small for its scales, and lost}
     was_finished: bool = False  # before this run, which left it as it is
 
 
@@ -205,7 +207,10 @@ class _Conversion:
                 )
             for build in run.alive:
                 name = build.plan.build
-                finish(self.source, build, self.placed[name][1], digests, self.digests[name])
+                more: dict[str, object] = {"made_from": self.digests[name]}
+                if lost := run.lost(build):
+                    more["underflow"] = lost
+                finish(self.source, build, self.placed[name][1], digests, more)
             journal.record_checked()
         self.failed = why_failed(self.source, [build.plan for build in work], journal.failures)
         for build in work:
@@ -214,6 +219,7 @@ class _Conversion:
 
     def report(self) -> ConversionReport:
         seconds = round(time.monotonic() - self.began, 3)
+        lost = {name: underflow(build.final) for name, (build, _) in self.placed.items() if name not in self.failed}
         builds = tuple(
             BuildReport(
                 name,
@@ -223,9 +229,10 @@ class _Conversion:
                 len(build.layout.files),
                 0.0 if name in self.finished else seconds,
                 tuple(build.plan.fallbacks),
-                tuple(build.plan.all_notes),
+                (*build.plan.all_notes, *underflow_notes(build.plan.types, lost[name])),
                 tuple(build.plan.coverage),
                 build.plan.warning,
+                lost[name],
                 name in self.finished,
             )
             for name, (build, _) in self.placed.items()

@@ -37,6 +37,7 @@ from ornith_moe.quant.layout import Layout
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import FLOAT_BITS, Slab, Storage, ToBF16
 from ornith_moe.quant.stream import Unit, read_unit, runs, transform
+from ornith_moe.quant.underflow import lost_weights
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
 # phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time
@@ -179,6 +180,16 @@ class Pass:
             self.bytes_read += self._size(self.work[index])
             self.progress("convert", done, total)
 
+    def lost(self, build: PlacedBuild) -> dict[str, int]:
+        """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
+        counts = dict.fromkeys((tensor.name for tensor in build.plan.tensors), 0)
+        names = {step.weight: build.plan.tensors[step.tensors[0]].name for step in build.plan.steps}
+        for unit in self.journal.extents:
+            for number, count in self.journal.lost.get(unit, ()):
+                if self.placed[number] is build:
+                    counts[names[self.work[unit].weight]] += count
+        return {name: count for name, count in counts.items() if count}
+
     def check(self) -> list[str]:
         """Read every file back, compare with the digests, mend what a power cut lost; returns sha256 of each file."""
         digests, damaged = self._read_back()
@@ -246,13 +257,16 @@ class Pass:
                 written.failures.append(Failure(name, unit.weight, bad, final=True))
                 continue
             try:
-                encoded = self._encode(step, transform(step.place, slab))
+                changed = transform(step.place, slab)
+                encoded = self._encode(step, changed)
             except UnstorableError as error:
                 reason = f"{weight.name}, from row {unit.start}: {error}"
                 written.failures.append(Failure(name, unit.weight, reason, final=False))
                 continue
             if name not in self.failed:
                 written.extents += self._write_out(build, step, unit, encoded)
+                if lost := lost_weights(step.storage, changed, encoded):
+                    written.lost.append((self.placed.index(build), lost))
         return written
 
     def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ornith_moe.quant.budget import Budget
 from ornith_moe.quant.chat_templates import FOLDER as TEMPLATES
 from ornith_moe.quant.chat_templates import MAX_TEMPLATE_BYTES, named_templates
 from ornith_moe.quant.errors import CheckpointError, ConversionError
-from ornith_moe.quant.files import is_utf8, own_folder, read_bytes, sync_folder, write_file
+from ornith_moe.quant.files import is_utf8, own_folder, read_bytes, read_json, sync_folder, write_file
 from ornith_moe.quant.layout import safetensors_index
 from ornith_moe.quant.pipeline import PlacedBuild
 from ornith_moe.quant.source import DROPPED_MTP, Source
@@ -64,8 +66,10 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
     return sides
 
 
-def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests: list[str], made_from: str) -> None:
-    """Write side files and the manifest of a checked build, still in its staging folder."""
+def finish(
+    source: Source, build: PlacedBuild, sides: dict[str, bytes], digests: list[str], more: Mapping[str, Any]
+) -> None:
+    """Write side files and the manifest, with `more`, of a checked build, still in its staging folder."""
     files = {
         file.name: {"bytes": file.size, "sha256": digests[build.first_file + i]}
         for i, file in enumerate(build.layout.files)
@@ -80,7 +84,7 @@ def finish(source: Source, build: PlacedBuild, sides: dict[str, bytes], digests:
         "mtp": source.has_mtp,
         "tensors": len(build.plan.tensors),
         "tensor_bytes": build.plan.tensor_bytes,
-        "made_from": made_from,
+        **more,
         "files": files,
     }
     if build.plan.non_finite:
@@ -99,6 +103,11 @@ def final_paths(build: PlacedBuild) -> list[tuple[Path, Path]]:
 def manifest_path(build: Path) -> Path:
     """Where the manifest of a build lies: in its folder, or beside its file."""
     return build / MANIFEST if build.suffix != ".gguf" else build.with_name(build.name + ".manifest.json")
+
+
+def underflow(build: Path) -> dict[str, int]:
+    """{tensor: weights that were too small for its scales} of a finished build, as its manifest counts them."""
+    return read_json(manifest_path(build)).get("underflow", {})
 
 
 def publish(build: PlacedBuild) -> None:

@@ -1,8 +1,5 @@
 """Verify a build: is it whole, is it what its manifest says, and how far is it from its source.
 
-    SQNR = 10 log10( sum w^2 / sum (w' - w)^2 ) in dB, w the source's weight, w' what the build decodes to
-    (above the line (w + 1)^2 where w + 1 is what a GGUF stores, and 1 where it is -exp(w))
-
 Three questions, each answerable without the one after it:
 
 1. Whole: headers tile their files, the index fits, every FP8 tensor has a scale of the right shape, no value decodes to
@@ -11,7 +8,8 @@ Three questions, each answerable without the one after it:
 3. True (`against` a source): the tensors are those the plan names, and hold all of the source but what is left out for
    a reason (quant/accounts.py); every weight, decoded by our codecs and carried back through renames, head order and
    norm shift, is compared with the source, slab by slab. Kept weights must be equal; others must reach a floor that
-   only damage falls below, well under what each format gives.
+   only damage falls below, well under what each format gives, where the range of its scales gives it at all
+   (quant/measure.py, quant/underflow.py).
 
 What is wrong both ways would hide here. The transforms themselves are therefore tested on logits, and our decoders
 against ggml's C and the `gguf` package; the start of every slab of a GGUF is decoded by that package too.
@@ -32,7 +30,6 @@ import gguf
 import numpy as np
 
 from ornith_moe.quant.accounts import LeftOut, account, some
-from ornith_moe.quant.architectures.weight import GgufPlace
 from ornith_moe.quant.build_plan import BuildPlan, Step
 from ornith_moe.quant.builds import plan_build
 from ornith_moe.quant.chat_templates import FOLDER as TEMPLATES
@@ -42,25 +39,17 @@ from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf_reader import read_gguf_header
 from ornith_moe.quant.gguf_types import FILE_TYPES, block_shape
 from ornith_moe.quant.hub import open_any
+from ornith_moe.quant.measure import Error, unit_error
 from ornith_moe.quant.publish import MANIFEST
 from ornith_moe.quant.reconcile import mtp_of
 from ornith_moe.quant.source import Source, weight_matrix
 from ornith_moe.quant.storage import to_float32
-from ornith_moe.quant.stream import Unit, read_unit, runs, units, untransform
+from ornith_moe.quant.stream import Unit, read_unit, runs, units
+from ornith_moe.quant.underflow import floor_db, underflow_notes
 
 SLAB_BYTES = 8 << 20
 SECOND_BYTES = 16 << 10  # of each slab, decoded twice: the `gguf` package takes twenty times as long
 MAX_PROBLEMS = 50
-# Far below what a sound encoding reaches, and above what damage leaves. Least SQNR measured in dB over normal weights,
-# Student's t of 3 and 2 degrees and columns of outliers, with and without a skewed importance matrix: F16 73, BF16 55,
-# Q8_0 38, Q6_K 26, Q5_K 25, Q5_1 25, Q5_0 20, Q4_K 19, Q4_1 18, IQ4_XS 18, IQ4_NL 17, Q4_0 17, MXFP4 15, Q3_K 13,
-# Q2_K 9, TQ1_0 and TQ2_0 1.8 (they are for ternary weights); FP8 of normal weights 31.
-FLOOR_DB = {"keep": math.inf, "F32": 100.0, "BF16": 40.0, "F16": 40.0, "Q8_0": 30.0, "Q6_K": 18.0, "Q5_K": 16.0}
-FLOOR_DB |= {"Q5_1": 16.0, "Q5_0": 13.0, "Q4_K": 12.0, "Q3_K": 8.0, "TQ1_0": 0.5, "TQ2_0": 0.5}
-FLOOR_DB |= dict.fromkeys(("Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS"), 10.0) | dict.fromkeys(("MXFP4", "NVFP4"), 9.0)
-FLOOR_DB |= {"F8_E4M3 per channel": 20.0, "F8_E4M3 per 128x128 block": 20.0}
-FLOOR_DB |= {"IQ3_S": 6.0, "IQ3_XXS": 6.0, "IQ2_S": 3.0, "IQ2_XS": 3.0, "IQ2_XXS": 3.0}
-LEAST_FLOOR_DB = 4.0  # Q2_K and below
 Progress = Callable[[str, int, int], None]
 
 
@@ -127,6 +116,7 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     else:
         _check_manifest(path, manifest, result, progress)
         allowed = _non_finite(manifest, found, result)
+        _note_underflow(manifest, found, result)
     from ornith_moe.quant.codecs.compiled import compiling  # not at import: numba is heavy
 
     with compiling(lambda function: progress("compile", 0, 0)):
@@ -240,6 +230,16 @@ def _non_finite(manifest: dict[str, Any], found: dict[str, FoundTensor], result:
     return set(listed)
 
 
+def _note_underflow(manifest: dict[str, Any], found: dict[str, FoundTensor], result: Verification) -> None:
+    """What the maker of a build counted of weights too small for its types."""
+    counts = manifest.get("underflow", {})
+    sound = isinstance(counts, dict) and all(name in found and type(n) is int and n > 0 for name, n in counts.items())
+    if not sound:
+        result.problem("the manifest counts lost weights of tensors that are not of this build")
+    for line in underflow_notes({name: found[name].dtype for name in counts}, counts) if sound else ():
+        result.note(line)
+
+
 def _check_values(
     found: dict[str, FoundTensor], result: Verification, progress: Progress, allowed: set[str]
 ) -> None:
@@ -337,24 +337,6 @@ def _read(tensor: FoundTensor, start: int, length: int) -> np.ndarray:
     return data
 
 
-@dataclass
-class _Error:
-    signal: float = 0.0
-    noise: float = 0.0
-    largest: float = 0.0
-
-    def add(self, signal: float, noise: float, largest: float) -> None:
-        self.signal, self.noise, self.largest = self.signal + signal, self.noise + noise, max(self.largest, largest)
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """None when exact."""
-        if self.noise == 0:
-            return None
-        ratio = self.signal / self.noise
-        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
-
-
 def _as_stored(path: Path, source: Source, build: str, found: dict[str, FoundTensor]) -> BuildPlan:
     """The plan of `build` with what its maker decided: types of a GGUF, weights that an FP8 build keeps.
 
@@ -402,22 +384,22 @@ def _compare(
         return
     steps = {step.weight: step for step in plan.steps}
     work = [unit for unit in units(source, SLAB_BYTES) if unit.weight in steps]
-    errors = [_Error() for _ in source.weights]
+    errors = [Error() for _ in source.weights]
     with ThreadPoolExecutor() as pool:
         measured = pool.map(lambda unit: _unit_error(source, plan, steps[unit.weight], unit, found), work)
         for done, (unit, error) in enumerate(zip(work, measured, strict=True), 1):
-            errors[unit.weight].add(*error)
+            errors[unit.weight].add(error)
             progress("compare", done, len(work))
-    roles: dict[str, _Error] = {}
+    roles: dict[str, Error] = {}
     for index, error in enumerate(errors):
         if index not in steps:
             continue
         weight, step = source.weights[index], steps[index]
-        roles.setdefault(weight.role, _Error()).add(error.signal, error.noise, error.largest)
+        roles.setdefault(weight.role, Error()).add(error)
         floor = _floor_db(step, source.dtype(index))
-        if error.sqnr_db is not None and not error.sqnr_db >= floor:
+        if error.judged_db is not None and not error.judged_db >= floor:
             result.problem(
-                f"{weight.name}: SQNR {error.sqnr_db:.1f} dB as {step.storage.name}, below the floor of {floor} dB"
+                f"{weight.name}: SQNR {error.judged_db:.1f} dB as {step.storage.name}, below the floor of {floor} dB"
             )
     for role, error in roles.items():
         sqnr = error.sqnr_db
@@ -430,7 +412,7 @@ def _compare(
 
 def _floor_db(step: Step, dtype: str) -> float:
     untouched = step.place is None or step.place.values == "same"
-    return math.inf if untouched and step.storage.name == dtype else FLOOR_DB.get(step.storage.name, LEAST_FLOOR_DB)
+    return math.inf if untouched and step.storage.name == dtype else floor_db(step.storage.name)
 
 
 def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Verification) -> bool:
@@ -452,35 +434,14 @@ def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Veri
     return result.ok
 
 
-def _unit_error(
-    source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]
-) -> tuple[float, float, float]:
-    """sum s^2, sum (w' - w)^2 and max |w' - w| over a unit; s is w, or what was rounded in its place."""
-    rows, columns = weight_matrix(source.weights[unit.weight])
+def _unit_error(source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]) -> Error:
+    rows = weight_matrix(source.weights[unit.weight])[0]
     parts = [np.empty((unit.rows // part.rows, part.row_bytes), np.uint8) for part in step.parts]
     for run in runs(step, unit, rows):
         part, tensor = step.parts[run.part], found[plan.tensors[step.tensors[run.part]].name]
         stored = _read(tensor, run.target * part.row_bytes, run.count * part.row_bytes)
         parts[run.part][run.rows] = stored.reshape(run.count, part.row_bytes)
-    slab = read_unit(source, unit)
-    with np.errstate(all="ignore"):  # damage may decode to anything; what is not finite misses every floor
-        decoded = untransform(step.place, step.storage.decode(tuple(parts), columns, slab.dtype))
-        truth = slab.float32.astype(np.float64)
-        difference = decoded - truth
-        sound = np.isfinite(truth)
-        if not sound.all():  # kept by leave: what is not finite must still be what it was
-            same = (decoded == truth) | (np.isnan(decoded) & np.isnan(truth))
-            difference = np.where(sound, difference, np.where(same, 0.0, np.inf))
-            truth = np.where(sound, truth, 0.0)
-    signal, noise = _rounded(step.place, truth) ** 2, difference**2
-    return float(signal.sum()), float(noise.sum()), float(np.abs(difference).max(initial=0.0))
-
-
-def _rounded(place: GgufPlace | None, weights: np.ndarray) -> np.ndarray:
-    """What an error of w is measured against where a build rounds not w but w + 1, or -exp(w), relative to itself."""
-    if place is None or place.values == "same":
-        return weights
-    return weights + 1 if place.values == "add_one" else np.ones_like(weights)
+    return unit_error(step, read_unit(source, unit), tuple(parts))
 
 
 def verification_json(result: Verification) -> dict[str, Any]:
