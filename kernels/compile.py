@@ -307,7 +307,7 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         file.write(asm["cubin"])
         file.flush()
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        sass = _output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)  # without data flow: a third faster
     code = list(parse_sass(sass.splitlines()))
     matrix = re.findall(r"^.*\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S+)", asm["ptx"], re.MULTILINE)
     return {
