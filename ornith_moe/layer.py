@@ -81,7 +81,7 @@ class MoEConfig:
         if self.backend is not None and self.backend not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {self.backend!r}")
         # an empty call: the rules about experts and groups stay where they are enforced
-        route(torch.empty(0, self.num_experts), self.top_k, **self.route_options)
+        route(torch.empty(0, self.num_experts, device="cpu"), self.top_k, **self.route_options)
 
     @property
     def route_options(self) -> dict:

@@ -84,6 +84,7 @@ def _moe_mlp(
             y = reference.moe_forward(x, indices, weights, *[(w.q, w.scale) for w in sides], recipe=recipe)
     sizes = _saved(x, indices, gate_up_proj, recipe, backend, save)
     kept = zip((pre, row_to_slot, offsets, a_scale), sizes, strict=True)
+    y = y.contiguous()  # whatever the strides of x
     return (y, *(x.new_empty(size, dtype=dtype) if t is None else t for t, (size, dtype) in kept))
 
 

@@ -117,7 +117,8 @@ def route(
         return Routing(indices, weights, counts)
     tokens, experts = logits.shape
     tokens = max(tokens, 1)
-    balance = (counts / tokens * (q_sum / tokens)).sum() * experts
+    # float first: a quotient of integers has torch's default dtype
+    balance = (counts.float() / tokens * (q_sum / tokens)).sum() * experts
     return Routing(indices, weights, counts, balance, square_sum / tokens)
 
 

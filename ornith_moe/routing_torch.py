@@ -20,7 +20,7 @@ _TINY = torch.finfo(torch.float32).tiny
 def route_forward(logits, top_k, *, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
     """indices [T, top_k] int32, weights [T, top_k] before scaling, counts [E] int32; with `losses` the sums over tokens
     of q [E] and of logsumexp^2 [], else None twice. `replay` is checked."""
-    logits = logits.float()
+    logits = logits.float().contiguous()
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     preference = scores if bias is None else scores + bias.float()
     if n_group is not None:
@@ -42,7 +42,7 @@ def route_forward(logits, top_k, *, score, norm_topk_prob, bias, n_group, topk_g
 def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, score, norm_topk_prob):
     """dlogits [T, E] in the dtype of the logits, from what `route_forward` took and gave; the gradients of both sums or
     None twice."""
-    dtype, logits, indices = logits.dtype, logits.float(), indices.long()
+    dtype, logits, indices = logits.dtype, logits.float().contiguous(), indices.long()
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     if norm_topk_prob:
         # the weights add up to 1, unless the scores' sum underflowed and was replaced by a constant

@@ -323,7 +323,7 @@ def _dequantize_rows_in_machine_code(q, scale, out, bn, bk):
     from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    decoded = out if out.dtype in names else torch.empty(out.shape, dtype=torch.float32)
+    decoded = out if out.dtype in names else torch.empty_like(out, dtype=torch.float32)
     decode_fp8(_as_array(q), _as_array(scale), (bn, bk), dtype=names[decoded.dtype], out=_as_array(decoded))
     if decoded is not out:
         out.copy_(decoded)

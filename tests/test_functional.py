@@ -258,6 +258,44 @@ def test_sentinels_never_touch_the_numbers(recipe):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("hidden", [H, 128], ids=["padded", "whole"])  # of the rows that sums of the cpu backend have
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_y_is_no_view_and_can_be_changed_in_place(backend, dtype, hidden):
+    """As model code does: `y += shared`, `y[mask] = 0`, through a view, in a hook; whatever the strides of x."""
+
+    def change(y):
+        y.mul_(2)
+        y[0] = 0
+        y.view(-1)[-3:].add_(1)
+        return y
+
+    tensors, indices, dy = operands(hidden=hidden, dtype=dtype), choose("uniform", T, E, TOP_K), torch.randn(T, hidden)
+    tensors[0] = tensors[0].T.contiguous().T
+    here = run(lambda *o: change(om.moe_mlp(*o, backend=backend)), tensors, indices, dy)
+    apart = run(lambda *o: change(om.moe_mlp(*o, backend=backend).clone()), tensors, indices, dy)
+    for label, a, b in zip(OUTPUTS, here, apart, strict=True):
+        assert_same_bits(label, a, b)
+    assert here[0].stride() == (hidden, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recipe", ["bf16", "fp8"])
+def test_torchs_defaults_change_nothing(recipe, backend):
+    """`set_default_dtype` and `set_default_device` are for tensors made by the caller."""
+    tensors, indices, dy = operands(inner=128), choose("uniform", T, E, TOP_K), torch.randn(T, H)
+    expected = run(om.moe_mlp, tensors, indices, dy, recipe=recipe, backend=backend)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                got = run(om.moe_mlp, tensors, indices, dy, recipe=recipe, backend=backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for label, a, b in zip(OUTPUTS, got, expected, strict=True):
+            assert_same_bits(label, a, b)
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_channel"])
 def test_repeats_bit_for_bit(recipe):
     tensors, indices, dy = operands(tokens=257), choose("skewed", 257, E, TOP_K), torch.randn(257, H)

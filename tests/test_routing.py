@@ -166,6 +166,30 @@ class TestLosses:
         assert fresh.load_balancing_loss.item() == pytest.approx(1)  # q is even: top_k, whatever the choice
         assert spread.load_balancing_loss.item() == pytest.approx(3 * softmax_row([0, 1, 2])[0])
 
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("backend", ["cpu", "triton"])
+    def test_do_not_depend_on_torchs_default_dtype(self, backend, default):
+        """Nor do the choice, the weights and the gradient."""
+        if backend == "triton":
+            pytest.importorskip("triton", reason="triton is not installed")
+
+        def everything():
+            leaf = logits.clone().requires_grad_()
+            routing = om.route(leaf, 2, losses=True, scaling=2.5, backend=backend)
+            losses = routing.load_balancing_loss, routing.z_loss
+            gradient = torch.autograd.grad(routing.weights.square().sum() + sum(losses), leaf)
+            return [routing.indices, routing.weights, routing.counts, *losses, *gradient]
+
+        logits = torch.randn(9, 6)
+        expected = everything()
+        torch.set_default_dtype(default)
+        try:
+            got = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(got, expected, strict=True):
+            assert_same_bits("routing", a, b)
+
     def test_are_none_unless_asked_and_zero_without_tokens(self):
         routing = om.route(torch.randn(3, 4), 2)
         assert routing.load_balancing_loss is None and routing.z_loss is None

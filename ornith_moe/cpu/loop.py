@@ -40,7 +40,7 @@ def down(a, rows, weights, weight):
 def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
     wants_dweights, wants_wa, wants_dpre = wants
     slot_weights = _wide(weights.reshape(-1))
-    dweights = torch.zeros(rows.slots) if wants_dweights else None
+    dweights = dy.new_zeros(rows.slots, dtype=torch.float32) if wants_dweights else None
     wa = dy.new_empty(rows.slots, pre.shape[1] // 2) if wants_wa else None
     dpre = torch.empty_like(pre) if wants_dpre else None
     for e, first, last in rows.groups():

@@ -109,8 +109,8 @@ def bf16_rates() -> Rates:
     from ornith_moe.cpu.routed import group_by_expert
 
     m, k, n = 128, 1024, 1024
-    x, w = (torch.ones(size, k, dtype=torch.bfloat16) for size in (m, n))
-    rows = group_by_expert(torch.zeros(m, 1, dtype=torch.int64), 1)
+    x, w = (torch.ones(size, k, dtype=torch.bfloat16, device="cpu") for size in (m, n))
+    rows = group_by_expert(torch.zeros(m, 1, dtype=torch.int64, device="cpu"), 1)
     weight = native.Weights(w[None])
 
     def rate(product):

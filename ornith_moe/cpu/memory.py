@@ -26,7 +26,7 @@ def empty(shape, dtype):
     """A tensor with any content, to be written."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes < LARGE_BYTES or _wants_nan():
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return _tensor(_from_pool(nbytes) or _map(nbytes), shape, dtype)
 
 
@@ -37,7 +37,7 @@ def weight_gradient(shape, dtype, active):
     """
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes < LARGE_BYTES:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     many = _MANY * len(active) >= shape[0]
     reused = _from_pool(nbytes) if many else None
     gradient = _tensor(reused or _map(nbytes), shape, dtype, keep=many)
@@ -71,7 +71,8 @@ def _tensor(memory, shape, dtype, keep=True):
     if keep:
         weakref.finalize(whole, _give_back, memory).atexit = False
     start = -whole.ctypes.data % _HUGE_PAGE
-    return torch.from_numpy(whole)[start : start + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+    tensor = torch.empty(0, dtype=dtype, device="cpu")  # no view of a tensor of bytes: results are changed in place
+    return tensor.set_(torch.from_numpy(whole).untyped_storage(), start // dtype.itemsize, torch.Size(shape))
 
 
 def _from_pool(nbytes):

@@ -74,7 +74,7 @@ def down(a, rows, weights, weight):
         a.data_ptr(), a_bytes, rows.addresses, weights.data_ptr(), matrix, y32.data_ptr(), 4 * y32.shape[1],
         _address(y), rows.tokens, hidden, inner, strip, chunk,
     )  # fmt: skip
-    return y32[:, :hidden] if y is None else y
+    return _columns(y32, hidden) if y is None else y
 
 
 def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
@@ -100,7 +100,7 @@ def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
     )  # fmt: skip
     dweights = None
     if wants_dweights:
-        dweights = torch.zeros(rows.slots)
+        dweights = dy.new_zeros(rows.slots, dtype=torch.float32)
         dweights[rows.slots_of(0, rows.used)] = partial[: rows.used].sum(1)
         dweights = dweights.view(weights.shape)
     return dweights, wa, dpre
@@ -137,7 +137,12 @@ def input_gradient(dpre, rows, weight):
         backward.input_gradient, -(-hidden // PANEL), _work(rows, weight), scratch, kind, dpre.data_ptr(),
         rows.addresses, matrix, dx32.data_ptr(), 4 * dx32.shape[1], _address(dx), rows.tokens, hidden, inner, chunk,
     )  # fmt: skip
-    return dx32[:, :hidden] if dx is None else dx
+    return _columns(dx32, hidden) if dx is None else dx
+
+
+def _columns(padded, columns):
+    """The first columns as a tensor of its own: no view, which autograd would not let a caller change in place."""
+    return padded if padded.shape[1] == columns else padded[:, :columns].contiguous()
 
 
 def serves(x, *weights):

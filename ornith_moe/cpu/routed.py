@@ -46,8 +46,9 @@ class RoutedRows(NamedTuple):
 
 def group_by_expert(indices, experts):
     """RoutedRows of indices [T, top_k]."""
-    offsets, active = (torch.empty(experts + extra, dtype=torch.int32) for extra in (1, 0))
-    row_to_slot = torch.empty(indices.numel(), dtype=torch.int32)
+    offsets, active, row_to_slot = (
+        torch.empty(size, dtype=torch.int32, device="cpu") for size in (experts + 1, experts, indices.numel())
+    )
     ids = indices.detach().reshape(-1).to(torch.int64).numpy()
     count = forward.group_by_expert(ids, offsets.numpy(), row_to_slot.numpy(), active.numpy())
     return RoutedRows(offsets, row_to_slot, active[:count], *indices.shape)
