@@ -8,7 +8,7 @@ Routing is not part of it (`ornith_moe.route`), and neither is the shared expert
 
 import torch
 
-import ornith_moe.ops  # noqa: F401  defines torch.ops.ornith
+from ornith_moe import ops, transforms
 from ornith_moe.backend import RECIPES, choose_backend
 
 _FP8_INNER = 128  # rows of a block of gate_up_proj
@@ -98,9 +98,10 @@ def moe_mlp(
             "use backend='triton' or batch_invariant=False"
         )
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up_proj, down_proj))
-    y, *_ = torch.ops.ornith.moe_mlp(
-        x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, batch_invariant, name,
-        grad,
+    grad = grad or transforms.active()  # whose levels hide whether a tensor requires it
+    y, *_ = ops.call(
+        "moe_mlp", x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale,
+        batch_invariant, name, grad,
     )  # fmt: skip
     return y
 

@@ -102,7 +102,9 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
     if name not in _RECIPES:
         raise ValueError(f"implementation: expected one of {', '.join(_RECIPES)}, got {name!r}; select it first")
     path, reason = _path(experts, name)
-    if path == "fused":
+    if path == "fused" and experts.down_proj.is_meta:
+        reason += ", shapes only: the weights are on meta"
+    elif path == "fused":
         try:
             reason += f", {choose_backend(None, experts.down_proj.device, _RECIPES[name])} backend"
         except ValueError as error:
@@ -319,7 +321,9 @@ def _loop_over_experts(module, hidden_states, top_k_index, top_k_weights, quanti
     slots = keys.argsort(stable=True)
     outputs, start = [], 0
     # host sync: the loop needs the counts; this path is for layouts that no kernel serves
-    for expert, count in enumerate(keys.bincount(minlength=experts + 1)[:experts].tolist()):
+    # (on meta there are none: one expert gets every row, which costs what any routing costs)
+    counts = [len(keys)] if keys.is_meta else keys.bincount(minlength=experts + 1)[:experts].tolist()
+    for expert, count in enumerate(counts):
         if count == 0:
             continue
         rows = linear(hidden_states[slots[start : start + count] // top_k], expert, *up)
@@ -337,19 +341,27 @@ class _FrozenFP8Linear(torch.autograd.Function):
     """x @ dequantize(q, scale)^T; keeps q, not the dequantized weight, for the gradient of x."""
 
     @staticmethod
-    def forward(ctx, x, q, scale, block, quantize_rows):
-        ctx.save_for_backward(q, scale)
-        ctx.block = block
+    def forward(x, q, scale, block, quantize_rows):
         if quantize_rows:
             ue8m0 = scale.dtype == torch.float8_e8m0fnu
             x = roundtrip_fp8_tokens(x, scale="ue8m0" if ue8m0 else "fp32")
         return x @ dequantize_fp8(q, scale, block=block, dtype=x.dtype).T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, output):
+        _, q, scale, ctx.block, _ = inputs
+        ctx.save_for_backward(q, scale)
+        ctx.save_for_forward(q, scale)
+
+    @staticmethod
     def backward(ctx, dy):
         q, scale = ctx.saved_tensors
         return dy @ dequantize_fp8(q, scale, block=ctx.block, dtype=dy.dtype), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, dx, *_):
+        q, scale = ctx.saved_tensors
+        return dx @ dequantize_fp8(q, scale, block=ctx.block, dtype=dx.dtype).T
 
 
 for _registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):

@@ -5,13 +5,15 @@
 
 Each is one opaque operator for all three backends, so that a graph holds one node where a kernel, a loop or a quantizer
 runs, and its backward another. An argument says which backend; schemas hold tensors and plain values only. Every size
-follows from the sizes of the arguments, also with a dynamic T. Neither backward can be differentiated again.
+follows from the sizes of the arguments, also with a dynamic T. The backward of the experts cannot be differentiated
+again; torch.func and forward mode are `ornith_moe.transforms`.
 
 The public functions are `ornith_moe.moe_mlp` and `ornith_moe.route`; they check what is passed on here. The weights
 pass through as the objects they are, which is how `ornith_moe.fp8_weights` knows those it quantized.
 
 A gradient that nobody wants is not computed: `wants` says which of x, weights, gate_up_proj and down_proj, from
-autograd's `needs_input_grad`. x is kept for backward only where gate_up_proj wants its gradient.
+autograd's `needs_input_grad`; the others have no elements. x is kept for backward only where gate_up_proj wants its
+gradient.
 
 Flop counters (torch.utils.flop_counter) see the matrix products of both passes.
 
@@ -27,7 +29,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ornith_moe import reference, routing_torch
+from ornith_moe import reference, routing_torch, transforms
 from ornith_moe.fp8_weights import FP8Weights, quantized_weights, turned_weights
 
 _SCHEMAS = {
@@ -39,7 +41,7 @@ _SCHEMAS = {
         Tensor pre, Tensor row_to_slot, Tensor offsets, Tensor a_scale,
         str recipe, str scale, bool batch_invariant, str backend, bool[] wants,
         ScalarType gate_up_dtype, ScalarType down_dtype)
-        -> (Tensor? dx, Tensor? dweights, Tensor? dgate_up_proj, Tensor? ddown_proj)""",
+        -> (Tensor dx, Tensor dweights, Tensor dgate_up_proj, Tensor ddown_proj)""",
     "route": """(Tensor logits, Tensor? bias, Tensor? replay, int top_k, str score, bool norm_topk_prob,
         int? n_group, int? topk_group, bool losses, str backend)
         -> (Tensor weights, Tensor indices, Tensor counts, Tensor? q_sum, Tensor? square_sum)""",
@@ -161,7 +163,8 @@ def _moe_mlp_backward(
             sides = [(w.q, w.scale) for w in sides]
             gradients = reference.moe_backward(dy, x, indices, weights, *sides, recipe=recipe, wants=wants)
     dtypes = (dy.dtype, weights.dtype, *grad_dtypes)
-    return tuple(None if g is None else g.to(dtype).contiguous() for g, dtype in zip(gradients, dtypes, strict=True))
+    made = zip(gradients, dtypes, strict=True)
+    return tuple(dy.new_empty(0, dtype=d) if g is None else g.to(d).contiguous() for g, d in made)
 
 
 @_sizes("moe_mlp_backward")
@@ -171,7 +174,7 @@ def _(
 ):  # fmt: skip
     like = ((dy, dy.dtype), (weights, weights.dtype), (gate_up_proj, gate_up_dtype), (down_proj, down_dtype))
     return tuple(
-        t.new_empty(t.shape, dtype=dtype) if wanted else None for (t, dtype), wanted in zip(like, wants, strict=True)
+        t.new_empty(t.shape if wanted else 0, dtype=dtype) for (t, dtype), wanted in zip(like, wants, strict=True)
     )
 
 
@@ -198,14 +201,19 @@ def _moe_mlp_context(ctx, inputs, output):
     wants = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
     named = (("gate_up_proj", gate_up_proj, wants[2]), ("down_proj", down_proj, wants[3]))
     ctx.options = recipe, scale, batch_invariant, backend, wants, *(_gradient_dtype(*each) for each in named)
-    kept = x if wants[2] or backend == "reference" else None
+    kept = x if wants[2] or backend == "reference" or transforms.active() else None
     ctx.save_for_backward(kept, indices, weights, gate_up_proj, down_proj, *scales, *output[1:])
 
 
 def _moe_mlp_gradient(ctx, dy, *_):
     if dy is None:
         return (None,) * 12
-    dx, dweights, *dsides = torch.ops.ornith.moe_mlp_backward(dy, *ctx.saved_tensors, *ctx.options)
+    x, *saved = ctx.saved_tensors
+    if x is None and torch.is_grad_enabled():  # a second derivative would miss what goes through x
+        transforms.once(ctx)
+    wants = ctx.options[4]
+    gradients = call("moe_mlp_backward", dy, x, *saved, *ctx.options)
+    dx, dweights, *dsides = (g if wanted else None for g, wanted in zip(gradients, wants, strict=True))
     return dx, None, dweights, *dsides, *[None] * 7
 
 
@@ -219,25 +227,14 @@ def _gradient_dtype(name, weight, wanted):
     return dtype
 
 
-def _once(ctx, *_):
-    raise RuntimeError(
-        "moe_mlp and route: their gradient cannot be differentiated again, got a second backward through it; "
-        "use create_graph=False, or ornith_moe.reference.moe_mlp_reference where a second derivative is needed"
-    )
-
-
 @_implements("route")
 def _route(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, backend):
-    if replay is not None:
-        replay = routing_torch.checked_record(replay, logits, top_k)
-    options = dict(score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group, topk_group=topk_group,
-                   replay=replay, losses=losses)  # fmt: skip
     if backend == "triton":
         from ornith_moe.kernels.routing import route_forward
     else:
         route_forward = routing_torch.route_forward
-    indices, weights, *rest = route_forward(logits, top_k, **options)
-    return weights, indices, *rest  # what is differentiable first: opcheck adds the other outputs to it
+    options = (logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses)
+    return routing_torch.route(*options, route_forward=route_forward)
 
 
 @_sizes("route")
@@ -284,14 +281,32 @@ def _route_gradient(ctx, dweights, _indices, _counts, dq_sum, dsquare_sum):
     elif dweights is None:
         return (None,) * 10
     dweights = torch.zeros_like(weights) if dweights is None else dweights
-    dlogits = torch.ops.ornith.route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *ctx.options)
+    gradients = (logits, indices, weights, dweights, dq_sum, dsquare_sum)
+    if torch.is_grad_enabled():  # torch code, which has a second derivative
+        score, norm_topk_prob, _ = ctx.options
+        dlogits = routing_torch.route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
+    else:
+        dlogits = torch.ops.ornith.route_backward(*gradients, *ctx.options)
     return dlogits, *[None] * 9
 
 
+_functions = {}
 for _name, _gradient, _context in (
     ("moe_mlp", _moe_mlp_gradient, _moe_mlp_context),
+    ("moe_mlp_backward", transforms.once, None),
     ("route", _route_gradient, _route_context),
-    ("moe_mlp_backward", _once, None),
-    ("route_backward", _once, None),
 ):
     torch.library.register_autograd(f"ornith::{_name}", _gradient, setup_context=_context, lib=_library)
+    if _name != "route":
+        _operator = getattr(torch.ops.ornith, _name).default
+        torch.library.register_vmap(f"ornith::{_name}", transforms.per_sample(_operator), lib=_library)
+        _functions[_name] = transforms.as_function(_operator, _context, _gradient)
+
+
+def call(name, *args):
+    """An operator of the experts, where a transform is active in the form that it knows."""
+    if torch.compiler.is_compiling() and transforms.active():  # Dynamo cannot trace a function with a jvp
+        return torch.compiler.disable(call)(name, *args)
+    if transforms.active():
+        return _functions[name].apply(*args)
+    return getattr(torch.ops.ornith, name)(*args)

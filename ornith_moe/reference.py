@@ -16,9 +16,10 @@ Every cast passes its gradient through unchanged. So a gradient is that of the s
 BF16 receives it as if the cast were not there. Weights given as (q, scale) are starred already, whatever the recipe;
 `bf16` then quantizes weights only. Where the scales of the weights are UE8M0, those of 1x128 groups are too.
 
-A loop over experts in float32 (or float64 if any operand is), differentiated by autograd; the backend of this name
-computes the same gradients by formulas. Both are written to be believed, not to be fast. Ids outside [0, E) belong to
-no expert here and contribute nothing.
+A loop over experts in float32 (or float64 if any operand is), differentiated by autograd as often as one likes, by
+forward mode and by torch.func, under which every expert computes every token. The backend of this name computes the
+same gradients by formulas. Both are written to be believed, not to be fast. Ids outside [0, E) belong to no expert here
+and contribute nothing.
 
 Letters: T tokens, E experts, H hidden, I expert intermediate, m rows of one expert, top_k slots per token.
 """
@@ -62,12 +63,12 @@ def moe_mlp_reference(
         tensor([[7.0464, 7.0464]])
     """
     compute = dtype or _compute_dtype(x, weights, gate_up_proj, down_proj)
-    pairs, stars = [], []
-    for w in (gate_up_proj, down_proj):
-        pairs.append(w if isinstance(w, tuple) else _quantize(w, recipe, scale))
-        star = _star(pairs[-1])
-        stars.append(star if isinstance(w, tuple) else _Replaced.apply(w, star))
-    y = _experts(x, indices, weights, *stars, recipe, _is_ue8m0(pairs[0]), compute)
+    stars = [
+        _star(w) if isinstance(w, tuple) else w if recipe == "bf16" else _Star.apply(w, recipe, scale)
+        for w in (gate_up_proj, down_proj)
+    ]
+    ue8m0 = _is_ue8m0(gate_up_proj) if isinstance(gate_up_proj, tuple) else recipe != "fp8_channel" and scale == "ue8m0"
+    y = _experts(x, indices, weights, *stars, recipe, ue8m0, compute)
     return y if dtype else y.to(x.dtype)
 
 
@@ -121,54 +122,87 @@ def _experts(x, indices, weights, gate_up, down, recipe, ue8m0, compute):
     rows = rows if recipe == "bf16" else _Cast.apply(rows, *options)
     # unbind, not indexing: its backward stacks the gradients once instead of adding a full-size zero tensor per expert
     for expert, (w13, w2) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
-        token, slot = (indices == expert).nonzero(as_tuple=True)
+        token, weight = _rows_of(expert, indices, weights)
         gate, up = linear(rows[token], w13, *options).chunk(2, dim=-1)  # [m, I] each
-        a = F.silu(gate) * up
+        a = gate * gate.sigmoid() * up  # silu; F.silu's gradient has no forward mode
         a = a if recipe == "bf16" else _Cast.apply(a, *options)
         # the weight goes before the product: what comes back to the product then is dy, as the recipe quantizes it
-        y = y.index_add(0, token, linear(weights[token, slot].unsqueeze(-1) * a, w2, *options))
+        y = y.index_add(0, token, linear(weight.unsqueeze(-1) * a, w2, *options))
     return y
 
 
-class _Cast(torch.autograd.Function):
+def _rows_of(expert, indices, weights):
+    """Tokens and weights of the rows of an expert. Under torch.func no size may follow from a value: every token."""
+    if torch._C._are_functorch_transforms_active():
+        chosen = indices == expert
+        return torch.arange(len(indices), device=indices.device), torch.where(chosen, weights, 0).sum(1)
+    token, slot = (indices == expert).nonzero(as_tuple=True)
+    return token, weights[token, slot]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A cast of its first argument, whose gradient and tangent pass through; leading dimensions are kept apart."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options = len(inputs) - 1
+        ctx.dtype, ctx.star_dtype = inputs[0].dtype, output.dtype
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.to(ctx.dtype), *[None] * ctx.options
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return tangent.to(ctx.star_dtype)
+
+    @classmethod
+    def vmap(cls, info, in_dims, tensor, *options):
+        return cls.apply(tensor.movedim(in_dims[0], 0), *options), 0
+
+
+class _Cast(_StraightThrough):
     """rows* of rows: rounded to `dtype`, quantized per token and group, dequantized."""
 
     @staticmethod
-    def forward(ctx, rows, group, scale, dtype):
+    def forward(rows, group, scale, dtype):
         rounded = rows.to(torch.float32 if dtype == torch.float64 else dtype)
         q, s = fp8.quantize_fp8_tokens(rounded, group=group, scale=scale)
         return fp8.dequantize_fp8(q, s, block=(1, group), dtype=torch.float32).to(rows.dtype)
 
+
+class _Star(_StraightThrough):
+    """A weight as `recipe` stores and then reads it."""
+
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None, None, None
+    def forward(w, recipe, scale):
+        return _star(_quantize(w, recipe, scale))
 
 
 class _LinearFP8Gradient(torch.autograd.Function):
     """rows @ w^T, whose gradient is quantized where it goes on to rows and is not where it makes the gradient of w."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, rows, w, *options):
-        ctx.save_for_backward(rows, w)
-        ctx.options = options
+    def forward(rows, w, group, scale, dtype):
         return F.linear(rows, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, w, *ctx.options = inputs
+        ctx.save_for_backward(rows, w)
+        ctx.save_for_forward(rows, w)
 
     @staticmethod
     def backward(ctx, dout):
         rows, w = ctx.saved_tensors
         return _Cast.apply(dout, *ctx.options) @ w, dout.T @ rows, None, None, None
 
-
-class _Replaced(torch.autograd.Function):
-    """`star` in the place of `w`, whose gradient it gets."""
-
     @staticmethod
-    def forward(ctx, w, star):
-        return star
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
+    def jvp(ctx, drows, dw, *_):
+        rows, w = ctx.saved_tensors
+        return F.linear(drows, w) + F.linear(rows, dw)
 
 
 def _quantize(w, recipe, scale):

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 
 import ornith_moe.ops  # noqa: F401  defines torch.ops.ornith
+from ornith_moe import routing_torch, transforms
 from ornith_moe.backend import choose_backend
 
 
@@ -107,10 +108,13 @@ def route(
     if logits.dtype == torch.float64:
         logits = logits.float()
     bias = None if bias is None else bias.detach()
-    weights, indices, counts, q_sum, square_sum = torch.ops.ornith.route(
-        logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses,
-        choose_backend(backend, logits.device),
-    )  # fmt: skip
+    backend = choose_backend(backend, logits.device)
+    options = (logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses)
+    if transforms.active():  # torch code, which every transform knows
+        outputs = routing_torch.route(*options)
+    else:
+        outputs = torch.ops.ornith.route(*options, backend)
+    weights, indices, counts, q_sum, square_sum = outputs
     if scaling != 1:
         weights = weights * scaling
     if not losses:

@@ -33,10 +33,21 @@ def route_forward(logits, top_k, *, score, norm_topk_prob, bias, n_group, topk_g
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(_TINY)
     flat = indices.reshape(-1)
     counts = torch.zeros(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))  # integer sums: the same in any order
+    counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.int32))  # integers: the same in any order
     if not losses:
         return indices.int(), weights, counts, None, None
     return indices.int(), weights, counts, _shares(scores, score).sum(0), logits.logsumexp(-1).square().sum()
+
+
+def route(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, route_forward=route_forward):
+    """`ornith::route`, what is differentiable first: opcheck adds the other outputs to it."""
+    if replay is not None:
+        replay = checked_record(replay, logits, top_k)
+    indices, weights, *rest = route_forward(
+        logits, top_k, score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group, topk_group=topk_group,
+        replay=replay, losses=losses,
+    )  # fmt: skip
+    return weights, indices, *rest
 
 
 def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, score, norm_topk_prob):
@@ -50,16 +61,16 @@ def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, s
         h = weights * (dweights - torch.where(sound, (weights * dweights).sum(-1, keepdim=True), 0.0))
     else:
         h = weights * dweights
-    gradient = torch.zeros_like(scores).scatter_(-1, indices, h)  # a token has no expert twice
+    gradient = torch.zeros_like(scores).scatter(-1, indices, h)  # a token has no expert twice
     if score == "softmax":
-        gradient -= scores * h.sum(-1, keepdim=True)
+        gradient = gradient - scores * h.sum(-1, keepdim=True)
     else:
-        gradient *= 1 - scores
+        gradient = gradient * (1 - scores)
     if dq_sum is not None:
         q = _shares(scores, score)
         dlog = q * (dq_sum - (q * dq_sum).sum(-1, keepdim=True))
-        gradient += dlog if score == "softmax" else dlog * (1 - scores)
-        gradient += 2 * logits.logsumexp(-1, keepdim=True) * dsquare_sum * logits.softmax(-1)
+        gradient = gradient + (dlog if score == "softmax" else dlog * (1 - scores))
+        gradient = gradient + 2 * logits.logsumexp(-1, keepdim=True) * dsquare_sum * logits.softmax(-1)
     return gradient.to(dtype)
 
 
@@ -86,7 +97,7 @@ def checked_record(replay: torch.Tensor, logits: torch.Tensor, top_k: int) -> to
     """`replay` as int64 on the device of the logits, its ids checked: a host sync, but not under graph capture."""
     experts = logits.shape[1]
     record = replay.to(device=logits.device, dtype=torch.int64)
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if record.is_meta or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return record
     absent = (record == -1).all(-1, keepdim=True)
     outside = ~absent & ((record < 0) | (record >= experts))
