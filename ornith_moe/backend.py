@@ -89,7 +89,7 @@ def choose_backend(request: str | None, device: torch.device, recipe: str = "bf1
 
     Args:
         request: "triton", "cpu", "reference", or None to choose by device.
-        device: torch.device of the operands.
+        device: torch.device of the operands. On "meta" nothing is computed, so any request is served, by its shapes.
         recipe: what it has to compute.
 
     Raises:
@@ -100,6 +100,8 @@ def choose_backend(request: str | None, device: torch.device, recipe: str = "bf1
     known = _backends(os.environ.get("TRITON_INTERPRET") == "1")
     if name not in known:
         raise ValueError(f"backend: expected one of {', '.join(known)}, got {name!r}")
+    if device.type == "meta":
+        return name
     backend = known[name]
     if not backend.available:
         raise ValueError(

@@ -3,6 +3,7 @@ by a fake of what torch says about them. Not covered: whether a backend computes
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ornith_moe as om
 from ornith_moe import backend
@@ -119,3 +120,24 @@ def test_doctor_lists_every_recipe_of_every_backend(monkeypatch):
         "cpu (default in main memory), reference; "
         "not triton: FP8 needs compute capability 8.9 or more, this GPU has 8.0"
     )
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_full", "fp8_channel"])
+@pytest.mark.parametrize("backend", [None, "cpu", "reference", "triton"])
+def test_meta_tensors_need_no_device(backend, recipe):
+    """Shapes, dtypes and products of a step, as `accelerate estimate-memory` and planners ask for them."""
+    tokens, experts, hidden, inner, top_k = 5, 4, 40, 128, 2
+    with torch.device("meta"):
+        x, logits = torch.randn(tokens, hidden, dtype=torch.bfloat16), torch.randn(tokens, experts)
+        sides = torch.randn(experts, 2 * inner, hidden), torch.randn(experts, hidden, inner)
+    leaves = [x, logits, *(w.to(x.dtype) for w in sides)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    om.moe_mlp  # noqa: B018  a counter knows the formulas that were there when it was made
+    with FlopCounterMode(display=False) as counter:
+        routing = om.route(leaves[1], top_k, losses=True, backend=backend)
+        y = om.moe_mlp(x, routing.indices, routing.weights, *leaves[2:], recipe=recipe, backend=backend)
+        (y.sum() + routing.load_balancing_loss).backward()
+    assert (y.shape, y.dtype, y.device.type) == (x.shape, x.dtype, "meta")
+    assert all(leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype for leaf in leaves)
+    assert counter.get_total_flops() == 18 * tokens * top_k * hidden * inner
