@@ -48,13 +48,13 @@ def moe_mlp(
         batch_invariant: the tile does not follow T, so that a token's bits cannot depend on its batch; triton only.
 
     Returns:
-        y [T, H] in the dtype of x, differentiable in x, weights, gate_up_proj and down_proj, once. T = 0 gives an
-        empty y that is still part of the graph. A weight's gradient has the weight's dtype, or its `grad_dtype`. For
-        the q of a pair that is the gradient of the dequantized weight, and `q.grad_dtype` must be set to float32 or
-        bfloat16 first; scales have none.
+        y [T, H] in the dtype of x, no view, differentiable in x, weights, gate_up_proj and down_proj, once, and not in
+        forward mode (`ornith_moe.transforms`). T = 0 gives an empty y that is still part of the graph. A weight's
+        gradient has the weight's dtype, or its `grad_dtype`. For the q of a pair that is the gradient of the
+        dequantized weight, and `q.grad_dtype` must be set to float32 or bfloat16 first; scales have none.
 
     Raises:
-        TypeError: an argument is not a tensor of the expected kind, or the dtypes differ.
+        TypeError: an argument is not a tensor of the expected kind or is an opaque subclass, or the dtypes differ.
         ValueError: a shape, device, recipe, activation, scale or backend does not fit.
 
     Numerics: docs/numerics.md; deterministic. Masters are rounded to BF16 and quantized when they have changed, not
@@ -79,7 +79,9 @@ def moe_mlp(
         raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
     gate_up_proj, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
     down_proj, down_scale = _pair("down_proj", down_proj)
-    _check(x, indices, weights, gate_up_proj, down_proj)
+    operands = {"x": x, "indices": indices, "weights": weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    ops.check_plain(**operands, gate_up_scale=gate_up_scale, down_scale=down_scale)
+    _check(**operands)
     _check_weight("gate_up_proj", gate_up_proj, gate_up_scale, x, recipe)
     _check_weight("down_proj", down_proj, down_scale, x, recipe)
     inner = down_proj.shape[2]

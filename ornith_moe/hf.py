@@ -14,6 +14,7 @@ choice in config.json.
 Fused is plain SwiGLU: gated, gate rows before up rows, no bias, no norm after the expert, SiLU, and a gate function
 that does no more. Transposed weights are read through a view. The rest still runs, and `why` says how and why:
 
+    tensor subclasses, "ornith" the module's own loop, its `eager`: torchao and others know how to multiply themselves
     unquantized, "ornith"       transformers' own `grouped_mm`, or its `batched_mm` for a few tokens on an accelerator
     FP8                         a loop over experts around the module's own gate or activation
     unquantized, "ornith_fp8"   an error, since another path would train with other numbers than was asked for
@@ -26,16 +27,18 @@ FP8 weights are frozen until `weight_gradients` asks for gradients or `master_we
 Letters: T tokens, E experts of this module, H hidden, I expert intermediate, R valid slots.
 """
 
+import inspect
 import logging
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import SiLUActivation
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, use_experts_implementation
 
 from ornith_moe.backend import choose_backend
 from ornith_moe.functional import moe_mlp
+from ornith_moe.ops import is_opaque
 from ornith_moe.quant.fp8 import dequantize_fp8, roundtrip_fp8_tokens
 
 _RECIPES = {"ornith": "bf16", "ornith_fp8": "fp8"}
@@ -84,7 +87,8 @@ def ornith_fp8_experts(
 
 
 def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
-    """How an experts module is computed, and why: "fused: ...", "grouped_mm: ...", "loop: ..." or "refused: ...".
+    """How an experts module is computed, and why: "fused: ...", "grouped_mm: ...", "eager: ...", "loop: ...",
+    "refused: ...", or "replaced: ..." where another library has put its own function in the place of ours.
 
     Args:
         experts: the module. implementation: "ornith" or "ornith_fp8"; None for the one its config has chosen.
@@ -101,7 +105,10 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
     name = implementation or experts.config._experts_implementation
     if name not in _RECIPES:
         raise ValueError(f"implementation: expected one of {', '.join(_RECIPES)}, got {name!r}; select it first")
-    path, reason = _path(experts, name)
+    path, reason = _path(experts, name, gathered=True)
+    other = _replaced_by(experts, name)
+    if other:
+        return f"replaced: {other} runs instead"
     if path == "fused" and experts.down_proj.is_meta:
         reason += ", shapes only: the weights are on meta"
     elif path == "fused":
@@ -122,10 +129,18 @@ def explain(model: torch.nn.Module) -> dict[str, str]:
         {'model.layers.0.mlp.experts': 'not ours: eager'}
     """
     found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "down_proj"):
-            chosen = module.config._experts_implementation
-            found[name] = why(module) if chosen in _RECIPES else f"not ours: {chosen}"
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if not (hasattr(module, "is_transposed") and hasattr(module, "down_proj")):
+            if _holds_experts(module):
+                found[name] = f"replaced: {_name(_forward(module))} runs instead"
+            continue
+        chosen = module.config._experts_implementation
+        found[name] = why(module) if chosen in _RECIPES else f"not ours: {chosen}"
+        block = modules[name.rpartition(".")[0]] if name else module
+        runs = _forward(block)
+        if _is_foreign(runs, type(block)) and not found[name].startswith("replaced"):
+            found[name] = f"replaced: {_name(runs)} runs in {type(block).__name__}, around the experts"
     return found
 
 
@@ -186,6 +201,8 @@ def _experts(module, hidden_states, top_k_index, top_k_weights, name):
         raise ValueError(f"{type(module).__name__}: experts_implementation={name!r} cannot compute {reason}")
     if path != "fused":
         _say_once(f"{type(module).__name__} takes the path {path!r} under {name!r}: {reason}")
+    if path == "eager":
+        return _forward(module).__wrapped__(module, *operands)
     if path == "loop":
         return _loop_over_experts(module, *operands, quantize_rows=name == "ornith_fp8")
     if path != "fused":
@@ -206,9 +223,18 @@ def _experts(module, hidden_states, top_k_index, top_k_weights, name):
     return y.to(hidden_states.dtype)
 
 
-def _path(module, name):
-    """("fused", "grouped_mm", "loop" or "refused", why)."""
+def _path(module, name, gathered=False):
+    """("fused", "eager", "grouped_mm", "loop" or "refused", why); `gathered`: as it is when FSDP2 calls the module."""
     obstacle, recipe = _obstacle(module), _RECIPES[name]
+    kinds = {type(w) for w in (getattr(module, p) for p in _projections(module)) if is_opaque(w)}
+    if any(kind.__module__.startswith("torch.distributed") for kind in kinds):  # DTensor
+        if not gathered:
+            return "refused", "DTensor weights; shard the module by fully_shard, which gathers them, or use to_local()"
+    elif kinds:
+        subclass = f"weights of the subclass {_name(kinds.pop())}"
+        if name == "ornith_fp8":
+            return "refused", f"{subclass}; choose 'ornith', which lets them compute, or dequantize them"
+        return "eager", subclass
     if module.down_proj.element_size() > 1:
         if not obstacle and name == "ornith_fp8" and _inner(module) % _BLOCK:
             obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {_BLOCK}"
@@ -253,6 +279,47 @@ def _obstacle(module):
     if not (isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation) or module.act_fn is F.silu):
         return f"the activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)}"
     return None
+
+
+class _Probe(torch.nn.Module):
+    def forward(self): ...
+
+
+_DISPATCH = use_experts_implementation(_Probe).forward.__code__  # of the forward that transformers gives experts
+
+
+def _forward(module):
+    """The function that `module(...)` runs, seen through the hooks of accelerate and through torch.compile."""
+    runs = getattr(module, "_old_forward", module.forward) if hasattr(module, "_hf_hook") else module.forward
+    runs = getattr(runs, "_torchdynamo_orig_callable", runs)
+    runs = getattr(runs, "__func__", runs)
+    return getattr(runs, "func", runs)  # of a partial
+
+
+def _replaced_by(module, name):
+    """Name and module of what runs in our place: another forward, or another entry of the registry; None."""
+    runs = _forward(module)
+    if getattr(runs, "__code__", None) is not _DISPATCH:
+        return _name(runs)
+    registry = inspect.getclosurevars(runs).nonlocals["experts_interface"]
+    entry = registry.get(name)
+    return None if entry in (ornith_experts, ornith_fp8_experts) else f"{_name(entry)}, registered as {name!r},"
+
+
+def _is_foreign(runs, owner):
+    """Whether a class of transformers runs a function that is from elsewhere."""
+    home = getattr(runs, "__module__", None) or ""
+    return owner.__module__.startswith("transformers.") and not home.startswith(("transformers.", "torch."))
+
+
+def _holds_experts(module):
+    down = module._parameters.get("down_proj")
+    return down is not None and down.dim() == 3 and "gate_up_proj" in module._parameters
+
+
+def _name(thing):
+    home = getattr(thing, "__module__", None) or type(thing).__module__
+    return f"{home}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
 def _say_once(text):

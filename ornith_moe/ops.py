@@ -290,6 +290,23 @@ def _route_gradient(ctx, dweights, _indices, _counts, dq_sum, dsquare_sum):
     return dlogits, *[None] * 9
 
 
+def is_opaque(tensor):
+    """Whether it is a subclass with rules of its own (torchao, DTensor): it has no memory that a kernel could read."""
+    kind = type(tensor)
+    if kind in (torch.Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses"):
+        return False
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+
+
+def check_plain(**operands):
+    for name, tensor in operands.items():
+        if isinstance(tensor, torch.Tensor) and is_opaque(tensor):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got the subclass {type(tensor).__name__} of"
+                f" {type(tensor).__module__}; pass what it stands for, dequantized or by its to_local()"
+            )
+
+
 _functions = {}
 for _name, _gradient, _context in (
     ("moe_mlp", _moe_mlp_gradient, _moe_mlp_context),

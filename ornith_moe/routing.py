@@ -32,8 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-import ornith_moe.ops  # noqa: F401  defines torch.ops.ornith
-from ornith_moe import routing_torch, transforms
+from ornith_moe import ops, routing_torch, transforms
 from ornith_moe.backend import choose_backend
 
 
@@ -102,6 +101,7 @@ def route(
         >>> om.route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), top_k=2).indices
         tensor([[1, 3]], dtype=torch.int32)
     """
+    ops.check_plain(logits=logits, bias=bias, replay=replay)
     _check(logits, top_k, score, bias, n_group, topk_group)
     if replay is not None:
         _check_record(replay, logits, top_k)

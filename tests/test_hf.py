@@ -337,11 +337,80 @@ class TestReasons:
         monkeypatch.setattr(ornith_moe.hf, "choose_backend", refuse)
         assert ornith_moe.hf.why(experts_module()) == "refused: backend: 'triton' is unavailable"
 
+    @pytest.mark.parametrize("where", ["instance", "class", "module class", "block", "registry"])
+    def test_name_the_library_that_took_our_place(self, model, monkeypatch, where, calls):
+        """As Liger, unsloth and the kernels hub do; hooks of accelerate and torch.compile are not such a thing."""
+        block = model.model.layers[0].mlp
+
+        def theirs(self, *_):
+            raise AssertionError
+
+        ours = {"fused: plain SwiGLU, recipe bf16, cpu backend"}
+        block.experts.forward = torch.compile(block.experts.forward)
+        assert set(ornith_moe.hf.explain(model).values()) == ours
+        del block.experts.forward
+        told = "replaced: test_hf.TestReasons.test_name_the_library_that_took_our_place.<locals>."
+        theirs.__module__ = "test_hf"
+        if where == "instance":
+            block.experts.forward = theirs.__get__(block.experts)
+        elif where == "class":
+            monkeypatch.setattr(type(block.experts), "forward", theirs)
+        elif where == "module class":  # without what transformers' decorator adds
+            block.experts, experts = torch.nn.Module(), block.experts
+            block.experts.gate_up_proj, block.experts.down_proj = experts.gate_up_proj, experts.down_proj
+            told = "replaced: torch.nn.modules.module._forward_unimplemented runs instead"
+        elif where == "block":
+            monkeypatch.setattr(type(block), "forward", theirs)
+        else:
+            monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "ornith", theirs)
+        reason = ornith_moe.hf.explain(model)["model.layers.0.mlp.experts"]
+        assert reason.startswith(told) and "runs in" in reason, reason
+        other = ornith_moe.hf.explain(model)["model.layers.1.mlp.experts"]
+        assert (other in ours) == (where in ("instance", "module class"))
+
     def test_of_something_else(self):
         with pytest.raises(TypeError, match="expected an experts module of transformers, got Linear"):
             ornith_moe.hf.why(torch.nn.Linear(2, 2))
         with pytest.raises(ValueError, match="expected one of ornith, ornith_fp8, got 'eager'"):
             ornith_moe.hf.why(experts_module("eager"))
+
+
+class Stored(torch.Tensor):
+    """As torchao's: bytes and a scale, which know a few operators of torch and refuse all others."""
+
+    @staticmethod
+    def __new__(cls, q, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, q.shape, dtype=torch.float32, strides=q.stride())
+
+    def __init__(self, q, scale):
+        self.q, self.scale = q, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        if operator in (torch.ops.aten.detach.default, torch.ops.aten.select.int, torch.ops.aten.t.default):
+            return cls(operator(args[0].q, *args[1:]), args[0].scale)
+        if operator is torch.ops.aten.mm.default:
+            return args[0] @ (args[1].q * args[1].scale)
+        raise NotImplementedError(operator)
+
+
+def test_tensor_subclasses_compute_themselves_or_are_refused(calls):
+    module, (x, ids, weights) = experts_module(), inputs()
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(module, name).detach()
+        scale = weight.abs().amax() / 127
+        stored = Stored((weight / scale).round().to(torch.int8), scale)
+        setattr(module, name, torch.nn.Parameter(stored, requires_grad=False))
+    sides = [w.q * w.scale for w in (module.gate_up_proj, module.down_proj)]
+    assert_close("y", module(x, ids, weights), om.moe_mlp(x, ids, weights, *sides), 1e-5)
+    assert not calls
+    assert ornith_moe.hf.why(module) == f"eager: weights of the subclass {__name__}.Stored"
+    assert ornith_moe.hf.why(module, "ornith_fp8").startswith(f"refused: weights of the subclass {__name__}.Stored; choose")
+    module.config._experts_implementation = "ornith_fp8"
+    with pytest.raises(ValueError, match=r"cannot compute weights of the subclass \S+Stored; choose 'ornith'"):
+        module(x, ids, weights)
+    with pytest.raises(TypeError, match="gate_up_proj: expected a plain tensor, got the subclass Stored of "):
+        om.moe_mlp(x, ids, weights, module.gate_up_proj, module.down_proj)
 
 
 @pytest.mark.parametrize(
