@@ -39,6 +39,12 @@ _TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
+def _not_zero(total):
+    """A sum to divide by; NaN stays NaN, where `tl.maximum` would drop it and leave a quotient of 1e37."""
+    return tl.where(total < _TINY, _TINY, total)
+
+
+@triton.jit
 def _key(x):
     """int32 that order as fp32 `x` do, NaN above all."""
     bits = bits_of(x)
@@ -119,7 +125,7 @@ def route_forward_kernel(
     if LOSSES:
         q = scores
         if SIGMOID:
-            q = tl.div_rn(q, tl.maximum(tl.sum(q, axis=1), _TINY)[:, None])
+            q = tl.div_rn(q, _not_zero(tl.sum(q, axis=1))[:, None])
         q = tl.sum(tl.where(live[:, None], q, 0.0), axis=0)
         tl.store(q_ptr + pid.to(tl.int64) * E + expert, q, mask=real)
 
@@ -150,7 +156,7 @@ def route_forward_kernel(
         weights = tl.div_rn(tl.exp(weights - top[:, None]), total[:, None])
     if NORM:
         weights = tl.where(mask, weights, 0.0)
-        weights = tl.div_rn(weights, tl.maximum(tl.sum(weights, axis=1), _TINY)[:, None])
+        weights = tl.div_rn(weights, _not_zero(tl.sum(weights, axis=1))[:, None])
     at = tokens[:, None] * TOP_K + slot
     tl.store(indices_ptr + at, chosen, mask=mask)
     tl.store(weights_ptr + at, weights, mask=mask)
@@ -200,7 +206,7 @@ def route_backward_kernel(
     if SIGMOID:
         scores = _sigmoid(x)
         if LOSSES:
-            q = tl.div_rn(scores, tl.maximum(tl.sum(scores, axis=1), _TINY)[:, None])
+            q = tl.div_rn(scores, _not_zero(tl.sum(scores, axis=1))[:, None])
             gradient += q * (dq - tl.sum(q * dq, axis=1)[:, None])
         gradient *= 1.0 - scores
         if LOSSES:

@@ -92,7 +92,7 @@ class MoE(nn.Module):
     """y = routed experts + gated shared expert, for x [..., H].
 
     Args:
-        config: MoEConfig.
+        config: MoEConfig. Parameters have torch's default dtype and device, like those of `nn.Linear`.
 
     Example:
         >>> import torch, ornith_moe as om

@@ -83,6 +83,53 @@ def test_gradient_of_the_logits(score, norm):
     assert_close("dlogits", mine.grad, truth.grad, 1e-6)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_logits_that_are_no_numbers_stay_in_their_row(backend, score):
+    """docs/numerics.md: NaN weights, unique ids in range; other rows keep their bits, forward and backward."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    clean = torch.randn(6, 5)
+    dirty = clean.clone()
+    dirty[1, 3], dirty[2, 0], dirty[3], dirty[4, 2] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    leaves = [logits.requires_grad_() for logits in (clean, dirty)]
+    expected, got = (om.route(leaf, 2, score=score, losses=True, backend=backend) for leaf in leaves)
+    lost = [True, True, True] if score == "softmax" else [True, False, False]  # rows 1, 2 and 3
+    assert got.weights.isnan().all(1).tolist() == [False, *lost, False, False]
+    assert all(len(set(row)) == 2 and 0 <= min(row) and max(row) < 5 for row in got.indices.tolist())
+    assert [got.indices[row].tolist() for row in (1, 2, 3)] == (
+        [[0, 1]] * 3 if score == "softmax" else [[3, *got.indices[1, 1:].tolist()], [0, got.indices[2, 1]], [0, 1]]
+    )
+    assert got.counts.sum() == 12 and got.z_loss.isnan() and 2 not in got.indices[4].tolist()
+    for routing in (expected, got):
+        routing.weights.square().sum().backward()
+    for row in (0, 5):
+        assert torch.equal(got.weights[row], expected.weights[row])
+        assert torch.equal(dirty.grad[row], clean.grad[row])
+
+
+def test_padding_rows_are_sentinels():
+    """The two lines of docs/numerics.md: NaN in padding reaches nothing, and the rest is as if it were not there."""
+    x, logits = torch.randn(6, 16), torch.randn(6, 4)
+    sides = torch.randn(4, 16, 16), torch.randn(4, 16, 8)
+    valid = torch.tensor([True, True, False, True, False, True])
+    results = []
+    for padded in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, logits, *sides)]
+        if padded:
+            with torch.no_grad():
+                leaves[0][~valid] = leaves[1][~valid] = torch.nan
+        hidden, scores = (leaf if padded else leaf[valid] for leaf in leaves[:2])
+        mask = valid if padded else valid[valid]
+        routing = om.route(scores.masked_fill(~mask[:, None], 0), 2)
+        y = om.moe_mlp(hidden, routing.indices.masked_fill(~mask[:, None], 4), routing.weights, *leaves[2:])
+        y.square().sum().backward()
+        assert not padded or not y[~valid].any()
+        results.append([y[mask], *(leaf.grad for leaf in leaves)])
+    for got, expected in zip(*results, strict=True):
+        assert_close("result", got, expected, 1e-6)
+
+
 def test_bias_selects_but_does_not_weigh():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     routing = om.route(logits, 2, score="sigmoid", bias=torch.tensor([0.0, 0.0, 0.0, 5.0]))
