@@ -192,7 +192,7 @@ def record(model: torch.nn.Module) -> Iterator[Trace]:
     """
     routers = _routers(model)
     trace = Trace(routers, _common(routers, "num_experts"))
-    with _hooked(_Recorder(trace), routers, model):
+    with _hooked(_Recorder(trace), routers, model), trace._steps.watch(model):
         yield trace
 
 

@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ornith_moe.routing_steps import Steps, join
+
 MISSING = -1  # in every slot of a row: no record, the router chooses
 
 
@@ -43,6 +45,7 @@ class Trace(Mapping):
         self.layers = tuple(layers)
         self.num_experts = num_experts
         self._rows: dict[Hashable, list[torch.Tensor | None]] = {}
+        self._steps = Steps()
         for key, record in (records or {}).items():
             self._rows[key] = list(record.unbind(1))
 
@@ -65,6 +68,7 @@ class Trace(Mapping):
     def add(self, key: Hashable, layer: int, ids: torch.Tensor) -> torch.Tensor:
         """Keep ids [tokens, top_k] as what router `layer` chose in micro-batch `key`; the int16 copy that is kept."""
         rows = self._rows.setdefault(key, [None] * len(self.layers))
+        self._steps.add(key)
         if rows[layer] is not None:
             raise ValueError(
                 f"trace[{key!r}]: {self.layers[layer]} is recorded already; name each micro-batch once, or none of them"
@@ -84,12 +88,16 @@ class Trace(Mapping):
         return load
 
     def by_sequence(self, batch: int) -> torch.Tensor:
-        """[batch, tokens, layers, top_k]: the steps of `generate` joined, of which the first is the prompt.
+        """[batch, tokens, layers, top_k]: the rows of the tokens that `generate` kept, the prompt first.
 
-        The last generated token has no row: nothing ran it.
+        Args:
+            batch: sequences of each pass: prompts times `num_return_sequences`.
+        The last generated token has no row (nothing ran it), except without a cache where it may have been run.
+        Raises:
+            ValueError: the rows of the tokens that were returned cannot be told: beam search, other batches or other
+                tokens from pass to pass (`ornith_moe.routing_steps`).
         """
-        steps = [self[key].unflatten(0, (batch, -1)) for key in self]
-        return torch.cat(steps, dim=1)
+        return join({key: self[key] for key in self}, self._steps, batch)
 
 
 def expert_load(ids: torch.Tensor, num_experts: int) -> torch.Tensor:

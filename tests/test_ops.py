@@ -307,17 +307,6 @@ class TestOnlyWhatIsWanted:
         torch.testing.assert_close(gradients[0], gradients[1].float(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["moe_mlp", "route"])
-def test_refuses_a_second_derivative(op):
-    """The backward is not differentiable; it says so instead of returning a wrong second derivative."""
-    x, indices, weights, gate_up, down, *_ = operands("cpu", "bf16")
-    leaf = x if op == "moe_mlp" else torch.randn(T, E, requires_grad=True)
-    y = om.moe_mlp(x, indices, weights, gate_up, down) if op == "moe_mlp" else om.route(leaf, TOP_K).weights
-    (first,) = torch.autograd.grad(y, leaf, torch.ones_like(y, requires_grad=True), create_graph=True)
-    with pytest.raises(RuntimeError, match="their gradient cannot be differentiated again"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_flop_counters_see_the_products(backend):
     """6 T top_k H I forward; backward, 2 for da', 4 each for dx and dgate_up, 2 for ddown."""

@@ -7,6 +7,7 @@ are tiny and random. Not covered: GPUs, engines that return records (their paylo
 import doctest
 import gc
 import importlib
+from typing import ClassVar
 
 import hf_models
 import pytest
@@ -223,6 +224,54 @@ def test_generation_is_recorded_step_by_step_and_replayed_at_once():
         model(full, attention_mask=whole)
     assert report.tokens == 2 * 10 - 2
     assert report.flipped_share < 0.01  # the same model; only the order of sums differs
+
+
+class TestRowsOfTheKeptTokens:
+    """`by_sequence` after each way to generate, against a plain forward pass over what generate returned."""
+
+    OPTIONS: ClassVar = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    PROMPT = torch.tensor([[5, 6, 7, 5, 6, 7], [9, 8, 9, 8, 9, 8]])
+
+    def recorded(self, model, prompt=PROMPT, **options):
+        with replay.record(model) as trace, torch.no_grad():
+            full = model.generate(prompt, attention_mask=torch.ones_like(prompt), **self.OPTIONS | options)
+        return trace, full
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_sample": True, "num_return_sequences": 2},
+            {"use_cache": False},
+            {"prefill_chunk_size": 4},
+            {"prompt_lookup_num_tokens": 3},
+        ],
+        ids=str,
+    )
+    def test_are_returned(self, options):
+        model = hf_models.model("qwen3_moe").eval()
+        one = "prompt_lookup_num_tokens" in options
+        trace, full = self.recorded(model, self.PROMPT[:1] if one else self.PROMPT, **options)
+        with replay.record(model) as plain, torch.no_grad():
+            model(full)
+        rows = trace.by_sequence(len(full))
+        assert rows.shape[1] == full.shape[1] - 1
+        expected = plain[0].unflatten(0, tuple(full.shape))[:, :-1]
+        assert (rows.sort(-1).values == expected.sort(-1).values).float().mean() > 0.99  # sums in another order
+
+    @pytest.mark.parametrize(
+        ("batch", "says"), [(2, "expected passes of 2 sequences, got 6 x 6 tokens"), (6, "reordered, as beam search")]
+    )
+    def test_of_beams_cannot_be_told(self, batch, says):
+        trace, _ = self.recorded(hf_models.model("qwen3_moe").eval(), num_beams=3)
+        with pytest.raises(ValueError, match=rf"{says}.* record a plain forward pass"):
+            trace.by_sequence(batch)
+
+    def test_of_unrelated_passes_cannot_be_joined(self, model):
+        with replay.record(model) as trace, torch.no_grad():
+            model(IDS)
+            model(IDS.flip(1))
+        with pytest.raises(ValueError, match=r"expected a pass over the tokens of the one before and more, got other"):
+            trace.by_sequence(len(IDS))
 
 
 def test_nothing_is_left_behind(model):
