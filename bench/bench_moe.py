@@ -18,6 +18,7 @@ that the truth for 256 experts needs the memory of one.
 
 import gc
 import time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 import ornith_moe as om
 from ornith_moe.cpu import Weights, moe_forward
 from ornith_moe.cpu.memory import release
+from ornith_moe.fp8_weights import unchanged
 
 LONG_S = 0.3
 # Added after three BF16 rows of grouped_mm and eager missed our 1e-2 on dweights at T = 1 (1.2e-2 and 1.5e-2). The
@@ -173,6 +175,28 @@ def test_moe_mlp(measure, shape, dtype, tokens, backward, implementation):
         rounds=rounds,
     )  # fmt: skip
     info["note"] = note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["compared at every call", "unchanged"])
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+def test_fp8_masters(measure, tokens, implementation):
+    """What it costs to compare BF16 masters with the digests of their FP8 copies; bytes are those of the masters."""
+    hidden, inner, experts, top_k = EXPERTS["35b"]
+    x, indices = normal(torch.bfloat16, tokens, hidden), torch.rand(tokens, experts).topk(top_k).indices
+    weights, masters = torch.rand(tokens, top_k), [w.detach() for w in make_experts("35b", torch.bfloat16)]
+
+    def step():
+        return om.moe_mlp(x, indices, weights, *masters, recipe="fp8", backend="cpu")
+
+    assert torch.equal(step(), om.moe_mlp(x, indices, weights, *map(om.quantize_fp8_block, masters), recipe="fp8"))
+    promise = unchanged() if implementation == "unchanged" else nullcontext()
+    nbytes = sum(w[0].nbytes for w in masters) * indices.unique().numel()
+    flops, group = 6 * tokens * top_k * hidden * inner, f"moe_mlp 35b, BF16 masters in FP8, T = {tokens}, forward"
+    with promise:
+        step()
+        peer = implementation != "unchanged"
+        measure(group, implementation, step, peer=peer, nbytes=nbytes, flops=flops, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("implementation", ["ours", "cast + mm"])
