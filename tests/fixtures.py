@@ -14,7 +14,10 @@ scalar shows in the logits. The vocabulary has 520 rows and the tokenizer fewer 
 compute the same thing; they say nothing about quality.
 """
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -50,6 +53,24 @@ the reader multiplies them back. What was lost on the way is noise, and the nois
 """.strip()
 
 
+_MADE = tempfile.TemporaryDirectory(prefix="ornith-fixtures-")  # goes with the process
+
+
+def _made_once(make):
+    """A checkpoint takes a second to make and none to copy: made once in a process for the same options."""
+
+    @functools.cache
+    def made(options: tuple) -> Path:
+        return make(Path(tempfile.mkdtemp(dir=_MADE.name)) / "model", **dict(options))
+
+    @functools.wraps(make)
+    def copied(folder, **options) -> Path:
+        return Path(shutil.copytree(made(tuple(sorted(options.items()))), folder, dirs_exist_ok=True))
+
+    return copied
+
+
+@_made_once
 def qwen35moe(
     folder,
     *,
@@ -75,6 +96,7 @@ def qwen35moe(
     return _write(Path(folder), config, tensors, dtype, shards, qwen_tokenizer(), _QWEN_TOKENIZER_CONFIG, QWEN_TEMPLATE)
 
 
+@_made_once
 def qwen35(
     folder,
     *,
@@ -93,6 +115,7 @@ def qwen35(
     return _write(Path(folder), config, tensors, dtype, shards, qwen_tokenizer(), _QWEN_TOKENIZER_CONFIG, QWEN_TEMPLATE)
 
 
+@_made_once
 def gemma4(
     folder,
     *,
