@@ -11,6 +11,7 @@ import time
 
 import fixtures
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
