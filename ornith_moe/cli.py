@@ -21,12 +21,39 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
-from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
+from ornith_moe.quant.errors import BRIEF, CheckpointError, OrnithError, VerificationError, brief
 from ornith_moe.terminal import err, out, print_json, progress_bar, say, shown
 
+
+class BriefUsage(TyperGroup):
+    """Commands whose usage errors, which repeat what was typed, stay one readable line."""
+
+    def make_context(self, *arguments, **options):
+        with self._brief():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, *arguments, **options):  # makes the context of the command that was chosen
+        with self._brief():
+            return super().invoke(*arguments, **options)
+
+    @staticmethod
+    @contextmanager
+    def _brief() -> Iterator[None]:
+        try:
+            yield
+        except typer.BadParameter.__base__ as error:  # UsageError
+            error.message = shown(re.sub(rf"\S{{{BRIEF},}}", lambda word: brief(word[0]), error.message))
+            raise
+
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
+    cls=BriefUsage,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=(__doc__ or "").split("\n")[0],
 )
 
 

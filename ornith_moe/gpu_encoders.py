@@ -73,6 +73,8 @@ def gpu_encoders(device: str | torch.device) -> Encoders:
         >>> from ornith_moe.gpu_encoders import gpu_encoders                                          # doctest: +SKIP
         >>> convert(source, "out", ["gguf:Q4_K_M", "fp8-block"], encoders=gpu_encoders("cuda"))      # doctest: +SKIP
     """
+    import torch
+
     from ornith_moe.kernels.fp8_cast import quantize_fp8_block, quantize_fp8_channel  # Triton: where there is a GPU
     from ornith_moe.kernels.gguf_encode import ENCODED, encode, raise_if_set, upload
 

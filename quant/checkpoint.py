@@ -320,7 +320,7 @@ def _adapter_sentence(folder: Path) -> str:
 
 def _tensor_info(path: Path, name: str, entry: Any, payload: int) -> TensorInfo:
     def bad(expected: str) -> CheckpointError:
-        return CheckpointError(f"{path.name}: tensor {name[:200]!r}: expected {expected}, got {str(entry)[:200]}")
+        return CheckpointError(f"{path.name}: tensor {brief(name)}: expected {expected}, got {brief(entry)}")
 
     if not isinstance(entry, dict):
         raise bad("a JSON object")

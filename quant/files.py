@@ -91,7 +91,8 @@ def read_text(path: str | Path, *, limit: int, what: str = "a text file", **how:
         return raw.decode()
     except UnicodeDecodeError as problem:
         error = how.get("error", CheckpointError)
-        raise error(f"{path}: expected {what} in UTF-8, got another byte at {problem.start}") from None
+        in_utf8 = what if "UTF-8" in what else f"{what} in UTF-8"
+        raise error(f"{path}: expected {in_utf8}, got another byte at {problem.start}") from None
 
 
 def read_json(

@@ -24,7 +24,7 @@ from gguf import GGUFValueType as Type
 from gguf import Keys, TokenType
 
 from ornith_moe.quant.chat_templates import DEFAULT
-from ornith_moe.quant.errors import CheckpointError, PlanError, brief
+from ornith_moe.quant.errors import BRIEF, CheckpointError, PlanError, brief
 from ornith_moe.quant.gguf_header import Entry
 from ornith_moe.quant.special_tokens import special_entries
 from ornith_moe.quant.tokenizer_files import TokenizerFiles
@@ -132,7 +132,7 @@ def _pre_name(files: TokenizerFiles) -> str:
             patterns.append(step.get("type"))
     name = PRE_BY_PATTERN.get(patterns[0]) if len(patterns) == 1 and isinstance(patterns[0], str) else None
     if name is None:
-        shown = " then ".join(str(pattern)[:200] for pattern in patterns) or "none"
+        shown = " then ".join(str(pattern)[:BRIEF] for pattern in patterns) or "none"
         raise PlanError(
             f"{files.path}: llama.cpp's name for the pre-tokenizer {brief(shown)} is not known here; "
             "give the name of an equal one, for instance --tokenizer-pre qwen35"

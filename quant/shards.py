@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ornith_moe.quant.accounts import bare, some
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.tensor_names import is_mtp
 
 WHOLE = "model.safetensors"
@@ -80,8 +80,8 @@ def model_files(
         beside = f"; {some('file', unnamed)}, not in the index, so it may be of another save" if unnamed else ""
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shards)} shards named by the index are missing ("
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}){beside}; fetch or save shards and index "
-            f"of one model{MTP_ADVICE if only_mtp else ''}"
+            f"{', '.join(map(brief, missing[:3]))}{', ...' if len(missing) > 3 else ''}){beside}; fetch or save "
+            f"shards and index of one model{MTP_ADVICE if only_mtp else ''}"
         )
     return ModelFiles(shards, _others(present, shards), tuple(notes))
 

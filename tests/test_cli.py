@@ -141,7 +141,7 @@ def test_damage_is_exit_code_3(converted, tmp_path):
         (["convert", "{src}/nothing", "{out}", "--to", "bf16"], "expected a checkpoint folder"),
         (["convert", "{src}", "{out}", "--to", "fp8"], "expected one of fp8-channel"),
         (["convert", "{src}", "{src}", "--to", "bf16"], "is the source itself"),
-        (["convert", "{src}", "{src}/config.json", "--to", "bf16"], "found a file"),
+        (["convert", "{src}", "{src}/config.json", "--to", "bf16"], "expected a folder for the builds"),
         (["convert", "{src}", "/proc/nothing", "--to", "bf16"], "/proc/nothing"),
         (["convert", "{src}", "{out}", "--to", "bf16", "--max-memory", "10MB"], "max_memory"),
         (["convert", "ornith-1.0-9b", "{out}", "--to", "bf16"], "config without weights"),
@@ -173,6 +173,12 @@ def test_failures_are_one_sentence(moe, tmp_path, arguments, word):
 )  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments):
     ornith_moe(*arguments, code=2)
+
+
+@pytest.mark.parametrize("typed", [["plan", "a", "--mtp", "k" * 5000], ["k" * 5000], ["plan", "--" + "k" * 5000]])
+def test_wrong_usage_is_said_in_short(typed):
+    done = ornith_moe(*typed, code=2)
+    assert "kkk" in done.stderr and "..." in done.stderr and len(done.stderr) < 2000
 
 
 @pytest.mark.parametrize("size", ["9" * 400, "9" * 30 + "GiB", "1." + "0" * 400])

@@ -320,7 +320,7 @@ def test_text_is_a_file_of_bounded_size(tmp_path, monkeypatch):
     assert read_text(path) == "naïve" and len(read_text(None)) > 100_000
     monkeypatch.setattr("ornith_moe.compare.MAX_TEXT_BYTES", 5)
     for refused in (path, tmp_path, tmp_path / "absent", "/dev/null"):
-        with pytest.raises(CheckpointError, match="expected a text file in UTF-8 of at most 5 bytes"):
+        with pytest.raises(CheckpointError, match="expected a text file in UTF-8"):
             read_text(refused)
 
 

@@ -295,7 +295,7 @@ class Inputs:
             place = random.randrange(len(word) + 1)
             word = (
                 word[:place]
-                + random.choice(["/", "..", "@", "%2e", "\x1b", "\u202e", "\udcff", "é", "~", "*", " "])
+                + random.choice(["./", "..", "@", "%2e", "\x1b", "\u202e", "\udcff", "é", "~", "*", " "])
                 + word[place:]
             )
         if random.random() < 0.2:

@@ -91,7 +91,7 @@ def test_cache_reads_what_it_holds_and_writes_what_it_evicts():
 
 
 def test_total_adds_up_and_keeps_the_larger_bound():
-    launches = catalog.record("sm90", catalog.Pass("35B", 0, "fp8_channel", "weights"))
+    launches = catalog.record("sm90", catalog.Pass("35B", 0, "fp8_channel", "weights"))[::2]  # without those of a check
     reports = compile_launches([("sm90", launch) for launch in launches])
     first, second = estimate("sm90", zip(launches, reports, strict=True), np.zeros(256, int))
     both = total([first, second])

@@ -172,7 +172,7 @@ def test_what_is_written_is_read(tmp_path, entries):
 @pytest.mark.parametrize(("slab", "jobs"), [(1 << 14, 2), (1 << 25, 1)])
 def test_builds_hold_what_ggml_makes_of_each_expert(tmp_path, monkeypatch, moe, f32, imatrix, slab, jobs):
     """Every tensor, expert by expert with its own importance, whatever the slabs; V heads in GGUF order."""
-    monkeypatch.setattr(convert_module, "_slabs", lambda *limits: (jobs, slab))
+    monkeypatch.setattr(convert_module, "slabs", lambda *limits: (jobs, slab))
     report = convert(open_source(moe), tmp_path / "out", ["gguf:Q2_K", "gguf:Q4_K_S"], imatrix=imatrix)
     differs = 0
     for build in report.builds:
