@@ -289,8 +289,10 @@ _DISPATCH = use_experts_implementation(_Probe).forward.__code__  # of the forwar
 
 
 def _forward(module):
-    """The function that `module(...)` runs, seen through the hooks of accelerate and through torch.compile."""
+    """The function that `module(...)` runs, seen through accelerate, torch.compile and transformers' parallelism."""
     runs = getattr(module, "_old_forward", module.forward) if hasattr(module, "_hf_hook") else module.forward
+    if (getattr(runs, "__module__", None) or "").startswith("transformers.distributed."):
+        runs = type(module).forward  # which these wrappers run, between moving tokens to ranks and back
     runs = getattr(runs, "_torchdynamo_orig_callable", runs)
     runs = getattr(runs, "__func__", runs)
     return getattr(runs, "func", runs)  # of a partial
