@@ -5,6 +5,7 @@ multiply: weights, tokens and activations after quantize and dequantize by `orni
 gradient passing straight through each cast.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +15,28 @@ from ornith_moe.quant import fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
+
+
+class _ExactProducts:
+    """numpy for Triton's interpreter, whose products of BF16 and FP8 are summed in float64 and rounded once."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    @staticmethod
+    def matmul(a, b, dtype):
+        return (a.astype(np.float64) @ b.astype(np.float64)).astype(dtype)
+
+
+def exact_products(monkeypatch):
+    """Let equal bits in Triton's interpreter depend on the kernel alone.
+
+    The order in which np.matmul adds depends on the shape of its operands, and on the processor: without AVX-512 a row
+    has other last bits among fewer rows, and a product of swapped operands too.
+    """
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(interpreter, "np", _ExactProducts())
 
 
 def make_indices(kind, tokens, experts, top_k):

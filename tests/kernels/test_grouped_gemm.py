@@ -7,15 +7,13 @@ an equal order over K; that a GPU's matrix unit keeps its order for every tile i
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from moe_cases import DEVICE, OUTPUTS, Layer
+from moe_cases import DEVICE, OUTPUTS, Layer, exact_products
 from numeric import assert_same_bits
-from triton.runtime import interpreter
 
 from ornith_moe.kernels import arithmetic, grouped_gemm, grouped_wgrad, launch, moe
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
@@ -39,25 +37,10 @@ def run(layer, recipe, block_m, tile, monkeypatch):
     return dict(zip(OUTPUTS, (y, *moe.moe_backward(layer.dy, saved, experts, recipe=recipe)), strict=True))
 
 
-class _Exact:
-    """numpy for Triton's interpreter, whose products of BF16 and FP8 are summed in float64 and rounded once.
-
-    The order in which np.matmul adds depends on shape and processor: without AVX-512 a product of swapped operands has
-    other last bits, which says nothing of the kernel.
-    """
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    @staticmethod
-    def matmul(a, b, dtype):
-        return (a.astype(np.float64) @ b.astype(np.float64)).astype(dtype)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_full", "fp8_channel"])
 def test_a_tile_changes_no_bit(recipe, variant, monkeypatch):
-    monkeypatch.setattr(interpreter, "np", _Exact())
+    exact_products(monkeypatch)
     layer = Layer(45, 512, 256, 3, 2, dtype=torch.bfloat16, kind="skewed")
     block_m, options = VARIANTS[variant]
     expected = run(layer, recipe, 32, PLAIN, monkeypatch)
