@@ -1,5 +1,6 @@
 """How a sound JSON value or file becomes a hostile one: values nobody expects, in places taken at random."""
 
+import copy
 import json
 import struct
 from random import Random
@@ -20,8 +21,8 @@ def change(value, random: Random, most: int = 3):
                 break
             parent = parent[key]
         if key is None or not isinstance(parent, dict | list):
-            return random.choice(OTHERS)
-        new = random.choice(random.choice([NAMES, NUMBERS, OTHERS]))
+            return copy.deepcopy(random.choice(OTHERS))
+        new = copy.deepcopy(random.choice(random.choice([NAMES, NUMBERS, OTHERS])))
         match random.randrange(6):
             case 0:
                 del parent[key]
