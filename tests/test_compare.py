@@ -319,8 +319,13 @@ def test_text_is_a_file_of_bounded_size(tmp_path, monkeypatch):
     path.write_text("naïve", encoding="utf-8")
     assert read_text(path) == "naïve" and len(read_text(None)) > 100_000
     monkeypatch.setattr("ornith_moe.compare.MAX_TEXT_BYTES", 5)
-    for refused in (path, tmp_path, tmp_path / "absent", "/dev/null"):
-        with pytest.raises(CheckpointError, match="expected a text file in UTF-8"):
+    for refused, found in (
+        (path, r"a file of 6 bytes \(limit 5\)"),
+        (tmp_path, r"a folder of \d+ bytes \(limit 5\)"),
+        (tmp_path / "absent", "No such file"),
+        ("/dev/null", r"a device of 0 bytes \(limit 5\)"),
+    ):
+        with pytest.raises(CheckpointError, match=f"expected a text file in UTF-8, .*{found}"):
             read_text(refused)
 
 
