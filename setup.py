@@ -9,13 +9,15 @@ bare checkout see what an install has; the mapping below is what an install uses
 import re
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ornith_moe" / "__init__.py").read_text(encoding="utf-8")).group(1)
 ROOMS = ("kernels", "quant")  # root folders shipped as sub-packages of ornith_moe
 
-packages, package_dir = ["ornith_moe", "ornith_moe.cpu"], {"ornith_moe": "ornith_moe"}
+found = find_packages(str(ROOT / "ornith_moe"), exclude=["kernels*", "quant*"])
+packages = ["ornith_moe", *(f"ornith_moe.{name}" for name in found)]
+package_dir = {"ornith_moe": "ornith_moe"}
 for room in ROOMS:
     for name in ["", *find_namespace_packages(str(ROOT / room), exclude=["*__pycache__*"])]:
         package = ".".join(filter(None, ["ornith_moe", room, name]))

@@ -20,9 +20,9 @@ from shapes import MATRICES, SEARCHED
 
 import ornith_moe as om
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
+from ornith_moe.quant.codecs.gguf import DECODERS, ENCODERS
 from ornith_moe.quant.codecs.grids import GridCodec
-from ornith_moe.quant.gguf_codecs import DECODERS, ENCODERS
-from ornith_moe.quant.gguf_types import row_bytes
+from ornith_moe.quant.codecs.sizes import row_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 128

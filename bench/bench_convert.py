@@ -21,9 +21,9 @@ from report import best_seconds
 from shapes import CHECKPOINT, EXPERTS
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from ornith_moe.quant.convert import convert
-from ornith_moe.quant.source import open_source
-from ornith_moe.quant.verify import verify
+from ornith_moe.quant.conversion.convert import convert
+from ornith_moe.quant.source.weights import open_source
+from ornith_moe.quant.verification.verify import verify
 
 BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", "gguf:Q8_0")
 PRESET, EXPERTS_SHAPE = "ornith-1.0-35b", "35b"

@@ -31,8 +31,8 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 import ornith_moe as om
-from ornith_moe.cpu import Weights, moe_forward
-from ornith_moe.cpu.memory import release
+from ornith_moe.backend.cpu import Weights, moe_forward
+from ornith_moe.backend.cpu.memory import release
 from ornith_moe.fp8_weights import unchanged
 
 LONG_S = 0.3

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 import ornith_moe as om  # noqa: E402
-from ornith_moe.backend import RECIPES  # noqa: E402
+from ornith_moe.backend.choice import RECIPES  # noqa: E402
 
 SETTINGS = nano.Settings(
     steps=300,

@@ -14,9 +14,10 @@ import sys
 from dataclasses import asdict, replace
 from importlib.resources import files
 
-from ornith_moe.kernels import catalog, moe
-from ornith_moe.kernels.compile import compile_requests, specialize
-from ornith_moe.kernels.model import estimate, routing_counts, total
+from ornith_moe.kernels import moe
+from ornith_moe.kernels.examine import catalog
+from ornith_moe.kernels.examine.compile import compile_requests, specialize
+from ornith_moe.kernels.examine.model import estimate, routing_counts, total
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
 
 RECIPES = {"bf16": ("bf16",), "fp8": ("fp8", "fp8_full", "fp8_channel")}

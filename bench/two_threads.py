@@ -30,8 +30,8 @@ from report import cpu_name
 from shapes import SEARCHED
 
 import ornith_moe as om
+from ornith_moe.quant.codecs.gguf import ENCODERS
 from ornith_moe.quant.codecs.grids import GridCodec
-from ornith_moe.quant.gguf_codecs import ENCODERS
 
 SLABS = 8
 VISIT = 0.5  # seconds

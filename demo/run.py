@@ -45,9 +45,9 @@ from ornith_moe.compare import (
     perplexity,
     top1_agreement,
 )
-from ornith_moe.quant.convert import PARTIAL
+from ornith_moe.quant.conversion.convert import PARTIAL
 from ornith_moe.quant.errors import OrnithError
-from ornith_moe.quant.source import open_source
+from ornith_moe.quant.source.weights import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ("gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K_M", "gguf:Q4_K_M", "gguf:Q3_K_M", "gguf:Q2_K")

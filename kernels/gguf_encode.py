@@ -4,7 +4,7 @@
     Q4_K, Q5_K    value d * s * q - dmin * m      8 sub-blocks of 32, six bits for s and m
     Q6_K          value d * s * q                 16 sub-blocks of 16, int8 s
 
-The reference is `ornith_moe.quant.gguf_codecs` and through it ggml's C: these kernels give their bytes for any finite
+The reference is `ornith_moe.quant.codecs.gguf` and through it ggml's C: these kernels give their bytes for any finite
 rows. A K-quant takes three kernels: the best scale and minimum of every sub-block (`gguf_search`, a lane each, nearly
 all of the time); d, dmin, s and m of every super-block, a lane each; the codes from the rounded scales that a reader
 will see, elementwise. Between them travel five floats per sub-block, `fits`: scale and low, later d * s and dmin * m;
@@ -38,10 +38,10 @@ from ornith_moe.kernels.gguf_search import (
     values,
 )
 from ornith_moe.kernels.launch import launch, target
+from ornith_moe.quant.codecs.gguf import checked_imatrix
+from ornith_moe.quant.codecs.gguf import quantize_gguf as quantize_on_cpu
+from ornith_moe.quant.codecs.sizes import block_shape, row_bytes
 from ornith_moe.quant.fp8 import FLOATS
-from ornith_moe.quant.gguf_codecs import checked_imatrix
-from ornith_moe.quant.gguf_codecs import quantize_gguf as quantize_on_cpu
-from ornith_moe.quant.gguf_types import block_shape, row_bytes
 
 SUPER = tl.constexpr(256)  # values of a super-block
 _BEYOND = tl.constexpr(0x4E000000)  # 2^29, as the CPU has it: no fp16 * 128 * 32 is as large; NaN and Inf are above
@@ -330,7 +330,7 @@ def encode(x: torch.Tensor, type_name: str, importance: torch.Tensor | None = No
 
 
 def quantize_gguf(x: torch.Tensor, type_name: str, *, imatrix: np.ndarray | None = None) -> torch.Tensor:
-    """`ornith_moe.quant.gguf_codecs.quantize_gguf` on the GPU, byte for byte.
+    """`ornith_moe.quant.codecs.gguf.quantize_gguf` on the GPU, byte for byte.
 
     Args:
         x: ([..., K], float32, float16 or bfloat16), K a multiple of the type's block.

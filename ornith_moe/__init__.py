@@ -13,13 +13,13 @@ _HOME = {  # public name -> module that defines it
     "moe_mlp": "functional",
     "MoE": "layer",
     "MoEConfig": "layer",
-    "backends": "backend",
+    "backends": "backend.choice",
     "quantize_fp8_block": "quant.fp8",
     "quantize_fp8_channel": "quant.fp8",
     "quantize_fp8_tokens": "quant.fp8",
     "dequantize_fp8": "quant.fp8",
-    "quantize_gguf": "quant.gguf_codecs",
-    "dequantize_gguf": "quant.gguf_codecs",
+    "quantize_gguf": "quant.codecs.gguf",
+    "dequantize_gguf": "quant.codecs.gguf",
 }
 
 __all__ = ["__version__", *_HOME]

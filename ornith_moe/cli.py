@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
 it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
-and nothing else; how things are printed is ornith_moe/terminal.py.
+and nothing else; how things are printed is ornith_moe/command/terminal.py.
 The quantizing libraries are imported by the commands that need them, so `--help` and `plan` start at once.
 """
 
@@ -23,8 +23,8 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ornith_moe.command.terminal import err, out, print_json, progress_bar, say, shown
 from ornith_moe.quant.errors import BRIEF, CheckpointError, OrnithError, VerificationError, brief
-from ornith_moe.terminal import err, out, print_json, progress_bar, say, shown
 
 
 class BriefUsage(TyperGroup):
@@ -139,12 +139,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
-    from ornith_moe.quant.build_plan import plan_json
-    from ornith_moe.quant.builds import plan_build
+    from ornith_moe.quant.builds.layout import shard_tensors
+    from ornith_moe.quant.builds.names import build_name
+    from ornith_moe.quant.builds.plan import plan_json
+    from ornith_moe.quant.builds.planning import plan_build
     from ornith_moe.quant.errors import PlanError
-    from ornith_moe.quant.hub import open_any
-    from ornith_moe.quant.layout import shard_tensors
-    from ornith_moe.quant.names import build_name
+    from ornith_moe.quant.source.hub import open_any
 
     opened = open_any(source, mtp=mtp, name=name, config_only=True)
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
@@ -160,7 +160,7 @@ def plan(
         reasons = {build: str(error) for build, error in failed.items()}
         print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
     elif plans:
-        from ornith_moe.conversion_report import print_plans
+        from ornith_moe.command.conversion_report import print_plans
 
         print_plans(opened, plans, files)
     for error in failed.values():
@@ -199,11 +199,11 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint; the same command again goes on where it was."""
-    from ornith_moe.conversion_report import conversion_json, print_conversion
-    from ornith_moe.quant.convert import PARTIAL
-    from ornith_moe.quant.convert import convert as run
+    from ornith_moe.command.conversion_report import conversion_json, print_conversion
+    from ornith_moe.quant.conversion.convert import PARTIAL
+    from ornith_moe.quant.conversion.convert import convert as run
     from ornith_moe.quant.errors import BuildsFailed
-    from ornith_moe.quant.hub import open_any
+    from ornith_moe.quant.source.hub import open_any
 
     asked, importance = _asked(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     opened = open_any(source, mtp=mtp, name=name)
@@ -253,9 +253,9 @@ def imatrix(
     """Measure how much each column of each weight matters, for `convert --imatrix`, one layer in memory at a time."""
     from dataclasses import asdict
 
-    from ornith_moe.conversion_report import print_coverage
+    from ornith_moe.command.conversion_report import print_coverage
     from ornith_moe.imatrix import make_imatrix
-    from ornith_moe.quant.hub import open_any
+    from ornith_moe.quant.source.hub import open_any
 
     opened = open_any(source, mtp="drop")
     with progress_bar(counted=True) as progress:
@@ -274,12 +274,10 @@ def imatrix(
 
 def _asked(imatrix: Path | None, tensor_type, recipe: Path | None, embedding: str | None, output: str | None):
     """What the options ask of a GGUF: a recipe and an importance matrix, or None."""
-    from ornith_moe.quant.imatrix import open_imatrix
-    from ornith_moe.quant.recipe import parse_recipe
+    from ornith_moe.quant.gguf.imatrix import open_imatrix
+    from ornith_moe.quant.gguf.tensor_types import parse_recipe
 
-    asked = parse_recipe(
-        tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output
-    )
+    asked = parse_recipe(tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output)
     return asked, open_imatrix(imatrix) if imatrix else None
 
 
@@ -292,8 +290,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Hashes, names, shapes and error per role of a finished build."""
-    from ornith_moe.quant.verify import open_against, verification_json
-    from ornith_moe.quant.verify import verify as run
+    from ornith_moe.quant.verification.verify import open_against, verification_json
+    from ornith_moe.quant.verification.verify import verify as run
 
     opened = None if against is None else open_against(build, against)
     with progress_bar() as progress:
@@ -330,7 +328,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a file or folder holds, from its headers."""
-    from ornith_moe.quant.inspect import inspect as run
+    from ornith_moe.quant.verification.inspect import inspect as run
 
     found = run(path)
     if as_json:
@@ -392,7 +390,7 @@ def kernels(
     """Compile every GPU kernel of a layer ahead of time: registers, spills, matrix instructions, modelled time."""
     if find_spec("triton") is None:
         raise OrnithError("kernels: Triton, which compiles them, is not installed; pip install 'ornith-moe[triton]'")
-    from ornith_moe.kernels.catalog import ARCHS, catalog, layer_json, row_json
+    from ornith_moe.kernels.examine.catalog import ARCHS, catalog, layer_json, row_json
 
     archs = arch.split(",") if arch else ARCHS
     if unknown := [name for name in archs if name not in ARCHS]:
@@ -433,7 +431,7 @@ def _figure(number: float | None, form: str) -> str:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and which backend each op will use."""
-    from ornith_moe.doctor import WIDTH, as_lines, examine
+    from ornith_moe.command.doctor import WIDTH, as_lines, examine
 
     found = examine()
     if as_json:

@@ -303,9 +303,7 @@ class LlamaCpp:
         CheckpointError: llama.cpp cannot load the file.
     """
 
-    def __init__(
-        self, path: str | Path, *, context: int = 2048, listed: int | None = None, threads: int | None = None
-    ):
+    def __init__(self, path: str | Path, *, context: int = 2048, listed: int | None = None, threads: int | None = None):
         llama = _require("xllamacpp", "llama")
         self.path = Path(path)
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"

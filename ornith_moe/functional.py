@@ -9,7 +9,7 @@ Routing is not part of it (`ornith_moe.route`), and neither is the shared expert
 import torch
 
 from ornith_moe import ops, transforms
-from ornith_moe.backend import RECIPES, choose_backend
+from ornith_moe.backend.choice import RECIPES, choose_backend
 
 _FP8_INNER = 128  # rows of a block of gate_up_proj
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ornith_moe.quant.builds.storage import FP8Block, FP8Channel, Storage
+from ornith_moe.quant.conversion.pipeline import Encoders
 from ornith_moe.quant.errors import ConversionError, PlanError
-from ornith_moe.quant.pipeline import Encoders
-from ornith_moe.quant.storage import FP8Block, FP8Channel, Slab, Storage
+from ornith_moe.quant.source.slab import Slab
 
 if TYPE_CHECKING:  # a conversion on the CPU needs no torch, whose import takes longer than a small one
     import torch
@@ -43,7 +44,7 @@ def choose_device(request: str = "auto") -> tuple[str, str]:
         return "cpu", "no CUDA or ROCm driver is installed"
     import torch
 
-    from ornith_moe.backend import backends
+    from ornith_moe.backend.choice import backends
 
     triton = backends()["triton"]
     if triton.available and torch.cuda.is_available():

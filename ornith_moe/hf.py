@@ -36,7 +36,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, use_experts_implementation
 
-from ornith_moe.backend import choose_backend
+from ornith_moe.backend.choice import choose_backend
 from ornith_moe.functional import moe_mlp
 from ornith_moe.ops import is_opaque
 from ornith_moe.quant.fp8 import dequantize_fp8, roundtrip_fp8_tokens

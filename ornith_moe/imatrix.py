@@ -9,10 +9,10 @@ The layers are transformers' own classes in fp32, the weights come from our chec
 lie, so the model is never in memory: one layer is (its experts in the dtype of the checkpoint, widened one by one), and
 x lies on disk. Layers run layer by layer over all text, so each weight is read once.
 
-The file is llama-imatrix's (quant/imatrix.py): GGUF names, columns in GGUF order, so the input of DeltaNet's output
-projection is reordered as its columns are. As there, chunks of `ctx` tokens are independent, begin with the tokenizer's
-BOS where it has one, a rest of text is left out, and the head is left out unless asked for: its importance matrix does
-more harm than good (llama-imatrix's --process-output). MTP layers do not run and get no entry.
+The file is llama-imatrix's (quant/gguf/imatrix.py): GGUF names, columns in GGUF order, so the input of DeltaNet's
+output projection is reordered as its columns are. As there, chunks of `ctx` tokens are independent, begin with the
+tokenizer's BOS where it has one, a rest of text is left out, and the head is left out unless asked for: its
+importance matrix does more harm than good (llama-imatrix's --process-output). MTP layers do not run and get no entry.
 
 Sums are fp64, stored as fp32. Letters: T tokens, E experts, H hidden, K columns.
 """
@@ -32,14 +32,15 @@ import torch
 import torch.nn.functional as F
 
 from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, read_text
-from ornith_moe.quant.architectures.weight import GgufPlace
-from ornith_moe.quant.convert import peak_rss_bytes
+from ornith_moe.quant.conversion.convert import peak_rss_bytes
+from ornith_moe.quant.conversion.stream import Unit, read_unit
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.files import published, refuse_stray_links, scratch_file
-from ornith_moe.quant.gguf_types import EMBEDDING, FILE_TYPES, HEAD, tensor_types
-from ornith_moe.quant.imatrix import Coverage, write_imatrix
-from ornith_moe.quant.source import Source, weight_matrix
-from ornith_moe.quant.stream import Unit, read_unit
+from ornith_moe.quant.gguf.imatrix import Coverage, write_imatrix
+from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
+from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD
+from ornith_moe.quant.source.architectures.weight import GgufPlace
+from ornith_moe.quant.source.weights import Source, weight_matrix
 
 BATCH_TOKENS = 2048  # run at once
 SLAB_ROWS = 4096  # of the embedding, read at once
@@ -179,9 +180,7 @@ class _Model:
         model = self.source.architecture
         places = {weight.name: model.gguf_place(weight) for weight in self.source.weights}
         shapes = {place.name: place.shape for place in places.values() if place}
-        types, _ = tensor_types(
-            shapes.items(), FILE_TYPES["Q8_0"], layers=self.source.layers, experts=model.experts
-        )
+        types, _ = tensor_types(shapes.items(), FILE_TYPES["Q8_0"], layers=self.source.layers, experts=model.experts)
         wanted = {name for name, kind in types.items() if kind != "F32"} - {EMBEDDING, HEAD}
         return {name: place for name, place in places.items() if place and place.name in wanted}
 
@@ -218,9 +217,7 @@ class _Model:
                 for name, matrices, columns in members:
                     values, counts = sums.of(name, matrices, columns)
                     reached = int((counts > 0).sum())
-                    self.coverage.append(
-                        Coverage(name, "", matrices, reached, int(counts.min()), int(counts.max()))
-                    )
+                    self.coverage.append(Coverage(name, "", matrices, reached, int(counts.min()), int(counts.max())))
                     yield values, counts
                 del step
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ornith_moe.backend import NAMES, RECIPES
+from ornith_moe.backend.choice import NAMES, RECIPES
 from ornith_moe.functional import moe_mlp
 from ornith_moe.routing import Routing, fold_shared, route
 

@@ -29,7 +29,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ornith_moe import reference, routing_torch, transforms
+from ornith_moe import transforms
+from ornith_moe.backend import reference, routing_torch
 from ornith_moe.fp8_weights import FP8Weights, quantized_weights, turned_weights
 
 _SCHEMAS = {
@@ -71,13 +72,13 @@ def _moe_mlp(
     pre = row_to_slot = offsets = a_scale = None
     with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
         if backend == "triton":
-            from ornith_moe import gpu  # each is imported where it is used: one needs Triton, the other numba
+            from ornith_moe.backend import triton as gpu  # imported where it is used: one needs Triton, one numba
 
             y, pre, a_scale = gpu.moe_forward(
                 x, indices, weights, *sides, recipe=recipe, save=save, batch_invariant=batch_invariant
             )
         elif backend == "cpu":
-            from ornith_moe import cpu
+            from ornith_moe.backend import cpu
 
             sides = [cpu.Weights(w.q, w.scale) for w in sides]
             y, saved = cpu.moe_forward(x, indices, weights, *sides, recipe=recipe, save=save)
@@ -145,14 +146,14 @@ def _moe_mlp_backward(
     wants, grad_dtypes = tuple(wants), (gate_up_dtype, down_dtype)
     with torch.autocast(dy.device.type, enabled=False):
         if backend == "triton":
-            from ornith_moe import gpu
+            from ornith_moe.backend import triton as gpu
 
             gradients = gpu.moe_backward(
                 dy, x, indices, weights, pre, a_scale if len(a_scale) else None, *sides, recipe=recipe, wants=wants,
                 grad_dtypes=grad_dtypes, batch_invariant=batch_invariant,
             )  # fmt: skip
         elif backend == "cpu":
-            from ornith_moe import cpu
+            from ornith_moe.backend import cpu
 
             sides = [cpu.Weights(w.q, w.scale) for w in sides]
             saved = cpu.Saved(pre, row_to_slot, offsets)

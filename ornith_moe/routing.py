@@ -21,7 +21,7 @@ Two losses can come with it, in the form that transformers gives them for one la
 
 Counts are constants there; balanced experts give top_k. Both backends return the sums over tokens, so the formulas
 stand here once. The operator is `ornith::route` (`ornith_moe.ops`), computed by `ornith_moe.kernels.routing` on a GPU
-and elsewhere by `ornith_moe.routing_torch`, which defines what both give.
+and elsewhere by `ornith_moe.backend.routing_torch`, which defines what both give.
 
 Letters: T tokens, E experts, top_k experts per token.
 Sources: Shazeer et al. 2017 (top-k gating); DeepSeek-V3 report, section 2.1.2 (bias and groups); the Qwen3.5 router;
@@ -32,8 +32,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ornith_moe import ops, routing_torch, transforms
-from ornith_moe.backend import choose_backend
+from ornith_moe import ops, transforms
+from ornith_moe.backend import routing_torch
+from ornith_moe.backend.choice import choose_backend
 
 
 @dataclass(frozen=True)

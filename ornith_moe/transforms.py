@@ -9,8 +9,9 @@ know:
     jvp, jacfwd, hessian, linearize, duals  refused: there is no formula for a tangent
     a gradient of a gradient                refused, as everywhere
 
-What is refused works with `ornith_moe.reference.moe_mlp_reference`. `ornith_moe.route` needs none of this: there the
-torch code of `ornith_moe.routing_torch` takes the place of the operator, and it can be differentiated in every way.
+What is refused works with `ornith_moe.backend.reference.moe_mlp_reference`. `ornith_moe.route` needs none
+of this: there the torch code of `ornith_moe.backend.routing_torch` takes the place of the operator, and it can be
+differentiated in every way.
 """
 
 import torch
@@ -26,14 +27,14 @@ def once(ctx, *_):
     """The gradient of a backward operator."""
     raise RuntimeError(
         "moe_mlp: its gradient cannot be differentiated again, got create_graph=True or a second backward; "
-        "use create_graph=False, or ornith_moe.reference.moe_mlp_reference where a second derivative is needed"
+        "use create_graph=False, or ornith_moe.backend.reference.moe_mlp_reference where a second derivative is needed"
     )
 
 
 def no_tangent(ctx, *_):
     raise RuntimeError(
         "moe_mlp: it has no forward-mode derivative, got a tangent (jvp, jacfwd, hessian, linearize or a dual tensor); "
-        "use grad, vjp or jacrev, or ornith_moe.reference.moe_mlp_reference where a tangent is needed"
+        "use grad, vjp or jacrev, or ornith_moe.backend.reference.moe_mlp_reference where a tangent is needed"
     )
 
 

@@ -16,7 +16,7 @@ from fixtures import QWEN35_REGEX, QWEN_TEMPLATE
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
-from ornith_moe.quant.architectures import architecture
+from ornith_moe.quant.source.architectures import architecture
 
 SEED = 7  # torch rounds -exp(A_log) correctly in all 84 values, as it does in 99 of 100
 QWEN_ROWS = 320  # more than tokens

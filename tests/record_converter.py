@@ -1,6 +1,6 @@
 """Run llama.cpp's converter on the models of converter_models.py and record what it writes, as hashes.
 
-    python tests/record_converter.py LLAMA_CPP > tests/quant/converter.json
+    python tests/record_converter.py LLAMA_CPP > tests/quant/gguf/converter.json
 
 LLAMA_CPP: the folder with convert_hf_to_gguf.py and gguf-py, for instance vendor/llama.cpp in the unpacked sdist of
 llama-cpp-python 0.3.36, which the recorded file is from; nothing of it is built. transformers of requirements.txt is

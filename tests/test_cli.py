@@ -15,8 +15,8 @@ import gguf
 import numpy as np
 import pytest
 
-from ornith_moe.quant.publish import MANIFEST
-from ornith_moe.terminal import shown
+from ornith_moe.command.terminal import shown
+from ornith_moe.quant.conversion.publish import MANIFEST
 
 PLAN_KEYS = {"build", "tensors", "tensor_bytes", "files", "fallbacks", "max_tensor_parallel"}
 
@@ -49,7 +49,7 @@ def test_plan_of_a_config(tmp_path):
     from importlib import resources
 
     config = tmp_path / "ornith-1.0-35b.json"
-    config.write_bytes(resources.files("ornith_moe.quant").joinpath("presets/ornith-1.0-35b.json").read_bytes())
+    config.write_bytes(resources.files("ornith_moe.quant.source").joinpath("presets/ornith-1.0-35b.json").read_bytes())
     found = json.loads(ornith_moe("plan", config, "--to", "fp8-channel", "--to", "gguf:Q4_K_M", "--json").stdout)
     channel, q4 = found["builds"]
     assert channel.keys() >= PLAN_KEYS
@@ -196,7 +196,7 @@ def test_a_reader_that_has_gone_is_no_failure(converted, options):
 
 SLOW_CONVERSION = """
 import time
-import ornith_moe.quant.pipeline as module
+import ornith_moe.quant.conversion.pipeline as module
 from ornith_moe.cli import main
 read, units = module.read_unit, []
 def slow(*arguments):
@@ -210,7 +210,7 @@ main()
 """
 SLOW_PLAN = """
 import time
-import ornith_moe.quant.hub as module
+import ornith_moe.quant.source.hub as module
 from ornith_moe.cli import main
 module.open_any = lambda *arguments, **options: (print("ready", flush=True), time.sleep(60))
 main()

@@ -29,9 +29,9 @@ from ornith_moe.compare import (
     read_text,
     top1_agreement,
 )
-from ornith_moe.quant.convert import convert
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
-from ornith_moe.quant.source import open_source
+from ornith_moe.quant.source.weights import open_source
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`moe_mlp` on the backends, recipe by recipe, against `ornith_moe.reference` in float64 (tests/test_reference.py).
+"""`moe_mlp` on the backends, recipe by recipe, against the reference in float64 (tests/backend/test_reference.py).
 
 triton runs in the interpreter where there is no GPU. Its own tests are in test_gpu.py and tests/kernels, those of the
 operator in test_ops.py. Not covered: speed, and the accuracy of bf16 GEMMs where torch accumulates in bf16.
@@ -11,7 +11,7 @@ from moe_cases import choose
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference, sqnr_db
 
 import ornith_moe as om
-from ornith_moe.reference import moe_mlp_reference
+from ornith_moe.backend.reference import moe_mlp_reference
 
 T, E, H, I, TOP_K = 63, 7, 40, 24, 3
 NAMES = ("x", "weights", "gate_up_proj", "down_proj")

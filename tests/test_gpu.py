@@ -1,4 +1,4 @@
-"""ornith_moe/gpu.py: the kernels below the operator, from router logits to the loss and back.
+"""ornith_moe/backend/triton.py: the kernels below the operator, from router logits to the loss and back.
 
 References: float64 torch (softmax, top-k, loop over experts) under autograd; for the number of casts, a count of calls.
 Without a GPU the kernels run in Triton's interpreter. The kernels' own tests are in tests/kernels.

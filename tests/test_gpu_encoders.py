@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ornith_moe import gpu_encoders as module
-from ornith_moe.doctor import examine
+from ornith_moe.command.doctor import examine
 from ornith_moe.gpu_encoders import choose_device, gpu_encoders
 from ornith_moe.kernels import gguf_encode
-from ornith_moe.quant.convert import convert
+from ornith_moe.quant.builds.storage import FP8Block, FP8Channel, Gguf
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import ConversionError, PlanError
-from ornith_moe.quant.source import open_source
-from ornith_moe.quant.storage import FP8Block, FP8Channel, Gguf, Slab
+from ornith_moe.quant.source.slab import Slab
+from ornith_moe.quant.source.weights import open_source
 
 # Infinities and NaNs inside the interpreter's numpy, where a GPU has them too
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

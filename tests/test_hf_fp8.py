@@ -1,6 +1,6 @@
 """Experts stored in FP8 (transformers' FP8Experts) under `ornith` and `ornith_fp8`.
 
-References: `ornith_moe.reference` on the same q and scale, and plain torch on weights dequantized beforehand.
+References: `ornith_moe.backend.reference` on the same q and scale, and plain torch on weights dequantized beforehand.
 transformers itself computes FP8 experts on GPUs only, so its result is no reference here; modules are its own class,
 and the model of the training test is made by its own replacement of experts. Not covered: loading a checkpoint as FP8,
 which transformers does on GPUs only.
@@ -17,8 +17,8 @@ from transformers.integrations.moe import use_experts_implementation
 
 import ornith_moe as om
 import ornith_moe.hf
+from ornith_moe.backend.reference import moe_mlp_reference
 from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block
-from ornith_moe.reference import moe_mlp_reference
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from ornith_moe import imatrix as module
 from ornith_moe.compare import encode
 from ornith_moe.imatrix import make_imatrix
-from ornith_moe.quant.convert import convert
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
-from ornith_moe.quant.imatrix import open_imatrix
-from ornith_moe.quant.source import open_source
+from ornith_moe.quant.gguf.imatrix import open_imatrix
+from ornith_moe.quant.source.weights import open_source
 
 CTX, CHUNKS = 32, 6
 KINDS = {

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import ornith_moe as om
-from ornith_moe import cpu, fp8_weights, ops, reference
+from ornith_moe import fp8_weights, ops
+from ornith_moe.backend import cpu, reference
 
 T, E, H, I, TOP_K = 21, 5, 40, 128, 2
 BACKENDS = ("cpu", "reference", "triton")

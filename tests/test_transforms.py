@@ -11,7 +11,7 @@ from torch.autograd import functional as classic
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import ornith_moe as om
-from ornith_moe.reference import moe_mlp_reference
+from ornith_moe.backend.reference import moe_mlp_reference
 
 T, E, H, I, TOP_K = 6, 3, 16, 8, 2
 
@@ -121,7 +121,7 @@ class TestExperts:
         if transform in GIVEN:
             assert_close("moe_mlp", take(of(om.moe_mlp), operands[place]), expected, 1e-5)
         else:
-            with pytest.raises(RuntimeError, match=r"moe_mlp: .*ornith_moe.reference.moe_mlp_reference"):
+            with pytest.raises(RuntimeError, match=r"moe_mlp: .*ornith_moe.backend.reference.moe_mlp_reference"):
                 take(of(om.moe_mlp), operands[place])
 
     def test_a_batch_of_routings(self, operands, indices):

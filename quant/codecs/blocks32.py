@@ -34,8 +34,8 @@ from ornith_moe.quant.codecs.lanes import (
     store,
 )
 from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
+from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack, unpack
-from ornith_moe.quant.gguf_types import block_shape
 
 BLOCK = 32
 HALF = np.float32(0.5)

@@ -18,9 +18,9 @@ from fixtures import QWEN_TEMPLATE, qwen_tokenizer
 from fuzz.change import NAMES, NUMBERS, change, damaged, written
 from gguf import GGUFValueType as Type
 
-from ornith_moe.quant.convert import PARTIAL
-from ornith_moe.quant.gguf_header import Entry, gguf_header, padded
-from ornith_moe.quant.source import source_from_config
+from ornith_moe.quant.conversion.convert import PARTIAL
+from ornith_moe.quant.gguf.header import Entry, gguf_header, padded
+from ornith_moe.quant.source.weights import source_from_config
 
 CONFIG = {
     "model_type": "qwen3_5_moe_text",

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ornith_moe.kernels import fp8_cast
-from ornith_moe.kernels.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 from ornith_moe.kernels.launch import recording
 from ornith_moe.quant import fp8
 

@@ -1,4 +1,4 @@
-"""kernels/gguf_encode.py against ggml's C and quant/gguf_codecs.py, byte for byte.
+"""kernels/gguf_encode.py against ggml's C and quant/codecs/gguf.py, byte for byte.
 
 References: ggml_quantize_chunk of xllamacpp, and our CPU encoders, on the kinds of weights and importance that those
 are tested on. Without a GPU the kernels run in Triton's interpreter, which shows the arithmetic as
@@ -23,11 +23,11 @@ import triton.language as tl
 from codec_cases import FEW, IMPORTANCE, WEIGHTS
 
 from ornith_moe.kernels import gguf_encode
-from ornith_moe.kernels.compile import PROCESSORS, compile_requests, specialize
+from ornith_moe.kernels.examine.compile import PROCESSORS, compile_requests, specialize
 from ornith_moe.kernels.gguf_encode import ENCODED, quantize_gguf
 from ornith_moe.kernels.gguf_search import nearest
 from ornith_moe.kernels.launch import recording
-from ornith_moe.quant import gguf_codecs
+from ornith_moe.quant.codecs import gguf as gguf_codecs
 from ornith_moe.quant.errors import ConversionError
 
 # Infinities and NaNs inside the interpreter's numpy, where a GPU has them too

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ornith_moe.kernels.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.plan import build_plan, max_tiles, plan_reference
 

@@ -12,7 +12,7 @@ from numeric import assert_close, assert_same_bits
 pytest.importorskip("triton", reason="triton is not installed")
 
 import ornith_moe as om
-from ornith_moe.kernels.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.routing import route_backward, route_forward
 

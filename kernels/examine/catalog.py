@@ -1,0 +1,220 @@
+"""Every kernel of a layer at the shapes of our models: what it compiles to on each target, and what it is modelled at.
+
+    rows, layers = catalog(["sm90"])        the tables of `ornith-moe kernels`
+
+The launches are recorded from `route_forward`, `moe_forward`, `moe_backward`, the casts of the weights and the GGUF
+encoders, with meta tensors: nobody keeps a list of them. Launches that specialize alike are compiled once, whatever
+asks for them. The encoders' searches are bound by instructions in loops that the model does not count, so they have no
+modelled time.
+
+A row is one kernel of one pass: if the pass starts it several times (strips of the down projection), bytes and time are
+those of all its launches. Two passes that differ in nothing for a kernel share its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ornith_moe.kernels import fp8_cast, gguf_encode, moe, routing
+from ornith_moe.kernels.examine.compile import PROCESSORS, Report, compile_requests, specialize
+from ornith_moe.kernels.examine.model import DEVICES, Estimate, Shape, bound_us, estimate, routing_counts, total
+from ornith_moe.kernels.grouped_gemm import Weights
+from ornith_moe.kernels.launch import Launch, recording
+
+SHAPES = {
+    "35B": Shape("Qwen3.5 35B", experts=256, top_k=8, hidden=2048, inner=512),
+    "397B": Shape("Qwen3.5 397B", experts=512, top_k=10, hidden=4096, inner=1024),
+}
+ARCHS = tuple(PROCESSORS)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One direction of one layer ("forward", "backward"), the casts of its weights ("weights"), or the encoding of its
+    gate_up as GGUF ("encode", the recipe is the type)."""
+
+    model: str
+    tokens: int
+    recipe: str
+    direction: str
+
+    @property
+    def shape(self) -> str:
+        s = SHAPES[self.model]
+        tokens = f"T={self.tokens} " if self.tokens else ""
+        return f"{s.name}: {tokens}E={s.experts} top_k={s.top_k} H={s.hidden} I={s.inner}"
+
+
+def passes() -> list[Pass]:
+    """What `ornith-moe kernels` shows: all recipes at 8192 tokens, and the sizes that take other tiles."""
+    found = [Pass("35B", 0, recipe, "weights") for recipe in ("fp8_full", "fp8_channel")]
+    found += [Pass("35B", 0, name, "encode") for name in gguf_encode.ENCODED]
+    for model, tokens, recipes in (
+        ("35B", 8192, ("fp8", "bf16", "fp8_full", "fp8_channel")),
+        ("35B", 64, ("fp8", "bf16")),
+        ("35B", 32768, ("fp8", "bf16")),
+        ("397B", 8192, ("fp8", "bf16")),
+    ):
+        found += [Pass(model, tokens, recipe, way) for recipe in recipes for way in ("forward", "backward")]
+    return found
+
+
+def record(arch: str, which: Pass) -> list[Launch]:
+    """The launches of a pass, in order."""
+    s, fp8 = SHAPES[which.model], which.recipe != "bf16"
+    t, meta = which.tokens, {"device": "meta"}
+
+    def experts(n: int, k: int) -> Weights:
+        if not fp8:
+            return Weights(torch.empty(s.experts, n, k, dtype=torch.bfloat16, **meta))
+        scale = (n, 1) if which.recipe == "fp8_channel" else (-(-n // 128), -(-k // 128))
+        value = torch.empty(s.experts, n, k, dtype=torch.float8_e4m3fn, **meta)
+        return Weights(value, torch.empty(s.experts, *scale, **meta))
+
+    with recording(arch) as launches:
+        if which.direction == "weights":
+            for n, k in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
+                weight = torch.empty(s.experts, n, k, dtype=torch.bfloat16, **meta)
+                if which.recipe == "fp8_channel":
+                    _kept(weight, (1, None), fp8_cast.quantize_fp8_channel(weight))
+                else:
+                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block(weight))
+                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block_both(weight))
+            return launches
+        if which.direction == "encode":
+            rows = torch.empty(s.experts * 2 * s.inner, s.hidden, dtype=torch.bfloat16, **meta)
+            gguf_encode.encode(rows, which.recipe)
+            if which.recipe != "Q8_0":
+                gguf_encode.encode(rows, which.recipe, torch.empty(s.experts, s.hidden, **meta))
+            return launches
+        x = torch.empty(t, s.hidden, dtype=torch.bfloat16, **meta)
+        logits = torch.empty(t, s.experts, **meta)
+        indices, weights, _, _, _ = routing.route_forward(logits, s.top_k)
+        layer = moe.Experts(experts(2 * s.inner, s.hidden), experts(s.hidden, s.inner))
+        if which.recipe == "fp8_full":
+            layer = moe.Experts(layer.gate_up, layer.down, experts(s.hidden, 2 * s.inner), experts(s.inner, s.hidden))
+        _, saved = moe.moe_forward(x, indices, weights, layer, recipe=which.recipe, save=True)
+        if which.direction == "backward":
+            launches.clear()
+            _, dweights, _, _ = moe.moe_backward(torch.empty_like(x), saved, layer, recipe=which.recipe)
+            routing.route_backward(logits, indices, weights, dweights)
+    return launches
+
+
+def _kept(weight: torch.Tensor, block: tuple[int, int | None], copy: tuple[torch.Tensor, ...]) -> None:
+    """The check of a copy that is kept; its model is that of a weight which has changed throughout."""
+    experts = torch.empty(len(weight), dtype=torch.bool, device="meta")
+    copy = (*copy, None, None)[:4]
+    fp8_cast.quantize_fp8_experts(weight, *copy, experts, fp8_cast.new_digests(weight, block), block=block)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel of a pass on one target: compiled and modelled."""
+
+    arch: str
+    which: Pass
+    kernel: str
+    launch: Launch
+    report: Report
+    estimate: Estimate
+
+
+def compiled(
+    pairs: Sequence[tuple[str, Pass]], progress: Callable[[str, int, int], None] | None = None
+) -> dict[tuple[str, Pass], list[tuple[Launch, Report]]]:
+    """The launches of each (arch, pass) with their reports."""
+    recorded = {pair: record(*pair) for pair in pairs}
+    requests = {pair: [specialize(pair[0], launch) for launch in launches] for pair, launches in recorded.items()}
+    reports = iter(compile_requests([r for found in requests.values() for r in found], progress=progress))
+    return {pair: [(launch, next(reports)) for launch in launches] for pair, launches in recorded.items()}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Forward and backward of a layer on one target, modelled, beside the least time that a forward can take."""
+
+    arch: str
+    which: Pass
+    forward: Estimate
+    backward: Estimate
+    bound_us: float
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward, without recomputation or padding."""
+        s = SHAPES[self.which.model]
+        return 18 * self.which.tokens * s.top_k * s.hidden * s.inner
+
+
+def catalog(
+    archs: Sequence[str], progress: Callable[[str, int, int], None] | None = None
+) -> tuple[list[Row], list[Layer]]:
+    """A row for each kernel of `passes()` on each target, and the sums of each layer."""
+    rows, layers, seen, forward = [], [], set(), {}
+    for (arch, which), launches in compiled([(a, p) for a in archs for p in passes()], progress).items():
+        shape = SHAPES[which.model]
+        estimates = estimate(arch, launches, routing_counts(shape, which.tokens))
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, (launch, report) in enumerate(launches):
+            groups.setdefault((launch.label, id(report)), []).append(i)
+        for (label, code), members in groups.items():
+            sum_of = total([estimates[i] for i in members])
+            key = arch, which.model, which.tokens, label, code, sum_of.bytes
+            if key not in seen:
+                seen.add(key)
+                rows.append(Row(arch, which, label, *launches[members[0]], sum_of))
+        layer = arch, which.model, which.tokens, which.recipe
+        if which.direction == "forward":
+            forward[layer] = total(estimates)
+        elif which.direction == "backward":
+            bound = bound_us(DEVICES[arch], shape, which.tokens, fp8=which.recipe != "bf16")
+            layers.append(Layer(arch, which, forward[layer], total(estimates), bound))
+    return rows, layers
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    """A row of `ornith-moe kernels --json`."""
+    report, e = row.report, row.estimate
+    modelled = row.which.direction != "encode"
+    return {
+        "kernel": row.kernel,
+        "shape": row.which.shape,
+        "arch": row.arch,
+        "device": DEVICES[row.arch].name,
+        "recipe": row.which.recipe,
+        "pass": row.which.direction,
+        "registers": report.registers,
+        "spills": report.spills,
+        "shared_bytes": report.shared_bytes,
+        "matrix_instructions": report.matrix_instructions,
+        "tma": report.tma,
+        "occupancy": report.occupancy,
+        "hot_loop_instructions": report.loop.instructions if report.loop else None,
+        "launches": e.launches,
+        "modelled_us": e.us if modelled else None,
+        "bound": e.bound if modelled else "instructions",
+        "bytes": e.bytes,
+        "share_of_limit": e.share_of_limit if modelled else None,
+    }
+
+
+def layer_json(layer: Layer) -> dict[str, Any]:
+    """One of the `layers` of `ornith-moe kernels --json`: a whole forward and backward, router and plan included."""
+    both = layer.forward.us + layer.backward.us
+    return {
+        "arch": layer.arch,
+        "device": DEVICES[layer.arch].name,
+        "shape": layer.which.shape,
+        "recipe": layer.which.recipe,
+        "modelled_forward_us": layer.forward.us,
+        "modelled_backward_us": layer.backward.us,
+        "optimistic_forward_us": layer.forward.optimistic_us,
+        "bound_forward_us": layer.bound_us,
+        "share_of_bound": layer.bound_us / layer.forward.us,
+        "modelled_tflop_s": layer.flops / both / 1e6,
+    }

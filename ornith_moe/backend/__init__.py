@@ -1,0 +1,1 @@
+"""Implementations of the routed experts: Triton, CPU, reference; and which one computes what."""

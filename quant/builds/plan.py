@@ -1,0 +1,104 @@
+"""What a build is before anything is written: its tensors, how weights become them, and what a user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ornith_moe.quant.builds.storage import Part, Storage
+from ornith_moe.quant.fallbacks import Fallback
+from ornith_moe.quant.gguf.imatrix import Coverage
+from ornith_moe.quant.source.architectures.weight import GgufPlace
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One weight into one build: how it is stored, the output tensor of each part, and where it begins there."""
+
+    weight: int  # index into the source's weights
+    storage: Storage
+    parts: tuple[Part, ...]
+    tensors: tuple[int, ...]  # index of each part's tensor in `BuildPlan.tensors`
+    row: int = 0  # first row of this weight in the first tensor, in weight rows
+    place: GgufPlace | None = None  # transforms on the way; None: as it is
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of a build. `dtype` is a safetensors dtype or a GGUF type; `shape` in Hugging Face order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    constant: tuple[float, ...] = ()  # F32 values of a tensor that no weight gives
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype not in ("F32", "F16", "BF16")
+
+
+@dataclass
+class BuildPlan:
+    """Everything about a build that headers alone decide."""
+
+    build: str
+    tensors: list[OutputTensor] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    fallbacks: list[Fallback] = field(default_factory=list)  # weights without the storage the build is named after
+    notes: list[str] = field(default_factory=list)
+    warning: str = ""  # what a user must know before all else
+    max_tensor_parallel: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # quantization_config of a safetensors build
+    coverage: list[Coverage] = field(default_factory=list)  # of the tensors encoded with importance
+    metadata: dict[str, str | int] = field(default_factory=dict)  # more keys of a GGUF
+    kept: frozenset[int] = frozenset()  # weights that hold a NaN or an infinity and may
+    non_finite: list[str] = field(default_factory=list)  # the tensors these are in
+    needs_imatrix: list[str] = field(default_factory=list)  # tensors of a type that is noise without importance
+
+    @property
+    def all_notes(self) -> list[str]:
+        return [*filter(None, [self.warning]), *self.notes]
+
+    @property
+    def types(self) -> dict[str, str]:
+        """{tensor: dtype}"""
+        return {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.build.startswith("gguf:")
+
+    @property
+    def file_type(self) -> str:
+        return self.build.removeprefix("gguf:")
+
+
+def plan_json(plan: BuildPlan, files: int) -> dict[str, Any]:
+    """A plan as `ornith-moe plan --json` prints it."""
+    return {
+        "build": plan.build,
+        "tensors": len(plan.tensors),
+        "tensor_bytes": plan.tensor_bytes,
+        "files": files,
+        "fallbacks": plan.fallbacks,
+        "max_tensor_parallel": plan.max_tensor_parallel,
+        "notes": plan.all_notes,
+        "imatrix": [asdict(found) for found in plan.coverage],
+    }
+
+
+def iterate_dtypes(plan: BuildPlan) -> Iterator[tuple[str, int, int]]:
+    """(dtype, tensors, bytes) of a build, largest first."""
+    totals: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        count = totals.setdefault(tensor.dtype, [0, 0])
+        count[0] += 1
+        count[1] += tensor.nbytes
+    for dtype, (tensors, size) in sorted(totals.items(), key=lambda item: -item[1][1]):
+        yield dtype, tensors, size

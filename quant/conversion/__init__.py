@@ -1,0 +1,1 @@
+"""From a source to its builds in one pass: slabs, journal, resumption, publication."""

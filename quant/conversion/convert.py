@@ -1,0 +1,266 @@
+"""Convert a checkpoint into any number of builds in one pass over it.
+
+    plan -> check -> reserve -> stream -> read back -> rename
+
+Every build is planned and laid out from headers; disk space is checked and the files reserved at their final size in
+`OUT/.ornith-partial/`; each slab of the source is read once, encoded for every build and written in place; then every
+byte is read back and compared with the digest taken when it was encoded. Only then do the files get their final names,
+so what carries a final name is complete. A run that dies leaves its partial folder; the same call goes on after the
+last journalled slab and gives the same bytes as an undisturbed run, whatever the slab size or the number of jobs. A
+build that cannot be made, by its plan or by its values, costs the others nothing.
+
+Memory is bounded by slabs, not by tensors: jobs * slab_bytes * about 8, on top of the interpreter and its libraries.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
+from ornith_moe.quant.builds.names import build_name
+from ornith_moe.quant.builds.underflow import underflow_notes
+from ornith_moe.quant.conversion.journal import Head, Journal
+from ornith_moe.quant.conversion.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
+from ornith_moe.quant.conversion.prepare import Wishes, check_space, numbered, place_all, slabs
+from ornith_moe.quant.conversion.publish import finish, publish, underflow
+from ornith_moe.quant.conversion.remedies import why_failed
+from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
+from ornith_moe.quant.conversion.scan import non_finite_weights
+from ornith_moe.quant.conversion.stream import units
+from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError
+from ornith_moe.quant.fallbacks import Fallback
+from ornith_moe.quant.files import own_folder
+from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
+from ornith_moe.quant.gguf.tensor_types import Recipe
+from ornith_moe.quant.source.weights import Source
+
+PARTIAL = ".ornith-partial"
+NON_FINITE = ("error", "keep-bf16")
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    build: str
+    path: Path
+    tensors: int
+    tensor_bytes: int
+    files: int
+    seconds: float  # of the whole pass: builds are made side by side
+    fallbacks: tuple[Fallback, ...]
+    notes: tuple[str, ...]
+    coverage: tuple[Coverage, ...]  # by the importance matrix
+    warning: str = ""  # the first note, where a user must know it before all else
+    underflow: Mapping[str, int] = field(default_factory=dict)  # {tensor: weights too small for its scales, and lost}
+    was_finished: bool = False  # before this run, which left it as it is
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    builds: tuple[BuildReport, ...]
+    bytes_read: int
+    peak_rss_bytes: int
+    resumed_units: int
+    failed: Mapping[str, str] = field(default_factory=dict)  # {build: why it cannot be made}
+
+
+def convert(
+    source: Source,
+    out: str | Path,
+    builds: Sequence[str],
+    *,
+    jobs: int | None = None,
+    max_memory: int = 2 << 30,
+    restart: bool = False,
+    resume: bool = True,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    tokenizer_pre: str | None = None,
+    recipe: Recipe | None = None,
+    imatrix: Imatrix | None = None,
+    non_finite: str = "error",
+    encoders: Encoders | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write `builds` of `source` into the folder `out`.
+
+    An unfinished conversion of the same source, builds and options goes on; builds that are finished stay as they are.
+
+    Args:
+        source: an opened checkpoint, `open_source(folder)`.
+        out: folder for the builds, made if needed: `fp8-channel/`, `fp8-block/`, `bf16/`, `<name>-<TYPE>.gguf`.
+        builds: names as in `plan_build`.
+        jobs: threads; default all cores that max_memory has room for.
+        max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
+        restart: drop what an unfinished conversion has left in `out`, and begin anew.
+        resume: of earlier versions; going on goes without saying.
+        tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
+        recipe: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
+        non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
+            tensors that hold one unquantized, with what is fused with them.
+        encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
+        progress: called with phase ("scan", "convert", "check"), bytes done and bytes in all; with ("compile", 0, 0)
+            whenever machine code of a codec is made, which costs seconds once on a machine.
+    Returns:
+        ConversionReport.
+    Raises:
+        CheckpointError, PlanError: before anything is written.
+        BuildsFailed: some builds cannot be made; the others are finished, and its `report` tells of both.
+        ConversionError: on the way; what was written stays in the partial folder.
+    Numerics: a weight's bytes depend on nothing but the weight and the build.
+    """
+    out, names = Path(out), [build_name(build) for build in builds]
+    staging = out / PARTIAL
+    if source.checkpoint is None:
+        raise PlanError(f"{source.name}: is a config without weights; a conversion needs the checkpoint folder")
+    if len(set(names)) != len(names) or not names:
+        raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
+    if non_finite not in NON_FINITE:
+        raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {non_finite!r}")
+    jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
+    wishes = Wishes(max_shard_bytes, tokenizer_pre, recipe, imatrix)
+    placed, failed = place_all(source, staging, names, wishes, {})
+    check_out(source, out, staging)
+    if non_finite == "keep-bf16":
+        kept = non_finite_weights(source, slab_bytes=slab_bytes, jobs=jobs, progress=progress)
+        if kept:
+            placed, more = place_all(source, staging, list(placed), wishes, kept)
+            failed |= more
+    sampled = sample(source)
+    digests = {name: made_from(sampled, *pair, imatrix) for name, pair in placed.items()}
+    conversion = _Conversion(source, staging, placed, digests, slab_bytes, jobs, progress, encoders)
+    with _told_of_the_disk(out, staging):
+        conversion.run(restart)
+    report = replace(conversion.report(), failed={name: (failed | conversion.failed)[name] for name in names
+                                                  if name in failed or name in conversion.failed})  # fmt: skip
+    if report.failed:
+        first, *others = report.failed.values()
+        raise BuildsFailed(first + (f" (and {len(others)} more builds failed)" if others else ""), report)
+    return report
+
+
+class _Conversion:
+    """One run: what is to be made of what is asked for, the pass that makes it, and what is told in the end."""
+
+    def __init__(
+        self,
+        source: Source,
+        staging: Path,
+        placed: Mapping[str, tuple[PlacedBuild, dict[str, bytes]]],
+        digests: Mapping[str, str],
+        slab_bytes: int,
+        jobs: int,
+        progress: Progress | None,
+        encoders: Encoders | None,
+    ):
+        self.source, self.staging, self.placed, self.digests = source, staging, placed, digests
+        self.slab_bytes, self.jobs, self.progress, self.encoders = slab_bytes, jobs, progress, encoders
+        self.finished = {name for name, (build, _) in placed.items() if is_finished(source, build, digests[name])}
+        self.failed: dict[str, str] = {}
+        self.bytes_read = self.resumed_units = 0
+        self.began = time.monotonic()
+
+    def run(self, restart: bool) -> None:
+        """Make what is not finished, going on where a run before has ended."""
+        journal = Journal(self.staging) if self.staging.is_dir() else None
+        if journal and restart:
+            drop(self.staging, journal)
+            journal = None
+        head = journal.head if journal else None
+        todo = [name for name in self.placed if name not in self.finished]
+        if not todo:
+            if journal and (head is None or head.builds.items() <= self.digests.items()):
+                drop(self.staging, journal)  # left by a run that died at its very end
+            return
+        if head:
+            todo = goes_on(head, self.source, self.digests, self.finished, self.staging)
+        work = numbered([self.placed[name][0] for name in todo])
+        if not (journal and journal.checked):
+            refuse_taken(work)
+            check_space(self.staging.parent, self.staging, work)
+        self.staging.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(self.staging)
+        with journal or Journal(self.staging) as journal:
+            if journal.head is None:
+                digests = {name: self.digests[name] for name in todo}
+                journal.begin(Head(self.source.checkpoint.fingerprint, digests, self.slab_bytes))
+            self._make(work, journal)
+            drop(self.staging, journal)
+
+    def _make(self, work: list[PlacedBuild], journal: Journal) -> None:
+        self.resumed_units = len(journal.extents)
+        if not journal.checked:
+            with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, self.encoders):
+                cut = units(self.source, journal.head.slab_bytes)
+                run = Pass(self.source, work, cut, files, journal, self.jobs, self.progress, self.encoders)
+                run.write()
+                digests = run.check()
+                self.bytes_read = run.bytes_read
+            if self.source.checkpoint.changed():
+                raise ConversionError(
+                    f"{self.source.folder}: changed while it was converted; run the command again with --restart"
+                )
+            for build in run.alive:
+                name = build.plan.build
+                more: dict[str, object] = {"made_from": self.digests[name]}
+                if lost := run.lost(build):
+                    more["underflow"] = lost
+                finish(self.source, build, self.placed[name][1], digests, more)
+            journal.record_checked()
+        self.failed = why_failed(self.source, [build.plan for build in work], journal.failures)
+        for build in work:
+            if build.plan.build not in self.failed:
+                publish(build)
+
+    def report(self) -> ConversionReport:
+        seconds = round(time.monotonic() - self.began, 3)
+        lost = {name: underflow(build.final) for name, (build, _) in self.placed.items() if name not in self.failed}
+        builds = tuple(
+            BuildReport(
+                name,
+                build.final,
+                len(build.plan.tensors),
+                build.plan.tensor_bytes,
+                len(build.layout.files),
+                0.0 if name in self.finished else seconds,
+                tuple(build.plan.fallbacks),
+                (*build.plan.all_notes, *underflow_notes(build.plan.types, lost[name])),
+                tuple(build.plan.coverage),
+                build.plan.warning,
+                lost[name],
+                name in self.finished,
+            )
+            for name, (build, _) in self.placed.items()
+            if name not in self.failed
+        )
+        return ConversionReport(builds, self.bytes_read, peak_rss_bytes(), self.resumed_units)
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process has held. Not getrusage's figure on Linux: a child inherits its parent's there."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def _told_of_the_disk(out: Path, staging: Path) -> Iterator[None]:
+    """A failing disk as one sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConversionError(
+                f"{out}: the disk is full; free space and run the same command again, what is written stays in "
+                f"{staging.name}"
+            ) from error
+        where = f"{error.filename or out}: {error.strerror or error}"
+        left = f"; what is written stays in {staging.name}, the same command goes on" if staging.exists() else ""
+        raise ConversionError(where + left) from error

@@ -1,0 +1,217 @@
+"""Gemma 4 dense checkpoints (31B and smaller without per-layer embeddings): weights, FP8 skip lists, place in a GGUF.
+
+    h = x + norm(attention(norm(x)));  y = (h + norm(mlp(norm(h)))) * layer_scalar
+
+Five sliding-window layers alternate with one global layer. With `attention_k_eq_v` a global layer has no value
+projection: values are its keys. Norms are plain, so nothing is added on the way to ggml. ggml reads one tensor that no
+checkpoint holds, `rope_freqs`: a factor of 1 for the rotated pairs of a global head and 1e30, that is no rotation, for
+the rest. Sources: transformers' `modeling_gemma4.py`; llama.cpp's loader for `gemma4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Settings, Weight, text_settings
+
+ATTENTIONS = ("sliding_attention", "full_attention")
+# Keys whose unusual value changes the model; refused until somebody needs them.
+_PLAIN = {
+    "enable_moe_block": (False, None),
+    "hidden_size_per_layer_input": (0, None),
+    "num_kv_shared_layers": (0, None),
+    "use_double_wide_mlp": (False, None),
+}
+_GGUF_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+    "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+    "layer_scalar": "layer_output_scale.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+
+
+class Gemma4:
+    """Shape model of one dense Gemma 4 config."""
+
+    MODEL_TYPES = ("gemma4", "gemma4_text")
+    VISION_PREFIX = "model.vision_tower."
+    CHANNEL_IGNORE = ("lm_head", r"re:.*embed_tokens.*", r"re:.*vision_tower.*", r"re:.*embed_vision.*")
+    CHANNEL_IGNORE_MTP = ""
+    BLOCK_SKIP = ("lm_head", "embed_tokens")
+    gguf_architecture = "gemma4"
+    moe, experts, mtp_layers = False, 0, 0
+
+    def __init__(self, config: dict[str, Any]):
+        text = text_settings(config)
+        for key, plain in _PLAIN.items():
+            if text.values.get(key) not in plain:
+                raise CheckpointError(
+                    f"config.json: {key} is {text.values[key]!r}; only dense Gemma 4 with {plain[0]!r} is supported"
+                )
+        self.hidden = text.integer("hidden_size")
+        self.layers = text.integer("num_hidden_layers", high=4096)
+        self.vocabulary = text.integer("vocab_size")
+        self.intermediate = text.integer("intermediate_size")
+        self.attentions = text.strings("layer_types", self.layers, ATTENTIONS)
+        self.heads = text.integer("num_attention_heads")
+        self.kv_heads = text.integer("num_key_value_heads")
+        self.head_dim = text.integer("head_dim")
+        self.k_eq_v = bool(text.values.get("attention_k_eq_v"))
+        everywhere = _full_attention(text, self.attentions)
+        self.global_head_dim = everywhere.integer("head_dim")
+        self.global_kv_heads = everywhere.integer("num_key_value_heads")
+        rope = text.section("rope_parameters")
+        full = rope.section("full_attention") if rope else None
+        self.rotary_factor = full.fraction("partial_rotary_factor", 1.0) if full else 1.0
+        self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", True)))
+        self.vision = Settings(config, "config.json").section("vision_config")
+
+    def weights(self, prefix: str, *, vision: bool, mtp: bool) -> Iterator[Weight]:
+        """Every weight of the checkpoint in reading order; text names start with `prefix`."""
+        yield Weight(f"{prefix}embed_tokens.weight", (self.vocabulary, self.hidden), "embedding")
+        for layer, attention in enumerate(self.attentions):
+            yield from self._layer(f"{prefix}layers.{layer}.", layer, attention)
+        yield Weight(f"{prefix}norm.weight", (self.hidden,), "norm")
+        if not self.tied:
+            yield Weight("lm_head.weight", (self.vocabulary, self.hidden), "head")
+        if vision:
+            for name, shape in self._vision():
+                yield Weight(name, shape, "vision")
+
+    def _layer(self, prefix: str, layer: int, attention: str) -> Iterator[Weight]:
+        everywhere = attention == "full_attention"
+        head_dim = self.global_head_dim if everywhere else self.head_dim
+        queries = self.heads * head_dim
+        keys = (self.global_kv_heads if everywhere else self.kv_heads) * head_dim
+
+        def weight(name: str, shape: tuple[int, ...], role: str) -> Weight:
+            return Weight(prefix + name, shape, role, layer)
+
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            yield weight(f"{norm}_layernorm.weight", (self.hidden,), "norm")
+        yield weight("layer_scalar", (1,), "norm")
+        yield weight("self_attn.q_proj.weight", (queries, self.hidden), "attention")
+        yield weight("self_attn.k_proj.weight", (keys, self.hidden), "attention")
+        if not (everywhere and self.k_eq_v):
+            yield weight("self_attn.v_proj.weight", (keys, self.hidden), "attention")
+        yield weight("self_attn.o_proj.weight", (self.hidden, queries), "attention")
+        yield weight("self_attn.q_norm.weight", (head_dim,), "norm")
+        yield weight("self_attn.k_norm.weight", (head_dim,), "norm")
+        yield weight("mlp.gate_proj.weight", (self.intermediate, self.hidden), "mlp")
+        yield weight("mlp.up_proj.weight", (self.intermediate, self.hidden), "mlp")
+        yield weight("mlp.down_proj.weight", (self.hidden, self.intermediate), "mlp")
+
+    def _vision(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        vision, tower = self.vision, self.VISION_PREFIX
+        if vision.values.get("use_clipped_linears"):
+            raise CheckpointError("config.json: vision_config.use_clipped_linears is true; only false is supported")
+        hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
+        head_dim = vision.integer("head_dim")
+        queries = vision.integer("num_attention_heads") * head_dim
+        keys = vision.integer("num_key_value_heads") * head_dim
+        matrices = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        if vision.values.get("standardize"):
+            yield f"{tower}std_bias", (hidden,)
+            yield f"{tower}std_scale", (hidden,)
+        positions = vision.integer("position_embedding_size")
+        yield f"{tower}patch_embedder.position_embedding_table", (2, positions, hidden)
+        yield f"{tower}patch_embedder.input_proj.weight", (hidden, 3 * vision.integer("patch_size") ** 2)
+        for block in range(vision.integer("num_hidden_layers", high=4096)):
+            base = f"{tower}encoder.layers.{block}."
+            for name, shape in matrices.items():
+                yield f"{base}{name}.linear.weight", shape
+            yield f"{base}self_attn.q_norm.weight", (head_dim,)
+            yield f"{base}self_attn.k_norm.weight", (head_dim,)
+            for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+                yield f"{base}{norm}_layernorm.weight", (hidden,)
+        yield "model.embed_vision.embedding_projection.weight", (self.hidden, hidden)
+
+    # Engines
+
+    def cut(self, weight: Weight) -> Cut | None:
+        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
+        if weight.layer is None:
+            return None
+        everywhere = self.attentions[weight.layer] == "full_attention"
+        size = self.global_head_dim if everywhere else self.head_dim
+        shared = Cut(((self.global_kv_heads if everywhere else self.kv_heads, size),), shared=True)
+        return {
+            "q_proj": Cut(((self.heads, size),)),
+            "k_proj": shared,
+            "v_proj": shared,
+            "o_proj": Cut(((self.heads, size),), by_columns=True),
+            "gate_proj": Cut(((self.intermediate, 1),)),
+            "up_proj": Cut(((self.intermediate, 1),)),
+            "down_proj": Cut(((self.intermediate, 1),), by_columns=True),
+        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
+
+    # FP8 builds
+
+    def block_skip_aliases(self, module: str) -> list[str]:
+        """Other names under which an engine may ask for a module that stays BF16."""
+        return ["model.embed_tokens"] if module.endswith("language_model.embed_tokens") else []
+
+    # GGUF
+
+    def gguf_place(self, weight: Weight) -> GgufPlace | None:
+        """Where `weight` goes in a text GGUF; None for the vision tower, which belongs in an mmproj file."""
+        if weight.role == "vision":
+            return None
+        if weight.layer is None:
+            name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
+                weight.role
+            ]
+            return GgufPlace(name, weight.shape)
+        module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
+        return GgufPlace(f"blk.{weight.layer}.{_GGUF_NAMES[module]}", weight.shape)
+
+    def gguf_constants(self) -> dict[str, list[float]]:
+        """Tensors a GGUF needs that no checkpoint holds: {name: values}, stored as F32."""
+        pairs = self.global_head_dim // 2
+        rotated = int(self.rotary_factor * pairs)
+        return {"rope_freqs.weight": [1.0] * rotated + [1e30] * (pairs - rotated)}
+
+
+def _full_attention(text: Settings, attentions: list[str]) -> Settings:
+    """head_dim and num_key_value_heads of the full-attention layers, however config.json spells them.
+
+    Google writes `global_head_dim` and `num_global_key_value_heads`, the latter null or idle without
+    `attention_k_eq_v`; transformers 5.23 saves `per_layer_config` instead: {layer, zero-padded: what differs there}.
+    """
+    per_layer = text.values.get("per_layer_config")
+    if per_layer is None:
+        kv_heads = text.values.get("num_global_key_value_heads") if text.values.get("attention_k_eq_v") else None
+        own = {"head_dim": text.values.get("global_head_dim", 512)}
+        own |= {"num_key_value_heads": kv_heads} if kv_heads is not None else {}
+        return Settings(text.values | own, text.where)
+    full = {layer for layer, attention in enumerate(attentions) if attention == "full_attention"}
+    sound = isinstance(per_layer, dict) and all(key.isdecimal() and len(key) < 8 for key in per_layer)
+    by_layer = {int(layer): own for layer, own in per_layer.items()} if sound else {-1: None}
+    own = next(iter(by_layer.values()), {})
+    known = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
+    if not known or (own and by_layer.keys() != full) or any(other != own for other in by_layer.values()):
+        raise CheckpointError(
+            f"{text.where}: expected per_layer_config to give all full-attention layers, and only them, the same "
+            f"head_dim and num_key_value_heads, got {brief(per_layer)}"
+        )
+    return Settings(text.values | own, f"{text.where}.per_layer_config")

@@ -1,0 +1,312 @@
+"""Qwen3.5 checkpoints, dense and MoE, of which Ornith-1.0 is made: weights, FP8 skip lists, place in a GGUF.
+
+    layer = x + mixer(norm(x)), x + mlp(norm(x));   mixer = gated DeltaNet three times, then attention, and so on
+
+Weights and shapes follow transformers' `modeling_qwen3_5*.py`; GGUF names and transforms follow llama.cpp's converter
+for `qwen35` and `qwen35moe`, checked by running both (tests/quant/gguf/test_logits.py):
+
+- every norm but DeltaNet's own is zero-centred in Hugging Face and plain in ggml: add 1;
+- `A_log` becomes A = -exp(A_log);
+- value heads lie by key head in Hugging Face and tiled in ggml, so rows (or, for out_proj, columns) are reordered;
+- an MTP layer is appended after the last block, its own projections and norms under `nextn`.
+
+Letters: E experts, H hidden, I expert intermediate; KD, VD summed widths of key and value heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.source.architectures.weight import (
+    Cut,
+    GgufPlace,
+    HeadSwap,
+    Packed,
+    Settings,
+    Weight,
+    text_settings,
+)
+
+MAX_EXPERTS = 1 << 16  # of all layers; the 397B has 30,720
+MIXERS = ("linear_attention", "full_attention")
+
+# Module names below a layer -> GGUF names below a block.
+_GGUF_NAMES = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "post_attention_norm.weight",
+    "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
+    "linear_attn.in_proj_z.weight": "attn_gate.weight",
+    "linear_attn.in_proj_a.weight": "ssm_alpha.weight",
+    "linear_attn.in_proj_b.weight": "ssm_beta.weight",
+    "linear_attn.conv1d.weight": "ssm_conv1d.weight",
+    "linear_attn.A_log": "ssm_a",
+    "linear_attn.dt_bias": "ssm_dt.bias",
+    "linear_attn.norm.weight": "ssm_norm.weight",
+    "linear_attn.out_proj.weight": "ssm_out.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.shared_expert_gate.weight": "ffn_gate_inp_shexp.weight",
+    "mlp.shared_expert.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_expert.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_expert.down_proj.weight": "ffn_down_shexp.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+_GGUF_MTP_NAMES = {
+    "mtp.fc.weight": "nextn.eh_proj.weight",
+    "mtp.pre_fc_norm_embedding.weight": "nextn.enorm.weight",
+    "mtp.pre_fc_norm_hidden.weight": "nextn.hnorm.weight",
+    "mtp.norm.weight": "nextn.shared_head_norm.weight",
+}
+
+
+class Qwen35:
+    """Shape model of one Qwen3.5 config."""
+
+    MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+    VISION_PREFIX = "model.visual."
+    # Skip lists of the official builds. Channel: Ornith-1.0-*-FP8; MTP stays BF16 there and must be named (vllm#41994).
+    CHANNEL_IGNORE = (
+        "lm_head",
+        r"re:.*embed_tokens.*",
+        r"re:.*\.mlp\.gate$",
+        r"re:.*shared_expert_gate$",
+        r"re:.*linear_attn.*",
+        r"re:model\.visual\..*",
+    )
+    CHANNEL_IGNORE_MTP = r"re:^mtp\..*"
+    # Block: Qwen3.5-*-FP8. b and a have fewer rows than a block; vLLM fuses them into in_proj_ba at load.
+    BLOCK_SKIP = ("in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc", "conv1d", "lm_head", "embed_tokens")
+
+    def __init__(self, config: dict[str, Any]):
+        text = text_settings(config)
+        self.moe = "moe" in str(config.get("model_type"))
+        self.gguf_architecture = "qwen35moe" if self.moe else "qwen35"
+        self.hidden = text.integer("hidden_size")
+        self.layers = text.integer("num_hidden_layers", high=4096)
+        self.vocabulary = text.integer("vocab_size")
+        interval = text.integer("full_attention_interval", 4, high=4096)
+        if text.values.get("layer_types") is None:
+            self.mixers = [MIXERS[(i + 1) % interval == 0] for i in range(self.layers)]
+        else:
+            self.mixers = text.strings("layer_types", self.layers, MIXERS)
+        self.heads = text.integer("num_attention_heads")
+        self.kv_heads = text.integer("num_key_value_heads")
+        self.head_dim = text.integer("head_dim", 256)
+        self.key_heads = text.integer("linear_num_key_heads", 16)
+        self.value_heads = text.integer("linear_num_value_heads", 32)
+        self.key_head_dim = text.integer("linear_key_head_dim", 128)
+        self.value_head_dim = text.integer("linear_value_head_dim", 128)
+        self.conv_kernel = text.integer("linear_conv_kernel_dim", 4, high=1024)
+        if self.value_heads % self.key_heads:
+            raise CheckpointError(
+                f"config.json: expected linear_num_value_heads to be a multiple of linear_num_key_heads "
+                f"({self.key_heads}), got {self.value_heads}"
+            )
+        self.mtp_layers = text.integer("mtp_num_hidden_layers", 0, low=0, high=64)
+        if self.moe:
+            self.experts = text.integer("num_experts", high=1 << 14)
+            if self.experts * (self.layers + self.mtp_layers) > MAX_EXPERTS:
+                raise CheckpointError(
+                    f"config.json: {self.layers} layers, and {self.mtp_layers} for MTP, of {self.experts} experts are "
+                    f"more than the {MAX_EXPERTS} in all that this version plans"
+                )
+            self.intermediate = text.integer("moe_intermediate_size")
+            self.shared_intermediate = text.integer("shared_expert_intermediate_size")
+        else:
+            self.experts, self.intermediate = 0, text.integer("intermediate_size")
+        self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", False)))
+        self.vision = Settings(config, "config.json").section("vision_config")
+
+    def weights(self, prefix: str, *, vision: bool, mtp: bool) -> Iterator[Weight]:
+        """Every weight of the checkpoint in reading order; text names start with `prefix`."""
+        yield Weight(f"{prefix}embed_tokens.weight", (self.vocabulary, self.hidden), "embedding")
+        for layer, mixer in enumerate(self.mixers):
+            yield from self._layer(f"{prefix}layers.{layer}.", layer, mixer)
+        yield Weight(f"{prefix}norm.weight", (self.hidden,), "norm")
+        if not self.tied:
+            yield Weight("lm_head.weight", (self.vocabulary, self.hidden), "head")
+        if vision:
+            for name, shape in self._vision():
+                yield Weight(self.VISION_PREFIX + name, shape, "vision")
+        if mtp:
+            for name, shape in self._mtp():
+                yield Weight(name, shape, "mtp", self.layers)
+            for layer in range(self.mtp_layers):
+                for weight in self._layer(f"mtp.layers.{layer}.", self.layers + layer, "full_attention"):
+                    yield Weight(weight.name, weight.shape, "mtp", weight.layer, weight.expert, weight.packed)
+
+    def _layer(self, prefix: str, layer: int, mixer: str) -> Iterator[Weight]:
+        hidden = self.hidden
+        key, value = self.key_heads * self.key_head_dim, self.value_heads * self.value_head_dim
+
+        def weight(name: str, shape: tuple[int, ...], role: str) -> Weight:
+            return Weight(prefix + name, shape, role, layer)
+
+        yield weight("input_layernorm.weight", (hidden,), "norm")
+        yield weight("post_attention_layernorm.weight", (hidden,), "norm")
+        if mixer == "linear_attention":
+            yield weight("linear_attn.in_proj_qkv.weight", (2 * key + value, hidden), "linear_attention")
+            yield weight("linear_attn.in_proj_z.weight", (value, hidden), "linear_attention")
+            yield weight("linear_attn.in_proj_b.weight", (self.value_heads, hidden), "linear_attention")
+            yield weight("linear_attn.in_proj_a.weight", (self.value_heads, hidden), "linear_attention")
+            yield weight("linear_attn.conv1d.weight", (2 * key + value, 1, self.conv_kernel), "linear_attention")
+            yield weight("linear_attn.A_log", (self.value_heads,), "linear_attention")
+            yield weight("linear_attn.dt_bias", (self.value_heads,), "linear_attention")
+            yield weight("linear_attn.norm.weight", (self.value_head_dim,), "norm")
+            yield weight("linear_attn.out_proj.weight", (hidden, value), "linear_attention")
+        else:  # q_proj holds [query | output gate] per head
+            yield weight("self_attn.q_proj.weight", (2 * self.heads * self.head_dim, hidden), "attention")
+            yield weight("self_attn.k_proj.weight", (self.kv_heads * self.head_dim, hidden), "attention")
+            yield weight("self_attn.v_proj.weight", (self.kv_heads * self.head_dim, hidden), "attention")
+            yield weight("self_attn.o_proj.weight", (hidden, self.heads * self.head_dim), "attention")
+            yield weight("self_attn.q_norm.weight", (self.head_dim,), "norm")
+            yield weight("self_attn.k_norm.weight", (self.head_dim,), "norm")
+        if not self.moe:
+            yield weight("mlp.gate_proj.weight", (self.intermediate, hidden), "mlp")
+            yield weight("mlp.up_proj.weight", (self.intermediate, hidden), "mlp")
+            yield weight("mlp.down_proj.weight", (hidden, self.intermediate), "mlp")
+            return
+        yield weight("mlp.gate.weight", (self.experts, hidden), "router")
+        yield weight("mlp.shared_expert_gate.weight", (1, hidden), "router")
+        yield weight("mlp.shared_expert.gate_proj.weight", (self.shared_intermediate, hidden), "shared_expert")
+        yield weight("mlp.shared_expert.up_proj.weight", (self.shared_intermediate, hidden), "shared_expert")
+        yield weight("mlp.shared_expert.down_proj.weight", (hidden, self.shared_intermediate), "shared_expert")
+        inner, base = self.intermediate, f"{prefix}mlp.experts."
+        gate_up = (f"{base}gate_up_proj", (self.experts, 2 * inner, hidden))
+        down = (f"{base}down_proj", (self.experts, hidden, inner))
+        for expert in range(self.experts):
+            for name, shape, (packed, packed_shape), row in (
+                ("gate_proj", (inner, hidden), gate_up, expert * 2 * inner),
+                ("up_proj", (inner, hidden), gate_up, expert * 2 * inner + inner),
+                ("down_proj", (hidden, inner), down, expert * hidden),
+            ):
+                yield Weight(
+                    f"{base}{expert}.{name}.weight", shape, "expert", layer, expert, Packed(packed, packed_shape, row)
+                )
+
+    def _mtp(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield "mtp.fc.weight", (self.hidden, 2 * self.hidden)
+        yield "mtp.pre_fc_norm_embedding.weight", (self.hidden,)
+        yield "mtp.pre_fc_norm_hidden.weight", (self.hidden,)
+        yield "mtp.norm.weight", (self.hidden,)
+
+    def _vision(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        vision = self.vision
+        hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
+        patch, temporal = vision.integer("patch_size"), vision.integer("temporal_patch_size")
+        merged = hidden * vision.integer("spatial_merge_size") ** 2
+        matrices = {
+            "attn.qkv": (3 * hidden, hidden),
+            "attn.proj": (hidden, hidden),
+            "mlp.linear_fc1": (inner, hidden),
+            "mlp.linear_fc2": (hidden, inner),
+        }
+        yield "patch_embed.proj.weight", (hidden, vision.integer("in_channels"), temporal, patch, patch)
+        yield "patch_embed.proj.bias", (hidden,)
+        yield "pos_embed.weight", (vision.integer("num_position_embeddings"), hidden)
+        for block in range(vision.integer("depth", high=4096)):
+            for name in ("norm1", "norm2"):
+                yield f"blocks.{block}.{name}.weight", (hidden,)
+                yield f"blocks.{block}.{name}.bias", (hidden,)
+            for name, shape in matrices.items():
+                yield f"blocks.{block}.{name}.weight", shape
+                yield f"blocks.{block}.{name}.bias", shape[:1]
+        yield "merger.norm.weight", (hidden,)
+        yield "merger.norm.bias", (hidden,)
+        for name, out in (("linear_fc1", merged), ("linear_fc2", vision.integer("out_hidden_size"))):
+            yield f"merger.{name}.weight", (out, merged)
+            yield f"merger.{name}.bias", (out,)
+
+    # Engines
+
+    def cut(self, weight: Weight) -> Cut | None:
+        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
+        keys, values = (self.key_heads, self.key_head_dim), (self.value_heads, self.value_head_dim)
+        inner = ((self.shared_intermediate if ".shared_expert." in weight.name else self.intermediate, 1),)
+        return {
+            "q_proj": Cut(((self.heads, 2 * self.head_dim),)),
+            "k_proj": Cut(((self.kv_heads, self.head_dim),), shared=True),
+            "v_proj": Cut(((self.kv_heads, self.head_dim),), shared=True),
+            "o_proj": Cut(((self.heads, self.head_dim),), by_columns=True),
+            "in_proj_qkv": Cut((keys, keys, values)),
+            "in_proj_z": Cut((values,)),
+            "in_proj_b": Cut(((self.value_heads, 1),)),
+            "in_proj_a": Cut(((self.value_heads, 1),)),
+            "out_proj": Cut((values,), by_columns=True),
+            "gate_proj": Cut(inner),
+            "up_proj": Cut(inner),
+            "down_proj": Cut(inner, by_columns=True),
+        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
+
+    # FP8 builds
+
+    def block_skip_aliases(self, module: str) -> list[str]:
+        """Other names under which an engine may ask for a module that stays BF16."""
+        if module.endswith("in_proj_b"):
+            return [module.removesuffix("_b") + "_ba"]
+        if module.startswith(
+            self.VISION_PREFIX
+        ):  # the official lists name the tower's own modules without `model.` too
+            return [] if ".blocks." in module else [module.removeprefix("model.")]
+        if module.endswith("language_model.embed_tokens"):
+            return ["model.embed_tokens"]
+        return []
+
+    # GGUF
+
+    def gguf_place(self, weight: Weight) -> GgufPlace | None:
+        """Where `weight` goes in a text GGUF; None for the vision tower, which belongs in an mmproj file."""
+        if weight.role == "vision":
+            return None
+        if weight.layer is None:
+            name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
+                weight.role
+            ]
+            return GgufPlace(name, weight.shape, values="add_one" if weight.role == "norm" else "same")
+        if weight.role == "mtp" and self.mtp_layers != 1:
+            raise PlanError(
+                f"{weight.name}: llama.cpp reads one MTP layer and the config has {self.mtp_layers}; pass --mtp drop"
+            )
+        block = f"blk.{weight.layer}."
+        if weight.name in _GGUF_MTP_NAMES:
+            values = "same" if weight.name == "mtp.fc.weight" else "add_one"
+            return GgufPlace(block + _GGUF_MTP_NAMES[weight.name], weight.shape, values=values)
+        if weight.expert is not None:
+            kind = weight.name.rsplit(".", 2)[1].removesuffix("_proj")
+            shape = (self.experts, *weight.shape)
+            return GgufPlace(f"{block}ffn_{kind}_exps.weight", shape, row=weight.expert * weight.shape[0])
+        module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
+        name = block + _GGUF_NAMES[module]
+        if module.startswith("linear_attn."):
+            return self._gguf_linear_attention(weight, name, module.removeprefix("linear_attn."))
+        return GgufPlace(name, weight.shape, values="add_one" if module.endswith("norm.weight") else "same")
+
+    def _gguf_linear_attention(self, weight: Weight, name: str, module: str) -> GgufPlace:
+        ratio = self.value_heads // self.key_heads
+        keys = 2 * self.key_heads * self.key_head_dim
+        start, size = {
+            "in_proj_qkv.weight": (keys, self.value_head_dim),
+            "conv1d.weight": (keys, self.value_head_dim),
+            "in_proj_z.weight": (0, self.value_head_dim),
+            "out_proj.weight": (0, self.value_head_dim),
+        }.get(module, (0, 1))
+        swap = HeadSwap(start, self.key_heads, ratio, size) if ratio > 1 and module != "norm.weight" else None
+        shape = (weight.shape[0], weight.shape[2]) if module == "conv1d.weight" else weight.shape
+        values = "negative_exp" if module == "A_log" else "same"
+        by_columns = module == "out_proj.weight"
+        return GgufPlace(
+            name, shape, values=values, rows=None if by_columns else swap, columns=swap if by_columns else None
+        )
+
+    def gguf_constants(self) -> dict[str, list[float]]:
+        """Tensors a GGUF needs that no checkpoint holds."""
+        return {}

@@ -1,0 +1,111 @@
+"""Sources on the Hugging Face Hub: `hf://org/name[@revision]` becomes a local folder, or only its config for a plan.
+
+Downloads are huggingface_hub's own: resumable, hashed, in its cache. Only weights in safetensors, JSON and tokenizer
+files are fetched; code and pickles of a repository never reach the disk.
+
+The library waits and retries for minutes. One request with a short limit goes before it: where the Hub does not answer
+that, a copy in the cache serves, or the failure is one sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.files import read_json
+from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
+from ornith_moe.quant.source.reconcile import HEAD
+from ornith_moe.quant.source.shards import INDEX
+from ornith_moe.quant.source.weights import (
+    Source,
+    checked_name,
+    open_source,
+    source_from_checkpoint,
+    source_from_config,
+)
+
+ANSWER_SECONDS = 2.0  # for each of connecting and answering
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+
+
+def open_any(
+    source: str | Path, *, mtp: str | None = None, name: str | None = None, config_only: bool = False
+) -> Source:
+    """`open_source`, and `hf://org/name[@revision]` too.
+
+    Args:
+        name: as `open_source`; default the repository's.
+        config_only: for a Hub source, fetch config and index instead of the weights: enough for a plan.
+    Raises:
+        CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository.
+    """
+    if not str(source).startswith("hf://"):
+        return open_source(source, mtp=mtp, name=name)
+    repository, revision = _parse(str(source))
+    name = repository.split("/")[1] if name is None else checked_name(name)
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
+    unreachable = _unreachable(repository)
+    found = {"revision": revision, "local_files_only": bool(unreachable)}
+    try:
+        if not config_only:
+            folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
+            return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
+        path = Path(hf_hub_download(repository, "config.json", **found))
+        config, names = read_json(path), None
+        try:
+            names = read_json(Path(hf_hub_download(repository, INDEX, **found))).get("weight_map")
+        except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
+            if not (path.parent / "model.safetensors").exists():
+                raise
+        except EntryNotFoundError:  # one file, no index
+            pass
+        return _from_names(path, config, names if isinstance(names, dict) else None, name, mtp)
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{source}: expected the Hub to answer or a copy in its cache, got neither "
+            f"({unreachable or 'the connection was lost'}); check the network and HF_ENDPOINT, or pass a local folder"
+        ) from None
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
+
+
+def _unreachable(repository: str) -> str:
+    """Why the Hub cannot be asked now, "" if it answers."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        url = f"{constants.ENDPOINT}/{repository}/resolve/main/config.json"
+        status = get_session().head(url, timeout=ANSWER_SECONDS).status_code
+        return f"{constants.ENDPOINT} answers with status {status}" if status >= 500 else ""
+    except Exception as error:  # of whatever HTTP library it uses; offline mode too
+        return f"{constants.ENDPOINT}: {brief(str(error).strip() or type(error).__name__)}"
+
+
+def _from_names(path: Path, config: dict[str, Any], names: Iterable[str] | None, name: str, mtp: str | None) -> Source:
+    """The source of a config and, if there is an index, of its names: those of scales tell quantized weights."""
+    table = None if names is None else {tensor: TensorInfo(tensor, "BF16", (), path, 0) for tensor in names}
+    config, notes = without_stale_quantization(config, path, table)
+    known = None if names is None else "keep" if any(tensor.startswith("mtp.") for tensor in names) else "drop"
+    found = source_from_config(config, name=name, mtp=mtp or known)
+    if found.architecture.tied and names is not None and HEAD in names:
+        notes += (f"the config ties the head and {HEAD} is there: it counts if its values are not the embedding's",)
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def _parse(source: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    if not found:
+        raise CheckpointError(f"{source}: expected hf://org/name or hf://org/name@revision")
+    return found[1], found[2]

@@ -1,0 +1,287 @@
+"""What there is to convert: an architecture's weights, each tied to the rows of the file that hold it.
+
+    config.json -> architecture -> weights (experts one by one) -> rows of the checkpoint's tensors
+
+The same list of weights serves a config alone, where it says what a checkpoint would hold, and a real checkpoint, where
+it is also the check: every weight must be there once, in its shape, and every tensor must be a weight or left out for a
+reason that is told. Experts may lie fused, one by one or both ways in different layers. Multi-token-prediction tensors
+may be announced and absent, as in every Ornith-1.0 checkpoint; the vision tower may be absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.files import read_json
+from ornith_moe.quant.names import did_you_mean
+from ornith_moe.quant.source.accounts import LeftOut, bare, some
+from ornith_moe.quant.source.architectures import Gemma4, Qwen35, architecture
+from ornith_moe.quant.source.architectures.weight import Weight
+from ornith_moe.quant.source.checkpoint import (
+    ITEM_BYTES,
+    Checkpoint,
+    TensorInfo,
+    matrix_shape,
+    open_checkpoint,
+    without_stale_quantization,
+)
+from ornith_moe.quant.source.reconcile import (
+    HEAD,
+    absent_parts,
+    check_parts,
+    mtp_beside,
+    mtp_of,
+    named_tensors,
+    settle_head,
+    text_prefix,
+)
+from ornith_moe.quant.source.shards import MTP_ADVICE
+from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization
+
+# What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.
+PRESET_HAS_MTP = {
+    "ornith-1.0-9b": False,
+    "ornith-1.0-35b": False,
+    "ornith-1.0-397b": False,
+    "qwen3.5-9b": True,
+    "qwen3.5-35b-a3b": True,
+    "qwen3.5-397b-a17b": True,
+    "gemma-4-31b": False,
+}
+MTP_CHOICES = (None, "keep", "drop")
+LONGEST_NAME = 200  # bytes; a file's name may have 255
+QUANTIZED_ADVICE = "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
+BUFFERS = "buffers that every model computes for itself"
+DROPPED_MTP = "multi-token prediction, dropped as asked"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights of one model and, unless it was made from a config alone, the rows that hold them."""
+
+    name: str
+    config: dict[str, Any]
+    architecture: Qwen35 | Gemma4
+    weights: tuple[Weight, ...]
+    has_mtp: bool
+    notes: tuple[str, ...]
+    checkpoint: Checkpoint | None = None
+    rows: tuple[tuple[TensorInfo, int], ...] = ()  # per weight: its tensor and first row there
+    left_out: tuple[LeftOut, ...] = ()  # what the folder holds and no build will, as `notes` say too
+
+    def dtype(self, index: int) -> str:
+        return self.rows[index][0].dtype if self.rows else "BF16"
+
+    @property
+    def folder(self) -> Path | None:
+        return self.checkpoint.folder if self.checkpoint else None
+
+    @cached_property
+    def layers(self) -> int:
+        """Blocks of the model, MTP included."""
+        return self.architecture.layers + (self.architecture.mtp_layers if self.has_mtp else 0)
+
+
+def open_source(source: str | Path, *, mtp: str | None = None, name: str | None = None) -> Source:
+    """A checkpoint folder, a config JSON, or the name of a preset.
+
+    Args:
+        source: folder; path of a `.json`; or one of `PRESET_HAS_MTP`.
+        mtp: "keep" insists on the MTP tensors, "drop" leaves them out, None takes what is there. For a config alone
+            None means what is known of a preset of that name, and otherwise no MTP.
+        name: of the model, in file names and metadata; default `model_name` of the folder, or the config's stem.
+    Raises:
+        CheckpointError: nothing of that kind there, or whatever is wrong with it.
+    """
+    if mtp not in MTP_CHOICES:
+        raise ValueError(f"mtp: expected keep or drop, got {mtp!r}")
+    path = Path(source)
+    if str(source) in PRESET_HAS_MTP and not path.exists():
+        preset = resources.files("ornith_moe.quant.source").joinpath(f"presets/{source}.json")
+        opened = source_from_config(json.loads(preset.read_bytes()), name=str(source), mtp=mtp)
+    elif path.is_dir():
+        return source_from_checkpoint(open_checkpoint(path, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
+    elif path.suffix == ".json" and path.is_file():
+        config, _ = without_stale_quantization(read_json(path, named=True), path, None)
+        opened = source_from_config(config, name=path.stem, mtp=mtp)
+    else:
+        raise CheckpointError(
+            f"{source}: expected a checkpoint folder, a config .json or one of the presets {', '.join(PRESET_HAS_MTP)}"
+            f"{did_you_mean(str(source), PRESET_HAS_MTP)}"
+        )
+    return opened if name is None else replace(opened, name=checked_name(name))
+
+
+def model_name(folder: str | Path) -> str:
+    """What to call the model in `folder`: the name of the folder as it is given, of the link if it is one, or of the
+    repository if it is a snapshot of a Hub cache, `models--org--name/snapshots/<commit>`; `_` for what is no text.
+    """
+    path = Path(os.path.abspath(folder))
+    repository = path.parent.parent.name
+    cached = path.parent.name == "snapshots" and repository.startswith("models--")
+    name = repository.rpartition("--")[2] if cached else path.name
+    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name)
+    return name.encode()[:LONGEST_NAME].decode(errors="ignore") or "model"
+
+
+def checked_name(name: str) -> str:
+    """`name`, if files can be named after it.
+
+    Raises:
+        CheckpointError: empty, too long, not printable, or with a path separator.
+    """
+    if not name.isprintable() or name in ("", ".", "..") or set("/\\") & set(name) or len(name.encode()) > LONGEST_NAME:
+        raise CheckpointError(
+            f"--name {brief(name)}: expected 1 to {LONGEST_NAME} bytes of printable characters without / and \\"
+        )
+    return name
+
+
+def source_from_config(config: dict[str, Any], *, name: str, mtp: str | None = None) -> Source:
+    """The weights a checkpoint of this config would hold, in BF16."""
+    model = architecture(config)
+    notes = []
+    has_mtp = bool(model.mtp_layers) and (PRESET_HAS_MTP.get(name, False) if mtp is None else mtp == "keep")
+    if mtp == "keep" and not model.mtp_layers:
+        raise CheckpointError(f"{name}: --mtp keep, but the config announces no MTP layer; leave the option out")
+    if model.mtp_layers and mtp is None and name not in PRESET_HAS_MTP:
+        notes.append("the config announces an MTP layer, whose tensors may not exist: left out, --mtp keep counts them")
+    prefix = "model.language_model." if "text_config" in config else "model."
+    weights = tuple(model.weights(prefix, vision=model.vision is not None, mtp=has_mtp))
+    return Source(name, config, model, weights, has_mtp, tuple(notes))
+
+
+def source_from_checkpoint(checkpoint: Checkpoint, *, name: str | None = None, mtp: str | None = None) -> Source:
+    """Tie every weight of the checkpoint's architecture to its rows, and account for every tensor.
+
+    Args:
+        name: as `open_source`. mtp: as `open_source`; "keep" also looks into files that the index leaves out.
+    Raises:
+        CheckpointError: a weight missing, twice or of the wrong shape; a tensor that is no weight.
+    """
+    name = model_name(checkpoint.folder) if name is None else checked_name(name)
+    folder, config = checkpoint.folder, checkpoint.config
+    model = architecture(config)
+    notes, left_out = list(checkpoint.notes), []
+    tensors = named_tensors(checkpoint, config, notes)
+    if buffers := [key for key in tensors if is_buffer(key)]:
+        left_out.append(LeftOut(BUFFERS, tuple(tensors.pop(key).name for key in buffers)))
+    if mtp == "keep":
+        checkpoint, more = mtp_beside(checkpoint, tensors, notes)
+        tensors |= more
+    has_mtp = any(key.startswith("mtp.") for key in tensors)
+    if has_mtp and mtp == "drop":
+        dropped = [key for key in tensors if key.startswith("mtp.")]
+        left_out.append(LeftOut(DROPPED_MTP, tuple(tensors.pop(key).name for key in dropped)))
+        has_mtp = False
+    check_parts(folder, model, tensors, has_mtp, mtp)
+    vision = any(key.startswith(model.VISION_PREFIX) for key in tensors)
+    notes += absent_parts(model, tensors, has_mtp, vision, dropped=mtp == "drop")
+
+    prefix = text_prefix(tensors)
+    config, repeated = settle_head(checkpoint, config, model, tensors, f"{prefix}embed_tokens.weight", notes)
+    left_out += repeated
+    model = architecture(config)
+    weights = tuple(model.weights(prefix, vision=vision, mtp=has_mtp))
+    rows = _locate_all(checkpoint, weights, tensors)
+    left_out += checkpoint.left_out
+    notes += [str(entry) for entry in left_out]
+    if offered := [file for file, table in checkpoint.others.items() if mtp_of(table, tensors)]:
+        notes.append(f"--mtp keep takes the mtp.* tensors of {some('file', offered)}")
+    return Source(name, config, model, weights, has_mtp, tuple(notes), checkpoint, rows, tuple(left_out))
+
+
+def _locate_all(
+    checkpoint: Checkpoint, weights: tuple[Weight, ...], tensors: Mapping[str, TensorInfo]
+) -> tuple[tuple[TensorInfo, int], ...]:
+    """The rows of every weight.
+
+    Raises:
+        CheckpointError: a weight missing, twice, quantized or of the wrong shape; a tensor that is no weight.
+    """
+    used: set[str] = set()
+    rows = [_locate(weight, tensors, used) for weight in weights]
+    missing = [weight for weight, row in zip(weights, rows, strict=True) if row is None]
+    unknown = sorted(tensors.keys() - used)
+    if missing or unknown:
+        raise CheckpointError(_mismatch(checkpoint, weights, missing, [tensors[key].name for key in unknown]))
+    return tuple(rows)
+
+
+def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -> tuple[TensorInfo, int] | None:
+    alone = tensors.get(weight.name)
+    packed = tensors.get(weight.packed.name) if weight.packed else None
+    if alone and packed:
+        raise CheckpointError(
+            f"{alone.path.name}: expert weight {weight.name} is there on its own and inside {packed.name}; keep one"
+        )
+    info, shape, row = (alone, weight.shape, 0) if alone else (packed, getattr(weight.packed, "shape", None), None)
+    if info is None:
+        return None
+    advice = MTP_ADVICE if weight.role == "mtp" else ""
+    if info.dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16 or F32 "
+            + ("(save it as one of them)" if info.dtype == "F64" else QUANTIZED_ADVICE)
+            + advice
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{info.path.name}: tensor {bare(info.name)} has shape {list(info.shape)}, config.json means "
+            f"{list(shape)}; config and shards are not of one model{advice}"
+        )
+    used.add(weight.name if alone else weight.packed.name)
+    return info, weight.packed.row if row is None else row
+
+
+def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list[Weight], unknown: list[str]) -> str:
+    """Why the tensors of a folder are not the weights of its config, and what to do."""
+    folder, kind = checkpoint.folder, checkpoint.config.get("model_type")
+    is_mtp = all(weight.role == "mtp" for weight in missing) and all("mtp." in name for name in unknown)
+    if quantized := next((name for name in unknown if is_quantization(name)), None):
+        return f"{folder}: the source is already quantized (tensor {bare(quantized)}); convert from its BF16 original"
+    count = f"{len(unknown):,} tensors are" if len(unknown) > 1 else "a tensor is"
+    stray = f"{count} no weight of {brief(kind)}, the first is {bare(unknown[0])}" if unknown else ""
+    if not missing:
+        return f"{folder}: {stray}; config.json and shards may not be of one model{MTP_ADVICE if is_mtp else ''}"
+    first = missing[0]
+    names = {first.name, first.packed.name if first.packed else first.name}
+    holder = next((file for file, table in checkpoint.others.items() if names & table.keys()), None)
+    packed = f" (nor {first.packed.name})" if first.packed else ""
+    lost = f"weight {first.name} is missing{packed}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+    if is_mtp:
+        total = sum(weight.role == "mtp" for weight in weights)
+        keep = f"; --mtp keep takes it from {bare(holder)}" if holder else ""
+        return f"{folder}: {lost}, of the {total} of multi-token prediction{keep}{MTP_ADVICE}"
+    if first.name == HEAD and len(missing) == 1 and not unknown:
+        return (
+            f"{folder}: {lost}, but config.json says tie_word_embeddings false, so transformers would begin with a "
+            "random head; if the head is the embedding, say tie_word_embeddings true in config.json"
+        )
+    if len(missing) == len(weights) and unknown:
+        return (
+            f"{folder}: no tensor has the name of a weight of {brief(kind)}: expected {first.name}, the first of "
+            f"{len(unknown)} is {bare(unknown[0])}; they are of another model, or a program saved them under its names"
+        )
+    if unknown:
+        return f"{folder}: {lost}, and {stray}; config.json and shards are not of one model, or names were changed"
+    if holder:
+        read = some("file", [path.name for path in checkpoint.files])
+        return (
+            f"{folder}: {lost} in {read}, which transformers would load; {bare(holder)} holds it: move away the files "
+            "that are not of the model"
+        )
+    return f"{folder}: {lost}; no file of the folder holds it: the checkpoint was saved or copied incomplete"
+
+
+def weight_matrix(weight: Weight) -> tuple[int, int]:
+    """Rows and columns of a weight as the stream sees it."""
+    return matrix_shape(weight.shape)
