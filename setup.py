@@ -39,7 +39,7 @@ setup(
     package_data={"": ["*.json", "py.typed"]},  # every folder below the two is a package, so "" reaches all data
     include_package_data=False,
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.10",
         "numpy>=2.0",
         "safetensors>=0.5",
         "gguf>=0.18",
