@@ -24,18 +24,20 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ornith_moe.command.terminal import err, out, print_json, progress_bar, say, shown
+from ornith_moe.quant.budget import one_budget
 from ornith_moe.quant.errors import BRIEF, CheckpointError, OrnithError, VerificationError, brief
 
 
 class BriefUsage(TyperGroup):
-    """Commands whose usage errors, which repeat what was typed, stay one readable line."""
+    """Commands that pay for all they read from one budget, and whose usage errors, which repeat what was typed, stay
+    one readable line."""
 
     def make_context(self, *arguments, **options):
         with self._brief():
             return super().make_context(*arguments, **options)
 
     def invoke(self, *arguments, **options):  # makes the context of the command that was chosen
-        with self._brief():
+        with self._brief(), one_budget():
             return super().invoke(*arguments, **options)
 
     @staticmethod
@@ -87,7 +89,7 @@ def parse_size(text: str | int) -> int:
     """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
     found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
     if not found:
-        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {str(text)[:64]!r}")
+        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {brief(str(text))}")
     unit = (found[2] or "").upper()
     power = " KMGT".index(unit[0]) if unit else 0
     return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
@@ -394,7 +396,7 @@ def kernels(
 
     archs = arch.split(",") if arch else ARCHS
     if unknown := [name for name in archs if name not in ARCHS]:
-        raise typer.BadParameter(f"--arch: expected names out of {', '.join(ARCHS)}, got {unknown[0][:64]!r}")
+        raise typer.BadParameter(f"--arch: expected names out of {', '.join(ARCHS)}, got {brief(unknown[0])}")
     with progress_bar(counted=True) as progress:
         rows, layers = catalog(archs, progress)
     rows, layers = [row_json(row) for row in rows], [layer_json(layer) for layer in layers]

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, read_text
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
 from ornith_moe.quant.conversion.stream import Unit, read_unit
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
@@ -58,6 +59,7 @@ class ImatrixReport:
     notes: tuple[str, ...]
 
 
+@budgeted
 def make_imatrix(
     source: Source,
     text: str | Path,

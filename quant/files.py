@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.budget import budget
 from ornith_moe.quant.errors import CheckpointError, ConversionError, OrnithError
 
 MAX_JSON_BYTES = 1 << 28  # index of the 397B, experts one by one, is about 25 MB
@@ -79,9 +79,11 @@ def open_file(
 
 
 def read_bytes(path: str | Path, *, limit: int, **how: Any) -> bytes:
-    """All of a file of at most `limit` bytes; other arguments and errors as `open_file`."""
+    """All of a file of at most `limit` bytes, paid from the budget; other arguments and errors as `open_file`."""
     with open_file(path, limit=limit, **how) as file:
-        return file.read(limit)
+        size = os.fstat(file.fileno()).st_size
+        budget().take(size, f"{path}", how.get("error", CheckpointError))
+        return file.read(size)
 
 
 def read_text(path: str | Path, *, limit: int, what: str = "a text file", **how: Any) -> str:
@@ -109,11 +111,10 @@ def read_json(
     return value
 
 
-def parse_json(raw: bytes, where: str, budget: Budget | None = None) -> Any:
-    """The value of JSON in UTF-8, refused where another program would not agree what it says.
+def parse_json(raw: bytes, where: str) -> Any:
+    """The value of JSON in UTF-8, paid from the budget before it is made; refused where another program would not
+    agree what it says.
 
-    Args:
-        budget: pays for the value before it is made; default one of its own.
     Raises:
         CheckpointError: not UTF-8 or not JSON, a key twice, half a surrogate pair, an integer of more than `MAX_DIGITS`
             digits, nested deeper than `MAX_DEPTH`, or more memory than the budget has.
@@ -132,7 +133,7 @@ def parse_json(raw: bytes, where: str, budget: Budget | None = None) -> Any:
 
     containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
     # What CPython makes of them at most: 128 bytes for a container, 80 for a value with its place, the text twice.
-    (budget or Budget()).take(128 * containers + 80 * values + 2 * len(raw), where)
+    budget().take(128 * containers + 80 * values + 2 * len(raw), where)
     try:
         text = raw.decode()
         value = json.loads(text, object_pairs_hook=no_duplicates, parse_int=integer)

@@ -33,6 +33,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from ornith_moe.quant.errors import brief
+
 E4M3_MAX = 448.0
 MIN_SCALE = 2.0**-126
 _TILE_ELEMENTS = 1 << 21  # that a thread takes at a time on a CPU; calls for fewer would cost as much as their work
@@ -412,4 +414,4 @@ def _check(name, x, dims):
 
 def _check_scale(scale, allowed):
     if scale not in allowed:
-        raise ValueError(f"scale: expected one of {', '.join(allowed)}, got {scale!r}")
+        raise ValueError(f"scale: expected one of {', '.join(allowed)}, got {brief(scale)}")

@@ -1,7 +1,7 @@
 """Regular expressions of a user, compiled and searched within one budget of memory and time.
 
 A pattern may be hostile, or merely unlucky: `(a+)+$` takes minutes on a name of thirty letters, and a recipe of 20,000
-lines that are each quick takes as long. So one `Budget` pays for all of them together:
+lines that are each quick takes as long. So one budget pays for all of them together:
 
 - before a pattern is compiled, it is parsed, and its size with counted repeats written out is taken from the budget:
   compilers write them out, and `(?:(?:a{1000}){1000}){1000}` has 10^9 letters;
@@ -22,7 +22,7 @@ from re import _constants as op
 from re import _parser as parser
 from typing import Any
 
-from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.budget import budget
 from ornith_moe.quant.errors import PlanError, brief
 
 MAX_PATTERN = 512
@@ -34,7 +34,7 @@ _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 
 
 class Patterns:
-    """Patterns in the order in which they are asked; `first` and `unused` count against one budget.
+    """Patterns in the order in which they are asked; compiling, `first` and `unused` are paid from the budget.
 
     Raises:
         PlanError: no regular expression, longer than MAX_PATTERN, or more than the budget has.
@@ -43,12 +43,10 @@ class Patterns:
         1
     """
 
-    def __init__(self, patterns: Iterable[str], *, budget: Budget | None = None):
+    def __init__(self, patterns: Iterable[str]):
         self.patterns = tuple(patterns)
-        self.budget = budget or Budget(seconds=10.0, error=PlanError)
-        self._seconds = self.budget.seconds
         self._searched: dict[str, int | None] = {}
-        with self.budget.clock() as left:
+        with budget().clock() as left:
             end = time.monotonic() + left
             self._compiled = [self._compile(pattern, end) for pattern in self.patterns]
 
@@ -67,7 +65,7 @@ class Patterns:
         return [self.patterns[index] for index in rest if index not in found]
 
     def _all(self, names: list[str], indices: Iterable[int]):
-        with self.budget.clock() as left:
+        with budget().clock() as left:
             end = time.monotonic() + left
             for index in indices:
                 compiled, few = self._compiled[index]
@@ -94,9 +92,9 @@ class Patterns:
                 warnings.simplefilter("ignore")  # `[[` may mean something else one day
                 size, choices = _cost(parser.parse(pattern))
                 if size * choices <= FEW_STEPS and "[:" not in pattern:
-                    self.budget.take(LETTER_BYTES * len(pattern), where)
+                    budget().take(LETTER_BYTES * len(pattern), where, PlanError)
                     return re.compile(pattern), True
-                self.budget.take(ITEM_BYTES * size, where)
+                budget().take(ITEM_BYTES * size, where, PlanError)
                 import regex  # `re` cannot be told to stop
 
                 return regex.compile(pattern), False
@@ -109,8 +107,9 @@ class Patterns:
 
     def _late(self, pattern: str) -> PlanError:
         return PlanError(
-            f"tensor type {brief(pattern, 80)}: {len(self.patterns)} patterns take more than {self._seconds:g} s in "
-            "all, stopped at this one; write them without repeats inside repeats, or fewer of them"
+            f"tensor type {brief(pattern, 80)}: {len(self.patterns)} patterns take more than "
+            f"{budget().all_seconds:g} s in all, stopped at this one; write them without repeats inside repeats, or "
+            "fewer of them"
         )
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ornith_moe.quant.errors import brief
+
 FP8_BLOCK = 128  # values that share a scale along the contraction, and rows of a weight's block
 
 Cast = tuple[int, int | None]
@@ -54,7 +56,7 @@ class Recipe:
         """
         if self.weights and inner % self.weights[0]:
             raise ValueError(
-                f"recipe: {self.name!r} needs an expert intermediate size in multiples of {self.weights[0]}, or a "
+                f"recipe: {brief(self.name)} needs an expert intermediate size in multiples of {self.weights[0]}, or a "
                 f"block would hold rows of gate and of up, got I = {inner}; use recipe='fp8_channel' or 'bf16'"
             )
 
@@ -80,5 +82,5 @@ def recipe_of(name: str) -> Recipe:
         (128, 128)
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {brief(name)}")
     return RECIPES[name]

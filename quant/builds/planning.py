@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.gguf import plan_gguf
 from ornith_moe.quant.builds.names import SAFETENSORS_BUILDS, build_name
 from ornith_moe.quant.builds.plan import BuildPlan
@@ -26,6 +27,7 @@ from ornith_moe.quant.gguf.tensor_types import Recipe
 from ornith_moe.quant.source.weights import Source
 
 
+@budgeted
 def plan_build(
     source: Source,
     build: str,

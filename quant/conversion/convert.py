@@ -23,18 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.builds.names import build_name
 from ornith_moe.quant.builds.underflow import underflow_notes
 from ornith_moe.quant.conversion.journal import Head, Journal
 from ornith_moe.quant.conversion.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
-from ornith_moe.quant.conversion.prepare import Wishes, check_space, numbered, place_all, slabs
+from ornith_moe.quant.conversion.prepare import Wishes, check_space, numbered, place_all, slabs, tokenizer_keys
 from ornith_moe.quant.conversion.publish import finish, publish, underflow
 from ornith_moe.quant.conversion.remedies import why_failed
 from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
 from ornith_moe.quant.conversion.scan import non_finite_weights
 from ornith_moe.quant.conversion.stream import units
-from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError
+from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
@@ -70,6 +71,7 @@ class ConversionReport:
     failed: Mapping[str, str] = field(default_factory=dict)  # {build: why it cannot be made}
 
 
+@budgeted
 def convert(
     source: Source,
     out: str | Path,
@@ -121,15 +123,16 @@ def convert(
     if len(set(names)) != len(names) or not names:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
     if non_finite not in NON_FINITE:
-        raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {non_finite!r}")
+        raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
     jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
-    wishes = Wishes(max_shard_bytes, tokenizer_pre, recipe, imatrix)
-    placed, failed = place_all(source, staging, names, wishes, {})
+    wishes = Wishes(max_shard_bytes, recipe, imatrix)
+    tokenizer = tokenizer_keys(source, tokenizer_pre)
+    placed, failed = place_all(source, staging, names, wishes, {}, tokenizer)
     check_out(source, out, staging)
     if non_finite == "keep-bf16":
         kept = non_finite_weights(source, slab_bytes=slab_bytes, jobs=jobs, progress=progress)
         if kept:
-            placed, more = place_all(source, staging, list(placed), wishes, kept)
+            placed, more = place_all(source, staging, list(placed), wishes, kept, tokenizer)
             failed |= more
     sampled = sample(source)
     digests = {name: made_from(sampled, *pair, imatrix) for name, pair in placed.items()}

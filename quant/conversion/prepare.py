@@ -29,6 +29,7 @@ from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.tokenizer_files import read_tokenizer
 from ornith_moe.quant.source.weights import Source, weight_matrix
 
+TokenizerKeys = Callable[[], tuple[list[Entry], tuple[str, ...]]]
 _VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
@@ -41,21 +42,26 @@ class Wishes:
     """Options of a conversion that decide bytes; see `convert`."""
 
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
-    tokenizer_pre: str | None = None
     recipe: Recipe | None = None
     imatrix: Imatrix | None = None
 
 
 def place_all(
-    source: Source, staging: Path, builds: Sequence[str], wishes: Wishes, kept: Mapping[int, str]
+    source: Source,
+    staging: Path,
+    builds: Sequence[str],
+    wishes: Wishes,
+    kept: Mapping[int, str],
+    tokenizer: TokenizerKeys,
 ) -> tuple[dict[str, tuple[PlacedBuild, dict[str, bytes]]], dict[str, str]]:
     """Plan and lay out every build: ({build: (place, side files)}, {build: why it cannot be made}).
 
+    Args:
+        tokenizer: `tokenizer_keys` of the source, asked for if there is a GGUF.
     Raises:
         CheckpointError, PlanError: none of them can be made.
     """
     placed, failed, error = {}, {}, None
-    tokenizer = cache(lambda: _tokenizer(source, wishes.tokenizer_pre))
     for name in builds:
         try:
             plan = plan_build(source, name, recipe=wishes.recipe, imatrix=wishes.imatrix, kept=kept)
@@ -108,11 +114,16 @@ def _check_encoders(plan: BuildPlan) -> None:
         raise PlanError(next(note for note in plan.notes if "noise without an importance matrix" in note))
 
 
-def _tokenizer(source: Source, pre: str | None) -> tuple[list[Entry], tuple[str, ...]]:
-    """Keys of the tokenizer, the same for every GGUF, and what is to be said of it."""
-    rows = source.architecture.vocabulary
-    files = read_tokenizer(source.folder, rows)
-    return tokenizer_entries(files, source.config, rows, pre=pre), files.notes
+def tokenizer_keys(source: Source, pre: str | None) -> TokenizerKeys:
+    """Gives the keys of the tokenizer, the same for every GGUF, and what is to be said of it; read when first asked."""
+
+    @cache
+    def read() -> tuple[list[Entry], tuple[str, ...]]:
+        rows = source.architecture.vocabulary
+        files = read_tokenizer(source.folder, rows)
+        return tokenizer_entries(files, source.config, rows, pre=pre), files.notes
+
+    return read
 
 
 def _place(
@@ -120,7 +131,7 @@ def _place(
     staging: Path,
     plan: BuildPlan,
     wishes: Wishes,
-    tokenizer: Callable[[], tuple[list[Entry], tuple[str, ...]]],
+    tokenizer: TokenizerKeys,
 ) -> PlacedBuild:
     final = staging.parent / plan.build
     if plan.is_gguf:

@@ -41,13 +41,13 @@ def side_files(source: Source, build: PlacedBuild) -> dict[str, bytes]:
     """
     if build.plan.is_gguf:
         return {}
-    sides, budget = {}, Budget(MAX_SIDE_FILES_BYTES)
+    sides, copied = {}, Budget(MAX_SIDE_FILES_BYTES)
     for path in sorted(source.folder.iterdir()):
         wanted = any(path.match(pattern) for pattern in SIDE_FILES) and path.suffix.lower() not in WEIGHTS
         if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
             if not is_utf8(path.name):
                 raise CheckpointError(f"{path}: its name is not UTF-8, which no manifest can hold; rename it")
-            budget.take(path.stat().st_size, f"{path}: one of the side files that a build copies")
+            copied.take(path.stat().st_size, f"{path}: one of the side files that a build copies")
             sides[path.name] = read_bytes(path, what="a side file", limit=MAX_SIDE_FILE_BYTES)
     for path in named_templates(source.folder):
         sides[f"{TEMPLATES}/{path.name}"] = read_bytes(path, what="a chat template", limit=MAX_TEMPLATE_BYTES)

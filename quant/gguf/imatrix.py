@@ -35,7 +35,7 @@ import numpy as np
 import xxhash
 from gguf import GGUFValueType as Type
 
-from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.budget import budget, budgeted
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError, brief
 from ornith_moe.quant.files import open_file
 from ornith_moe.quant.gguf import header as gguf_header
@@ -102,17 +102,19 @@ class Imatrix:
         for entry in self.entries.values():
             if entry.size > MAX_VALUES:
                 raise CheckpointError(
-                    f"{self.name}: entry {entry.name[:64]} has {entry.size} sums, expected at most {MAX_VALUES}"
+                    f"{self.name}: entry {brief(entry.name)} has {entry.size} sums, expected at most {MAX_VALUES}"
                 )
             if not _sound(entry.counts):
-                raise CheckpointError(f"{self.name}: entry {entry.name[:64]} has counts that are not numbers from 0 on")
+                raise CheckpointError(
+                    f"{self.name}: entry {brief(entry.name)} has counts that are not numbers from 0 on"
+                )
             for start in range(0, entry.size, READ_BYTES // 4):
                 values = self._values(entry, start, min(READ_BYTES // 4, entry.size - start))
                 if not _sound(values):
                     bad = start + int(np.argmin(np.isfinite(values) & (values >= 0)))
                     raise CheckpointError(
-                        f"{self.name}: entry {entry.name[:64]}, value {bad} is {values[bad - start]}; expected finite "
-                        "sums of squares, so make the importance matrix again"
+                        f"{self.name}: entry {brief(entry.name)}, value {bad} is {values[bad - start]}; expected "
+                        "finite sums of squares, so make the importance matrix again"
                     )
         digest = xxhash.xxh3_128()
         self._file.seek(0)
@@ -156,7 +158,7 @@ class Imatrix:
             PlanError: of another architecture, another number of experts or columns, or without an entry in common.
         """
         if self.architecture not in (None, architecture, "imatrix"):
-            raise PlanError(f"{self.name}: was made for a {str(self.architecture)[:64]!r}, the model is {architecture}")
+            raise PlanError(f"{self.name}: was made for a {brief(self.architecture)}, the model is {architecture}")
         found = []
         for name, (shape, kind) in tensors.items():
             entry = self.entry_of(name)
@@ -167,15 +169,15 @@ class Imatrix:
                 if name == EMBEDDING:  # files of other programs hold something of their own under this name
                     continue
                 raise PlanError(
-                    f"{self.name}: entry {name} has {entry.size} values and {entry.counts.size} counts, the tensor "
-                    f"{matrices} matrices of {columns} columns; it was made for another model"
+                    f"{self.name}: entry {brief(name)} has {entry.size} values and {entry.counts.size} counts, the "
+                    f"tensor {matrices} matrices of {columns} columns; it was made for another model"
                 )
             counts = np.broadcast_to(np.rint(entry.counts), matrices)
             found.append(Coverage(name, kind, matrices, int((counts > 0).sum()), int(counts.min()), int(counts.max())))
         if tensors and not found:
             raise PlanError(
-                f"{self.name}: has {len(self.entries)} entries, the first {min(self.entries)[:64]!r}, and none for "
-                f"this model, whose first tensor is {min(tensors)!r}"
+                f"{self.name}: has {len(self.entries)} entries, the first {brief(min(self.entries))}, and none for "
+                f"this model, whose first tensor is {brief(min(tensors))}"
             )
         return found
 
@@ -193,6 +195,7 @@ class Imatrix:
         self._file.close()
 
 
+@budgeted
 def open_imatrix(path: str | Path) -> Imatrix:
     """The importance matrix in `path`, GGUF or .dat, checked from end to end.
 
@@ -217,7 +220,7 @@ def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, 
     keys, tensors = read_gguf_header(path)
     if keys.get("general.type", "imatrix") != "imatrix":
         raise CheckpointError(f"{path.name}: is a GGUF but no importance matrix; expected general.type imatrix")
-    budget = Budget(MAX_TABLE_BYTES)
+    tables = budget().part(MAX_TABLE_BYTES)
     by_name = {tensor.name: tensor for tensor in tensors}
     entries = {}
     for tensor in tensors:
@@ -226,11 +229,11 @@ def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, 
         name = tensor.name.removesuffix(SUMS)
         counts = by_name.get(name + COUNTS)
         if counts is None or (tensor.dtype, counts.dtype) != ("F32", "F32"):
-            raise CheckpointError(f"{path.name}: entry {name[:64]} lacks counts, or is not F32; make it again")
+            raise CheckpointError(f"{path.name}: entry {brief(name)} lacks counts, or is not F32; make it again")
         size, many = tensor.nbytes // 4, counts.nbytes // 4
-        budget.take(ENTRY_MEMORY + counts.nbytes, f"{path.name}: counts of entry {brief(name, 64)}")
+        tables.take(ENTRY_MEMORY + counts.nbytes, f"{path.name}: counts of entry {brief(name)}")
         if not many or size % many:
-            raise CheckpointError(f"{path.name}: entry {name[:64]} has {size} sums for {many} counts; make it again")
+            raise CheckpointError(f"{path.name}: entry {brief(name)} has {size} sums for {many} counts; make it again")
         file.seek(counts.offset)
         entries[name] = Entry(name, tensor.offset, size, np.frombuffer(file.read(counts.nbytes), "<f4"))
     if not entries:
@@ -257,17 +260,17 @@ def _read_legacy(file: BinaryIO, name: str) -> tuple[dict[str, Entry], dict[str,
     def left(item: int) -> int:
         return (size - file.tell()) // item
 
-    entries, budget = {}, Budget(MAX_TABLE_BYTES)
+    entries, tables = {}, budget().part(MAX_TABLE_BYTES)
     for _ in range(integer(1, max(size // 17, 1), "entries")):
         try:
             entry = file.read(integer(1, min(MAX_NAME_BYTES, max(left(1) - 4, 1)), "bytes of a name")).decode()
         except UnicodeDecodeError:
             raise damaged("a name is not UTF-8") from None
-        budget.take(ENTRY_MEMORY + MAX_NAME_BYTES, f"{name}: its entries")
+        tables.take(ENTRY_MEMORY + MAX_NAME_BYTES, f"{name}: its entries")
         calls = integer(-(1 << 31), (1 << 31) - 1, "calls")
         count = integer(1, max(left(4) - 1, 1), "values")
         if entry in entries or count > left(4):
-            raise damaged(f"entry {entry[:64]!r} is there twice or cut short")
+            raise damaged(f"entry {brief(entry)} is there twice or cut short")
         entries[entry] = Entry(entry, file.tell(), count, np.array([max(calls, 0)], "<f4"))
         file.seek(4 * count, os.SEEK_CUR)
     keys: dict[str, Any] = {}

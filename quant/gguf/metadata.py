@@ -234,8 +234,8 @@ def _rope(text: Settings, rope: Settings | None, expected: str) -> Settings:
     kind = rope.values.get("rope_type", rope.values.get("type", expected))  # older configs say `type`
     if kind != expected and (kind, expected) != ("mrope", "default"):
         raise PlanError(
-            f"{rope.where}: rope_type {kind!r} is not written to a GGUF, only {expected!r}; convert with the original "
-            "rope_parameters and give llama.cpp the scaling when it runs"
+            f"{rope.where}: rope_type {brief(kind)} is not written to a GGUF, only {brief(expected)}; convert with "
+            "the original rope_parameters and give llama.cpp the scaling when it runs"
         )
     return rope
 

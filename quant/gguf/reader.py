@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from ornith_moe.quant.budget import Budget
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.budget import budget
+from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import open_file
 
 MAX_HEADER_BYTES = 100_000_000  # a vocabulary of 250,000 tokens with its merges takes 11 MB
@@ -71,7 +71,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
         for _ in range(reader.count(key_count, KEY_BYTES, KEY_MEMORY)):
             name = reader.string(MAX_NAME_BYTES)
             if name in keys:
-                raise reader.damaged(f"key {name[:64]!r} is there twice")
+                raise reader.damaged(f"key {brief(name)} is there twice")
             keys[name] = reader.value()
         tensors = [reader.tensor() for _ in range(reader.count(tensor_count, TENSOR_BYTES, TENSOR_MEMORY))]
         return keys, _placed(reader, tensors, keys.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT))
@@ -80,19 +80,19 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
 def _placed(reader: _Reader, tensors: list[GgufTensor], alignment: Any) -> list[GgufTensor]:
     """`tensors` with offsets from the start of the file, once they lie in it side by side."""
     if type(alignment) is not int or alignment not in (1 << shift for shift in range(17)):
-        raise reader.damaged(f"alignment {str(alignment)[:64]}, expected a power of two up to 65536")
+        raise reader.damaged(f"alignment {brief(alignment)}, expected a power of two up to 65536")
     start = -(-reader.position // alignment) * alignment
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise reader.damaged("a tensor is there twice")
     end = 0
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset % alignment:
-            raise reader.damaged(f"tensor {tensor.name[:64]!r} is not aligned to {alignment} bytes")
+            raise reader.damaged(f"tensor {brief(tensor.name)} is not aligned to {alignment} bytes")
         if tensor.offset < end:
-            raise reader.damaged(f"tensor {tensor.name[:64]!r} overlaps another")
+            raise reader.damaged(f"tensor {brief(tensor.name)} overlaps another")
         end = tensor.offset + tensor.nbytes
         if start + end > reader.size:
-            raise reader.damaged(f"truncated, tensor {tensor.name[:64]!r} ends beyond its {reader.size} bytes")
+            raise reader.damaged(f"truncated, tensor {brief(tensor.name)} ends beyond its {reader.size} bytes")
     return [GgufTensor(t.name, t.dtype, t.shape, start + t.offset, t.nbytes) for t in tensors]
 
 
@@ -102,7 +102,6 @@ class _Reader:
     def __init__(self, file: BinaryIO, name: str):
         self.file, self.name, self.position = file, name, 0
         self.size = os.fstat(file.fileno()).st_size
-        self.budget = Budget()
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.name}: not a whole GGUF: {what} (near byte {self.position}); fetch it again")
@@ -115,7 +114,7 @@ class _Reader:
                 f"{count} times {least_bytes} bytes are announced and {left} are left "
                 f"(file of {self.size}, limit of a header {MAX_HEADER_BYTES})"
             )
-        self.budget.take(count * memory, f"{self.name}: {count} items of its header")
+        budget().take(count * memory, f"{self.name}: {count} items of its header")
         return count
 
     def take(self, length: int) -> bytes:
@@ -159,14 +158,14 @@ class _Reader:
         name = self.string(MAX_NAME_BYTES)
         (dimensions,) = self.unpack("<I")
         if not 1 <= dimensions <= 4:
-            raise self.damaged(f"tensor {name[:64]!r} has {dimensions} dimensions, expected 1 to 4")
+            raise self.damaged(f"tensor {brief(name)} has {dimensions} dimensions, expected 1 to 4")
         shape = self.unpack(f"<{dimensions}Q")[::-1]
         number, offset = self.unpack("<IQ")
         try:
             kind = gguf.GGMLQuantizationType(number)
         except ValueError:
-            raise self.damaged(f"tensor {name[:64]!r} is of type {number}, which is unknown") from None
+            raise self.damaged(f"tensor {brief(name)} is of type {number}, which is unknown") from None
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
-            raise self.damaged(f"tensor {name[:64]!r} has rows of {shape[-1]} values, not whole {kind.name} blocks")
+            raise self.damaged(f"tensor {brief(name)} has rows of {shape[-1]} values, not whole {kind.name} blocks")
         return GgufTensor(name, kind.name, shape, offset, math.prod(shape) // block * block_bytes)

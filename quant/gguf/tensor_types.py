@@ -26,6 +26,7 @@ from pathlib import Path
 
 import gguf
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.files import read_text
@@ -72,10 +73,10 @@ class Recipe:
     def _plain(self) -> tuple[Patterns, list[str]]:
         """Patterns that ask for a type without blocks."""
         plain = [(pattern, kind) for pattern, kind in self.tensor_types if block_shape(kind)[0] == 1]
-        patterns = Patterns((pattern for pattern, _ in plain), budget=self._all[0].budget)
-        return patterns, [kind for _, kind in plain]
+        return Patterns(pattern for pattern, _ in plain), [kind for _, kind in plain]
 
 
+@budgeted
 def parse_recipe(
     words: Iterable[str] = (),
     *,

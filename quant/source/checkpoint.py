@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.budget import budget, budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
 from ornith_moe.quant.source.accounts import LeftOut, bare
@@ -99,7 +99,7 @@ class Checkpoint:
                 got = os.preadv(file.fileno(), [view[done:]], offset + done)
                 if got == 0:
                     raise CheckpointError(
-                        f"{tensor.path.name}: tensor {tensor.name} ends {buffer.size - done} bytes early; "
+                        f"{tensor.path.name}: tensor {bare(tensor.name)} ends {buffer.size - done} bytes early; "
                         "the file was cut short while it was read, so fetch it again"
                     )
                 done += got
@@ -122,6 +122,7 @@ class Checkpoint:
         return _fingerprint(self.folder, self.config, self.files, self.tensors) != self.fingerprint
 
 
+@budgeted
 def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint:
     """Read config and headers of the checkpoint in `folder` and check them.
 
@@ -157,6 +158,7 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
     )
 
 
+@budgeted
 def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     """Files and tensors of a folder of safetensors, each header checked and held against the index.
 
@@ -169,10 +171,9 @@ def read_tables(folder: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
 def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     files = tuple(folder / name for name in found.names)
     tensors: dict[str, TensorInfo] = {}
-    budget = Budget()
     for path in files:
         header = read_header(path)
-        budget.take(INFO_MEMORY * len(header), f"{path.name}: its tensors beside those of other shards")
+        budget().take(INFO_MEMORY * len(header), f"{path.name}: its tensors beside those of other shards")
         wanted = found.names[path.name]
         wanted = header.keys() if wanted is None else wanted
         stray = [name for name in header.keys() - wanted if not is_spare(name)]
@@ -228,7 +229,7 @@ def read_header(path: Path, *, named: bool = False) -> dict[str, TensorInfo]:
         if info.offset != position:
             kind = "a hole before" if info.offset > position else "an overlap at"
             raise CheckpointError(
-                f"{path.name}: {kind} tensor {info.name} at byte {info.offset}; the header is damaged"
+                f"{path.name}: {kind} tensor {bare(info.name)} at byte {info.offset}; the header is damaged"
             )
         position += info.nbytes
     if position != size:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
@@ -32,6 +33,7 @@ ANSWER_SECONDS = 2.0  # for each of connecting and answering
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
+@budgeted
 def open_any(
     source: str | Path, *, mtp: str | None = None, name: str | None = None, config_only: bool = False
 ) -> Source:

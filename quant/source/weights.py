@@ -19,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.names import did_you_mean
@@ -90,6 +91,7 @@ class Source:
         return self.architecture.layers + (self.architecture.mtp_layers if self.has_mtp else 0)
 
 
+@budgeted
 def open_source(source: str | Path, *, mtp: str | None = None, name: str | None = None) -> Source:
     """A checkpoint folder, a config JSON, or the name of a preset.
 
@@ -102,7 +104,7 @@ def open_source(source: str | Path, *, mtp: str | None = None, name: str | None 
         CheckpointError: nothing of that kind there, or whatever is wrong with it.
     """
     if mtp not in MTP_CHOICES:
-        raise ValueError(f"mtp: expected keep or drop, got {mtp!r}")
+        raise ValueError(f"mtp: expected keep or drop, got {brief(mtp)}")
     path = Path(source)
     if str(source) in PRESET_HAS_MTP and not path.exists():
         preset = resources.files("ornith_moe.quant.source").joinpath(f"presets/{source}.json")

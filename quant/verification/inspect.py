@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf.reader import read_gguf_header
@@ -26,6 +27,7 @@ LONGEST_VALUE = 120
 MOST_ITEMS = 16
 
 
+@budgeted
 def inspect(path: str | Path) -> dict[str, Any]:
     """Kind, tensors, bytes per dtype, and the metadata worth a line each.
 

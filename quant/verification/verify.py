@@ -29,6 +29,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.builds.underflow import floor_db, underflow_notes
@@ -39,7 +40,7 @@ from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES
 from ornith_moe.quant.gguf.reader import read_gguf_header
-from ornith_moe.quant.source.accounts import LeftOut, account, some
+from ornith_moe.quant.source.accounts import LeftOut, account, bare, some
 from ornith_moe.quant.source.chat_templates import FOLDER as TEMPLATES
 from ornith_moe.quant.source.checkpoint import matrix_shape, read_tables
 from ornith_moe.quant.source.hub import open_any
@@ -88,6 +89,7 @@ class Verification:
             self.notes.append(text)
 
 
+@budgeted
 def verify(build: str | Path, source: Source | None = None, *, progress: Progress | None = None) -> Verification:
     """Verify the build at `build`, a folder of safetensors or a `.gguf` file, against `source` if given.
 
@@ -148,6 +150,7 @@ def build_has_mtp(build: str | Path) -> bool:
     return any(name.startswith("mtp.") or ".nextn." in name for name in names)
 
 
+@budgeted
 def open_against(build: str | Path, against: str | Path) -> Source:
     """What `build` is to be held against: the source, with MTP tensors if the build or its manifest has them."""
     manifest = _manifest(Path(build)) or {}
@@ -227,7 +230,7 @@ def _non_finite(manifest: dict[str, Any], found: dict[str, FoundTensor], result:
         result.problem("the manifest lists non_finite tensors that are not unquantized tensors of this build")
         return set()
     for name in listed:
-        result.note(f"tensor {name} holds a NaN or an infinity, as its source does, and is kept unquantized")
+        result.note(f"tensor {bare(name)} holds a NaN or an infinity, as its source does, and is kept unquantized")
     return set(listed)
 
 
@@ -264,7 +267,7 @@ def _check_values(found: dict[str, FoundTensor], result: Verification, progress:
                     )
                     break
         else:
-            result.note(f"tensor {name}: {tensor.dtype} is not decoded here, its values are unchecked")
+            result.note(f"tensor {bare(name)}: {tensor.dtype} is not decoded here, its values are unchecked")
         done += tensor.nbytes
         progress("read", done, total)
 
@@ -276,7 +279,7 @@ def _check_scale(name: str, tensor: FoundTensor, found: dict[str, FoundTensor], 
     expected = (rows, 1) if channel else (-(-rows // 128), -(-columns // 128))
     if scale is None or scale.shape != expected or scale.dtype not in ("BF16", "F32"):
         got = f"{scale.dtype} {list(scale.shape)}" if scale else "none"
-        result.problem(f"{tensor.path.name}: tensor {name} is FP8 and needs a scale {list(expected)}, got {got}")
+        result.problem(f"{tensor.path.name}: tensor {bare(name)} is FP8 and needs a scale {list(expected)}, got {got}")
         return
     for _, values in _slabs(scale):
         if not (to_float32(values, scale.dtype) > 0).all():
@@ -417,19 +420,19 @@ def _floor_db(step: Step, dtype: str) -> float:
 def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Verification) -> bool:
     planned = {tensor.name: tensor for tensor in plan.tensors}
     for name in sorted(planned.keys() - found.keys()):
-        result.problem(f"tensor {name} is missing from the build")
+        result.problem(f"tensor {bare(name)} is missing from the build")
     for name in sorted(found.keys() - planned.keys()):
-        result.problem(f"tensor {name} belongs to no weight of the source")
+        result.problem(f"tensor {bare(name)} belongs to no weight of the source")
     for name in planned.keys() & found.keys():
         want, got = planned[name], found[name]
         if (want.dtype, tuple(want.shape), want.nbytes) != (got.dtype, got.shape, got.nbytes):
             result.problem(
-                f"tensor {name}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
+                f"tensor {bare(name)}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}"
             )
         elif want.constant and not np.array_equal(
             _read(got, 0, got.nbytes).view("<f4"), np.array(want.constant, "<f4")
         ):
-            result.problem(f"tensor {name}: its values are not the constants the architecture asks for")
+            result.problem(f"tensor {bare(name)}: its values are not the constants the architecture asks for")
     return result.ok
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ornith_moe.quant import files
-from ornith_moe.quant.budget import Budget
+from ornith_moe.quant.budget import Budget, budgeted, one_budget
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,11 +181,36 @@ def test_json_that_is_fine():
 
 
 def test_budget_counts_what_several_readers_take():
-    budget = Budget(memory_bytes=5_000, error=PlanError)
-    for _ in range(2):
-        files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json", budget)
-    with pytest.raises(PlanError, match=r"f\.json: would take 1814 bytes of memory, and 1372 are left"):
-        files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json", budget)
+    with one_budget(Budget(memory_bytes=5_000)):
+        for _ in range(2):
+            files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json")
+        with pytest.raises(CheckpointError, match=r"f\.json: would take 1814 bytes of memory, and 1372 are left"):
+            files.parse_json(b"[" + b"1," * 20 + b"1]", "f.json")
+
+
+def test_a_part_of_a_budget_is_paid_from_the_whole():
+    whole = Budget(memory_bytes=100)
+    part = whole.part(60)
+    part.take(50, "a")
+    with pytest.raises(PlanError, match="b: would take 20 bytes of memory, and 10 are left for all of its kind"):
+        part.take(20, "b", PlanError)
+    whole.take(45, "c")
+    with pytest.raises(CheckpointError, match="d: would take 10 bytes of memory, and 5 are left for all that is read"):
+        part.take(10, "d")
+    assert (whole.memory_bytes, part.memory_bytes) == (5, 10)
+
+
+def test_files_that_are_each_within_their_limit_count_together(folder):
+    for number in range(8):
+        (folder / f"{number}.txt").write_bytes(b"x" * 1_000)
+
+    @budgeted
+    def read_all():
+        return [files.read_text(folder / f"{number}.txt", limit=2_000) for number in range(8)]
+
+    with one_budget(Budget(memory_bytes=5_500)), pytest.raises(CheckpointError, match=r"5\.txt: would take 1000"):
+        read_all()  # the inner door does not begin anew
+    assert len(read_all()) == 8
 
 
 class TestWriting:

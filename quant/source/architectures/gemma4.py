@@ -58,7 +58,8 @@ class Gemma4:
         for key, plain in _PLAIN.items():
             if text.values.get(key) not in plain:
                 raise CheckpointError(
-                    f"config.json: {key} is {text.values[key]!r}; only dense Gemma 4 with {plain[0]!r} is supported"
+                    f"config.json: {key} is {brief(text.values[key])}; only dense Gemma 4 with {brief(plain[0])} is "
+                    "supported"
                 )
         self.hidden = text.integer("hidden_size")
         self.layers = text.integer("num_hidden_layers", high=4096)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
+import ornith_moe.quant.conversion.prepare as prepare_module
 from ornith_moe.compare import open_client
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
@@ -147,3 +148,10 @@ def test_sound_checkpoints_are_as_without(tmp_path):
         convert(source, tmp_path / policy, ["fp8-block", "gguf:Q8_0"], non_finite=policy)
     for name in ("fp8-block/model.safetensors", f"fp8-block/{MANIFEST}", "moe-Q8_0.gguf"):
         assert (tmp_path / "error" / name).read_bytes() == (tmp_path / "keep-bf16" / name).read_bytes()
+
+
+def test_the_tokenizer_is_read_once_for_both_plans(broken, tmp_path, monkeypatch):
+    read, calls = prepare_module.read_tokenizer, []
+    monkeypatch.setattr(prepare_module, "read_tokenizer", lambda *where: calls.append(where) or read(*where))
+    convert(open_source(broken), tmp_path, ["gguf:BF16", "gguf:F32"], non_finite="keep-bf16")
+    assert len(calls) == 1
