@@ -48,6 +48,10 @@ class Recipe:
         """Values of an activation that share a scale; None: the whole row."""
         return self.activations[1] if self.activations else None
 
+    def scale_of_weights(self, scale: str) -> str:
+        """Dtype of the scales that weights get: of blocks the one asked for, of rows BF16, as in their files."""
+        return "bf16" if self.weights == ROW else scale
+
     def check(self, inner: int) -> None:
         """Refuse an expert intermediate size `inner` whose gate and up rows would share a block.
 
