@@ -177,19 +177,21 @@ class _Model:
         if self.head:
             self.entries.append([(HEAD, 1, source.architecture.hidden)])
 
-    def _quantized_places(self) -> dict[str, GgufPlace]:
-        """Hugging Face name -> place of every weight that a quantized GGUF quantizes."""
+    def _quantized_places(self) -> dict[str, list[GgufPlace]]:
+        """Hugging Face name -> places of every weight that a quantized GGUF quantizes."""
         model = self.source.architecture
-        places = {weight.name: model.gguf_place(weight) for weight in self.source.weights}
-        shapes = {place.name: place.shape for place in places.values() if place}
+        places = {weight.name: model.gguf_places(weight) for weight in self.source.weights}
+        shapes = {place.name: place.shape for each in places.values() for place in each}
         types, _ = tensor_types(shapes.items(), FILE_TYPES["Q8_0"], layers=self.source.layers, experts=model.experts)
         wanted = {name for name, kind in types.items() if kind != "F32"} - {EMBEDDING, HEAD}
-        return {name: place for name, place in places.items() if place and place.name in wanted}
+        quantized = {name: [place for place in each if place.name in wanted] for name, each in places.items()}
+        return {name: each for name, each in quantized.items() if each}
 
     def _entries_of(self, layer: int) -> list[tuple[str, int, int]]:
         """(GGUF name, E, K) of a layer's entries, each once."""
         start = f"{self.prefix}layers.{layer}."
-        found = {place.name: place.shape for name, place in self.places.items() if name.startswith(start)}
+        of_layer = (each for name, each in self.places.items() if name.startswith(start))
+        found = {place.name: place.shape for each in of_layer for place in each}
         return [(name, shape[0] if len(shape) == 3 else 1, shape[-1]) for name, shape in found.items()]
 
     def run(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -244,11 +246,11 @@ class _Model:
         self.layers[number] = None  # the last reference but the caller's: its weights go with it
         layer.eval()
         for name, module in layer.named_modules():
-            place = self.places.get(f"{start}{name}.weight")
-            if isinstance(module, torch.nn.Linear) and place:
-                module.register_forward_pre_hook(partial(sums.add_linear, place))
+            places = self.places.get(f"{start}{name}.weight", ())
+            if isinstance(module, torch.nn.Linear) and places:
+                module.register_forward_pre_hook(partial(sums.add_linear, places))
             elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-                names = [self.places[f"{start}{name}.0.{kind}_proj.weight"].name for kind in ("gate", "up", "down")]
+                names = [self.places[f"{start}{name}.0.{kind}_proj.weight"][0].name for kind in ("gate", "up", "down")]
                 module.forward = partial(_experts, module, sums, names)
         return lambda x: layer(x, *self._call(number, x)[0], **self._call(number, x)[1])
 
@@ -258,7 +260,7 @@ class _Model:
         place = GgufPlace(HEAD, self.source.weights[self.index["lm_head.weight"]].shape)
 
         def head(x: torch.Tensor) -> torch.Tensor:
-            sums.add_linear(place, None, (self.norm(x),))
+            sums.add_linear([place], None, (self.norm(x),))
             return x
 
         return head
@@ -299,12 +301,15 @@ class _Sums:
         self.values: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
-    def add_linear(self, place: GgufPlace, module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]) -> None:
+    def add_linear(
+        self, places: Sequence[GgufPlace], module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]
+    ) -> None:
         x = inputs[0].flatten(0, -2)
         squares = x.square().sum(0, dtype=torch.float64)
-        if place.columns:
-            squares = squares[torch.from_numpy(place.columns.source_index(len(squares)))]
-        self.add([place.name], 1, 0, squares, len(x))
+        for place in places:
+            columns = place.transform.columns
+            index = None if columns is None else torch.from_numpy(columns.source_index(len(squares)))
+            self.add([place.name], 1, 0, squares if index is None else squares[index], len(x))
 
     def add(self, names: Sequence[str], matrices: int, matrix: int, squares: torch.Tensor, count: int) -> None:
         for name in names:

@@ -62,13 +62,17 @@ def sums_and_counts(imatrix, name):
 def whole_model(folder, source):
     """{GGUF name: (sums, counts)} of the linear layers, from hooks in the whole model, experts left out."""
     model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
-    places = {w.name.replace("language_model.", ""): source.architecture.gguf_place(w) for w in source.weights}
+    places = {
+        w.name.replace("language_model.", ""): place
+        for w in source.weights
+        for place in source.architecture.gguf_places(w)
+    }
     found = {}
 
     def add(place, x):
         squares = x.flatten(0, -2).double().square().sum(0).numpy()
-        if place.columns:  # written out: value heads by key head become tiled
-            heads = squares.reshape(place.columns.groups, place.columns.ratio, place.columns.size)
+        if swap := place.transform.columns:  # written out: value heads by key head become tiled
+            heads = squares.reshape(swap.groups, swap.ratio, swap.size)
             squares = heads.swapaxes(0, 1).reshape(-1)
         sums, count = found.get(place.name, (0, 0))
         found[place.name] = sums + squares, count + x.flatten(0, -2).shape[0]

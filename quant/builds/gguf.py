@@ -12,6 +12,7 @@ from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, Imatrix
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, FileType, fit, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
+from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.weights import Source
 
 STATIC = "Q4_K"  # of the MTP layer in files of fewer bits: the least that needs no importance and keeps its drafts good
@@ -28,8 +29,8 @@ def plan_gguf(
     """Plan a GGUF of a file type; the arguments are `plan_build`'s."""
     plan, model = BuildPlan(build), source.architecture
     file_type = FILE_TYPES[plan.file_type]
-    places = [model.gguf_place(weight) for weight in source.weights]
-    shapes = {place.name: place.shape for place in places if place}
+    places = [model.gguf_places(weight) for weight in source.weights]
+    shapes = {place.name: place.shape for each in places for place in each}
     types, plan.fallbacks = tensor_types(
         shapes.items(),
         file_type,
@@ -41,13 +42,14 @@ def plan_gguf(
     )
     other = {name for name in types.keys() & stored.keys() if "F32" != types[name] != stored[name]}
     types |= {name: stored[name] for name in other}
-    types |= {place.name: "BF16" for place in map(places.__getitem__, kept) if place and types[place.name] != "F32"}
+    types |= {place.name: "BF16" for index in kept for place in places[index] if types[place.name] != "F32"}
     if imatrix:
         quantizable = {name: (shapes[name], kind) for name, kind in types.items() if kind != "F32"}
         matched = imatrix.match(quantizable, model.gguf_architecture)
         plan.coverage = [found for found in matched if found.type in USES_IMATRIX]
         plan.metadata = imatrix.metadata() if plan.coverage else {}
-    mtp = {place.name for weight, place in zip(source.weights, places, strict=True) if place and weight.role == "mtp"}
+    mtp_places = (each for weight, each in zip(source.weights, places, strict=True) if weight.role == "mtp")
+    mtp = {place.name for each in mtp_places for place in each}
     _without_importance(plan, file_type, types, shapes, mtp)
     _note(plan, file_type, recipe, imatrix, types, other)
 
@@ -56,19 +58,18 @@ def plan_gguf(
     storages = {name: Gguf(name) for name in set(types.values())}
     covered = {found.tensor for found in plan.coverage}
     index_of: dict[str, int] = {}
-    for index, (weight, place) in enumerate(zip(source.weights, places, strict=True)):
-        if place is None:
-            continue
-        storage = storages[types[place.name]]
-        if place.name in covered:
-            row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
-            storage = Gguf(storage.name, row)
-        parts = storage.parts(weight.shape, source.dtype(index))
-        if place.name not in index_of:
-            index_of[place.name] = len(plan.tensors)
-            members = place.shape[0] if weight.expert is not None else 1
-            plan.tensors.append(OutputTensor(place.name, storage.name, place.shape, members * parts[0].nbytes))
-        plan.steps.append(Step(index, storage, parts, (index_of[place.name],), place.row, place))
+    for index, weight in enumerate(source.weights):
+        for place in places[index]:
+            storage = storages[types[place.name]]
+            if place.name in covered:
+                row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
+                storage = Gguf(storage.name, row)
+            parts = storage.parts(weight.shape, source.dtype(index))
+            if place.name not in index_of:
+                index_of[place.name] = len(plan.tensors)
+                nbytes = matrix_shape(place.shape)[0] * parts[0].row_bytes
+                plan.tensors.append(OutputTensor(place.name, storage.name, place.shape, nbytes))
+            plan.steps.append(Step(index, storage, parts, (index_of[place.name],), place.row, place.transform))
     if any(weight.role == "vision" for weight in source.weights):
         plan.notes.append("the vision tower is left out: a text GGUF has no place for it (an mmproj file would)")
     return plan

@@ -9,19 +9,19 @@ from typing import Any
 from ornith_moe.quant.builds.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
-from ornith_moe.quant.source.architectures.weight import GgufPlace
+from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One weight into one build: how it is stored, the output tensor of each part, and where it begins there."""
+    """A weight, or rows of it, into a build: how it is stored, the output tensor of each part, its first row there."""
 
     weight: int  # index into the source's weights
     storage: Storage
     parts: tuple[Part, ...]
     tensors: tuple[int, ...]  # index of each part's tensor in `BuildPlan.tensors`
     row: int = 0  # first row of this weight in the first tensor, in weight rows
-    place: GgufPlace | None = None  # transforms on the way; None: as it is
+    transform: Transform = UNCHANGED  # on the way
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ def _smaller(plan: BuildPlan, source: Source) -> str:
     """What to ask for instead of a build whose blocks do not fit the rows."""
     if plan.build == "fp8-block":
         return "fp8-channel needs no whole blocks"
-    places = filter(None, map(source.architecture.gguf_place, source.weights))
+    places = (place for weight in source.weights for place in source.architecture.gguf_places(weight))
     shapes = [place.shape for place in places if len(place.shape) > 1]
     fitting = sum(math.prod(shape) for shape in shapes if shape[-1] % block_shape("Q8_0")[0] == 0)
     if 2 * fitting > sum(map(math.prod, shapes)):

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ornith_moe.quant.codecs.sizes import row_bytes
-from ornith_moe.quant.source.checkpoint import ITEM_BYTES, matrix_shape
-from ornith_moe.quant.source.slab import Slab, to_float32
+from ornith_moe.quant.source.checkpoint import ITEM_BYTES
+from ornith_moe.quant.source.slab import Slab, matrix_shape, to_float32
 
 FP8_BLOCK = 128
 

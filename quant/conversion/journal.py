@@ -1,9 +1,10 @@
 """The journal of a conversion: which units are written, and a digest of every extent they left.
 
 One line of JSON per unit, appended after its bytes are written: `[unit, [[file, offset, length, digest], ...], lost]`,
-lost being [[build, weights that became zero], ...]. The first line names what is being converted: the source, and each
-build with the digest of all that determines its bytes. A line `{"failed": ...}` says that a build cannot hold a weight,
-the last one that everything was read back and may get its final name. A line torn by a crash ends the journal there.
+lost being [[build, tensor, weights that became zero], ...]. The first line names what is being converted: the source,
+and each build with the digest of all that determines its bytes. A line `{"failed": ...}` says that a build cannot hold
+a weight, the last one that everything was read back and may get its final name. A line torn by a crash ends the journal
+there.
 
 A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every extent is read
 back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents, not attacks.
@@ -23,6 +24,7 @@ from ornith_moe.quant.errors import CheckpointError, ConversionError
 from ornith_moe.quant.files import open_output, parse_json
 
 Extent = tuple[int, int, int, str]  # file, offset, length, digest
+Lost = tuple[int, int, int]  # build, its tensor, weights that became zero
 CHECKED = {"checked": True}
 JOURNAL = "journal"
 MAX_LINE_BYTES, MAX_SLAB_BYTES = 16 << 20, 64 << 20  # more is no journal of ours
@@ -54,7 +56,7 @@ class Journal:
         self.path = folder / JOURNAL
         self.head: Head | None = None  # None: nothing is begun
         self.extents: dict[int, list[Extent]] = {}
-        self.lost: dict[int, list[tuple[int, int]]] = {}
+        self.lost: dict[int, list[Lost]] = {}
         self.failures: list[Failure] = []
         self.checked = False  # every byte was read back; what is left to do is to rename
         self._mutex = Lock()
@@ -98,7 +100,7 @@ class Journal:
         else:
             unit, extents, lost = entry
             extents = [(int(f), int(o), int(n), str(d)) for f, o, n, d in extents]
-            self.extents[int(unit)], self.lost[int(unit)] = extents, [(int(b), int(n)) for b, n in lost]
+            self.extents[int(unit)], self.lost[int(unit)] = extents, [(int(b), int(t), int(n)) for b, t, n in lost]
 
     def forget_all_beyond(self, units: int, sizes: list[int]) -> None:
         """Drop what a damaged journal says of units and bytes that do not exist; they are written again."""
@@ -109,7 +111,7 @@ class Journal:
 
         self.extents = {unit: extents for unit, extents in self.extents.items() if sound(unit, extents)}
 
-    def record(self, unit: int, extents: list[Extent], lost: list[tuple[int, int]]) -> None:
+    def record(self, unit: int, extents: list[Extent], lost: list[Lost]) -> None:
         with self._mutex:
             self.extents[unit], self.lost[unit] = extents, lost
             self._write([unit, extents, lost])

@@ -31,8 +31,8 @@ from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.storage import Storage, ToBF16
 from ornith_moe.quant.builds.underflow import lost_weights
-from ornith_moe.quant.conversion.journal import Extent, Failure, Journal
-from ornith_moe.quant.conversion.stream import Unit, read_unit, runs, transform
+from ornith_moe.quant.conversion.journal import Extent, Failure, Journal, Lost
+from ornith_moe.quant.conversion.stream import Unit, read_unit, runs
 from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
 from ornith_moe.quant.files import open_output, own_folder
 from ornith_moe.quant.source.architectures.weight import Weight
@@ -59,10 +59,10 @@ class PlacedBuild:
 
 @dataclass
 class Written:
-    """What a unit left: extents in files, weights that became zero per build, and builds that cannot hold it."""
+    """What a unit left: extents in files, weights that became zero, and builds that cannot hold it."""
 
     extents: list[Extent]
-    lost: list[tuple[int, int]]
+    lost: list[Lost]
     failures: list[Failure]
 
 
@@ -184,11 +184,10 @@ class Pass:
     def lost(self, build: PlacedBuild) -> dict[str, int]:
         """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
         counts = dict.fromkeys((tensor.name for tensor in build.plan.tensors), 0)
-        names = {step.weight: build.plan.tensors[step.tensors[0]].name for step in build.plan.steps}
         for unit in self.journal.extents:
-            for number, count in self.journal.lost.get(unit, ()):
+            for number, tensor, count in self.journal.lost.get(unit, ()):
                 if self.placed[number] is build:
-                    counts[names[self.work[unit].weight]] += count
+                    counts[build.plan.tensors[tensor].name] += count
         return {name: count for name, count in counts.items() if count}
 
     def check(self) -> list[str]:
@@ -250,6 +249,7 @@ class Pass:
         slab = read_unit(self.source, unit)
         written = Written([], [], [])
         bad = None if unit.weight in self.kept else _non_finite(weight, unit, slab)
+        rows = weight_matrix(weight)[0]
         for build, step in self.steps[unit.weight]:
             name = build.plan.build
             if name in self.given_up:
@@ -257,8 +257,9 @@ class Pass:
             if bad:
                 written.failures.append(Failure(name, unit.weight, bad, final=True))
                 continue
+            taken = step.transform.taken(slab, unit.start, rows)
             try:
-                changed = transform(step.place, slab)
+                changed = step.transform.forward(taken)
                 encoded = self._encode(step, changed)
             except UnstorableError as error:
                 reason = f"{weight.name}, from row {unit.start}: {error}"
@@ -267,13 +268,13 @@ class Pass:
             if name not in self.failed:
                 written.extents += self._write_out(build, step, unit, encoded)
                 if lost := lost_weights(step.storage, changed, encoded):
-                    written.lost.append((self.placed.index(build), lost))
+                    written.lost.append((self.placed.index(build), step.tensors[0], lost))
         return written
 
     def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:
         encoded = self.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
         stored = step.storage.name
-        changed = step.place is not None and step.place.values != "same"
+        changed = not step.transform.exact
         if stored in FLOAT_BITS and (changed or stored != slab.dtype) and step.weight not in self.kept:
             found = Slab(encoded[0], stored).first_non_finite()
             if found:

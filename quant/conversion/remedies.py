@@ -30,10 +30,10 @@ def _sentence(source: Source, plan: BuildPlan, failures: list[Failure]) -> str:
         return first
     weights = {failure.weight for failure in failures}
     steps = [step for step in plan.steps if step.weight in weights]
-    if not plan.is_gguf or any(step.place.values != "same" for step in steps):
+    if not plan.is_gguf or not all(step.transform.exact for step in steps):
         return f"{first}; mend the checkpoint first"
     kind = "F32" if any(source.dtype(weight) == "F32" for weight in weights) else "BF16"
-    names = list(dict.fromkeys(step.place.name for step in steps))
+    names = list(dict.fromkeys(plan.tensors[step.tensors[0]].name for step in steps))
     return (
         f"{first}, {len(names)} of its tensors being so; make it alone, with --to {plan.build} --tensor-type "
         f"'{_pattern(names)}={kind}'"

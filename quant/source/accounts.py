@@ -1,6 +1,4 @@
-"""What a checkpoint folder holds and a build does not: every tensor is in the build, or here with its reason.
-
-    values in the build + values left out for a reason = values of the folder's tensors
+"""What a checkpoint folder holds and no build will, with the reason.
 
 One line per reason and count, however many names: a folder of 30,000 leftovers is one line for people, and a list in
 JSON.
@@ -8,15 +6,11 @@ JSON.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ornith_moe.quant.errors import brief
-
-VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
 
 
 def bare(name: str) -> str:
@@ -43,24 +37,3 @@ class LeftOut:
 
     def json(self) -> dict[str, Any]:
         return {"what": self.what, "count": len(self.names), "reason": self.reason, "names": list(self.names)}
-
-
-def account(source, plan) -> tuple[list[LeftOut], list[str]]:
-    """What `plan` leaves out of `source` for a reason, and the tensors that it loses without one.
-
-    Args:
-        source: an opened checkpoint, `Source`. plan: of one build of it, `BuildPlan`.
-    """
-    values: Counter[str] = Counter()
-    for step in plan.steps:
-        values[source.rows[step.weight][0].name] += math.prod(source.weights[step.weight].shape)
-    left_out = list(source.left_out)
-    if plan.is_gguf:
-        parts = zip(source.weights, source.rows, strict=True)
-        tower = [info.name for weight, (info, _) in parts if weight.role == "vision"]
-        if tower:
-            left_out.append(LeftOut(VISION, tuple(tower)))
-    known = {name for entry in left_out if entry.what == "tensor" for name in entry.names}
-    tensors = source.checkpoint.tensors.items()
-    lost = [name for name, info in tensors if name not in known and values[name] != math.prod(info.shape)]
-    return left_out, lost

@@ -34,6 +34,7 @@ from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
 from ornith_moe.quant.source.accounts import LeftOut, bare
 from ornith_moe.quant.source.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
+from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization, is_spare
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -61,13 +62,6 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * _KNOWN_BYTES[self.dtype]
-
-
-def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor as the stream sees it: [n] is n rows of one value, [E, N, K] is E*N rows of K."""
-    if len(shape) < 2:
-        return (math.prod(shape), 1)
-    return math.prod(shape[:-1]), shape[-1]
 
 
 @dataclass(frozen=True)

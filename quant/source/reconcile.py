@@ -16,8 +16,8 @@ import numpy as np
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source.accounts import LeftOut, bare, some
 from ornith_moe.quant.source.architectures import Gemma4, Qwen35
-from ornith_moe.quant.source.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo, matrix_shape
-from ornith_moe.quant.source.slab import to_float32
+from ornith_moe.quant.source.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
+from ornith_moe.quant.source.slab import matrix_shape, to_float32
 from ornith_moe.quant.source.tensor_names import canonical_names, is_adapter
 
 HEAD = "lm_head.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -45,3 +46,10 @@ def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32, copy=False)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor as the stream sees it: [n] is n rows of one value, [E, N, K] is E*N rows of K."""
+    if len(shape) < 2:
+        return (math.prod(shape), 1)
+    return math.prod(shape[:-1]), shape[-1]

@@ -30,7 +30,6 @@ from ornith_moe.quant.source.checkpoint import (
     ITEM_BYTES,
     Checkpoint,
     TensorInfo,
-    matrix_shape,
     open_checkpoint,
     without_stale_quantization,
 )
@@ -45,6 +44,7 @@ from ornith_moe.quant.source.reconcile import (
     text_prefix,
 )
 from ornith_moe.quant.source.shards import MTP_ADVICE
+from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization
 
 # What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.

@@ -3,8 +3,8 @@
     SQNR = 10 log10( sum s^2 / sum (w' - w)^2 ) in dB
 
 w is the source's weight, w' what the build decodes to, s what was rounded: w, or w + 1 where a GGUF stores that, or 1
-where it stores -exp(w). Blocks below the range of their type's scales count in what is reported and not in what is
-judged: a floor means nothing there, only a bound of the error does (underflow.py).
+where it stores -exp(w): `Values.signal`. Blocks below the range of their type's scales count in what is reported and
+not in what is judged: a floor means nothing there, only a bound of the error does (underflow.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import numpy as np
 
 from ornith_moe.quant.builds.plan import Step
 from ornith_moe.quant.builds.underflow import REACH, small_blocks
-from ornith_moe.quant.conversion.stream import transform, untransform
-from ornith_moe.quant.source.architectures.weight import GgufPlace
 from ornith_moe.quant.source.slab import Slab
 
 
@@ -49,14 +47,14 @@ class Error:
 
 
 def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
-    """The error of rows of a weight: `slab` of the source as `parts` of a build hold it.
+    """The error of rows of a weight: those of `slab` that the step takes, as `parts` of a build hold them.
 
     What is not finite misses every floor, since damage may decode to anything; where the source itself is not finite,
     kept by leave, it must still be what it was.
     """
     columns = slab.float32.shape[1]
     with np.errstate(all="ignore"):
-        decoded = untransform(step.place, step.storage.decode(parts, columns, slab.dtype))
+        decoded = step.transform.inverse(step.storage.decode(parts, columns, slab.dtype))
         truth = slab.float32.astype(np.float64)
         difference = decoded - truth
         sound = np.isfinite(truth)
@@ -64,7 +62,7 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
             same = (decoded == truth) | (np.isnan(decoded) & np.isnan(truth))
             difference = np.where(sound, difference, np.where(same, 0.0, np.inf))
             truth = np.where(sound, truth, 0.0)
-        signal, noise = _rounded(step.place, truth) ** 2, difference**2
+        signal, noise = step.transform.values.signal(truth) ** 2, difference**2
         total = Error(float(signal.sum()), float(noise.sum()), float(np.abs(difference).max(initial=0.0)))
         total.judged_signal, total.judged_noise = total.signal, total.noise
         small = _small(step, slab)
@@ -79,12 +77,10 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
 
 def _small(step: Step, slab: Slab) -> np.ndarray | None:
     """`small_blocks` of what was encoded, in the order of the source."""
-    if step.place is None:
-        return small_blocks(slab.float32, step.storage.name)
-    if step.place.values != "same" or step.storage.name not in REACH:
+    if not step.transform.exact or step.storage.name not in REACH:
         return None
-    small = small_blocks(transform(step.place, slab).float32, step.storage.name)
-    return None if small is None else untransform(step.place, small)
+    small = small_blocks(step.transform.forward(slab).float32, step.storage.name)
+    return None if small is None else step.transform.inverse(small)
 
 
 def _sqnr(signal: float, noise: float) -> float | None:
@@ -92,10 +88,3 @@ def _sqnr(signal: float, noise: float) -> float | None:
         return None
     ratio = signal / noise
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf
-
-
-def _rounded(place: GgufPlace | None, weights: np.ndarray) -> np.ndarray:
-    """What an error of w is measured against where a build rounds not w but w + 1, or -exp(w), relative to itself."""
-    if place is None or place.values == "same":
-        return weights
-    return weights + 1 if place.values == "add_one" else np.ones_like(weights)

@@ -6,9 +6,9 @@ Three questions, each answerable without the one after it:
    NaN or Inf, no scale is zero or negative.
 2. Unchanged: every file has the size and sha256 of the manifest the conversion left.
 3. True (`against` a source): the tensors are those the plan names, and hold all of the source but what is left out for
-   a reason (quant/source/accounts.py); every weight, decoded by our codecs and carried back through renames, head order
-   and norm shift, is compared with the source, slab by slab. Kept weights must be equal; others must reach a floor that
-   only damage falls below, well under what each format gives, where the range of its scales gives it at all
+   a reason (quant/verification/accounts.py); every weight, decoded by our codecs and carried back through renames, head
+   order and norm shift, is compared with the source, slab by slab. Kept weights must be equal; others must reach a
+   floor that only damage falls below, well under what each format gives, where the range of its scales gives it at all
    (quant/verification/measure.py, quant/builds/underflow.py).
 
 What is wrong both ways would hide here. The transforms themselves are therefore tested on logits, and our decoders
@@ -40,13 +40,14 @@ from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES
 from ornith_moe.quant.gguf.reader import read_gguf_header
-from ornith_moe.quant.source.accounts import LeftOut, account, bare, some
+from ornith_moe.quant.source.accounts import LeftOut, bare, some
 from ornith_moe.quant.source.chat_templates import FOLDER as TEMPLATES
-from ornith_moe.quant.source.checkpoint import matrix_shape, read_tables
+from ornith_moe.quant.source.checkpoint import read_tables
 from ornith_moe.quant.source.hub import open_any
 from ornith_moe.quant.source.reconcile import mtp_of
-from ornith_moe.quant.source.slab import to_float32
+from ornith_moe.quant.source.slab import matrix_shape, to_float32
 from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.verification.accounts import account
 from ornith_moe.quant.verification.measure import Error, unit_error
 
 SLAB_BYTES = 8 << 20
@@ -384,21 +385,21 @@ def _compare(
         result.problem(f"{some('tensor', lost)}, of the source and nowhere in the build, for no reason known")
     if not _compare_tables(plan, found, result):
         return
-    steps = {step.weight: step for step in plan.steps}
-    work = [unit for unit in units(source, SLAB_BYTES) if unit.weight in steps]
-    errors = [Error() for _ in source.weights]
+    numbers: dict[int, list[int]] = {}  # of the steps of each weight
+    for number, step in enumerate(plan.steps):
+        numbers.setdefault(step.weight, []).append(number)
+    work = [(unit, number) for unit in units(source, SLAB_BYTES) for number in numbers.get(unit.weight, ())]
+    errors = [Error() for _ in plan.steps]
     with ThreadPoolExecutor() as pool:
-        measured = pool.map(lambda unit: _unit_error(source, plan, steps[unit.weight], unit, found), work)
-        for done, (unit, error) in enumerate(zip(work, measured, strict=True), 1):
-            errors[unit.weight].add(error)
+        measured = pool.map(lambda one: _unit_error(source, plan, plan.steps[one[1]], one[0], found), work)
+        for done, ((_, number), error) in enumerate(zip(work, measured, strict=True), 1):
+            errors[number].add(error)
             progress("compare", done, len(work))
     roles: dict[str, Error] = {}
-    for index, error in enumerate(errors):
-        if index not in steps:
-            continue
-        weight, step = source.weights[index], steps[index]
+    for step, error in zip(plan.steps, errors, strict=True):
+        weight = source.weights[step.weight]
         roles.setdefault(weight.role, Error()).add(error)
-        floor = _floor_db(step, source.dtype(index))
+        floor = _floor_db(step, source.dtype(step.weight))
         if error.judged_db is not None and not error.judged_db >= floor:
             result.problem(
                 f"{weight.name}: SQNR {error.judged_db:.1f} dB as {step.storage.name}, below the floor of {floor} dB"
@@ -413,8 +414,7 @@ def _compare(
 
 
 def _floor_db(step: Step, dtype: str) -> float:
-    untouched = step.place is None or step.place.values == "same"
-    return math.inf if untouched and step.storage.name == dtype else floor_db(step.storage.name)
+    return math.inf if step.transform.exact and step.storage.name == dtype else floor_db(step.storage.name)
 
 
 def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Verification) -> bool:
@@ -438,12 +438,13 @@ def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Veri
 
 def _unit_error(source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]) -> Error:
     rows = weight_matrix(source.weights[unit.weight])[0]
-    parts = [np.empty((unit.rows // part.rows, part.row_bytes), np.uint8) for part in step.parts]
+    slab = step.transform.taken(read_unit(source, unit), unit.start, rows)
+    parts = [np.empty((len(slab.raw) // part.rows, part.row_bytes), np.uint8) for part in step.parts]
     for run in runs(step, unit, rows):
         part, tensor = step.parts[run.part], found[plan.tensors[step.tensors[run.part]].name]
         stored = _read(tensor, run.target * part.row_bytes, run.count * part.row_bytes)
         parts[run.part][run.rows] = stored.reshape(run.count, part.row_bytes)
-    return unit_error(step, read_unit(source, unit), tuple(parts))
+    return unit_error(step, slab, tuple(parts))
 
 
 def verification_json(result: Verification) -> dict[str, Any]:

@@ -174,17 +174,17 @@ class Gemma4:
 
     # GGUF
 
-    def gguf_place(self, weight: Weight) -> GgufPlace | None:
-        """Where `weight` goes in a text GGUF; None for the vision tower, which belongs in an mmproj file."""
+    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        """Where `weight` goes in a text GGUF; nowhere for the vision tower, which belongs in an mmproj file."""
         if weight.role == "vision":
-            return None
+            return ()
         if weight.layer is None:
             name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
                 weight.role
             ]
-            return GgufPlace(name, weight.shape)
+            return (GgufPlace(name, weight.shape),)
         module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
-        return GgufPlace(f"blk.{weight.layer}.{_GGUF_NAMES[module]}", weight.shape)
+        return (GgufPlace(f"blk.{weight.layer}.{_GGUF_NAMES[module]}", weight.shape),)
 
     def gguf_constants(self) -> dict[str, list[float]]:
         """Tensors a GGUF needs that no checkpoint holds: {name: values}, stored as F32."""

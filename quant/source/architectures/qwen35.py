@@ -22,14 +22,15 @@ from ornith_moe.quant.errors import CheckpointError, PlanError
 from ornith_moe.quant.source.architectures.weight import (
     Cut,
     GgufPlace,
-    HeadSwap,
     Packed,
     Settings,
     Weight,
     text_settings,
 )
+from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
 
 MAX_EXPERTS = 1 << 16  # of all layers; the 397B has 30,720
+_PLUS_ONE = Transform(AddOne())
 MIXERS = ("linear_attention", "full_attention")
 
 # Module names below a layer -> GGUF names below a block.
@@ -263,23 +264,24 @@ class Qwen35:
 
     # GGUF
 
-    def gguf_place(self, weight: Weight) -> GgufPlace | None:
-        """Where `weight` goes in a text GGUF; None for the vision tower, which belongs in an mmproj file."""
-        if weight.role == "vision":
-            return None
+    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        """Where `weight` goes in a text GGUF; nowhere for the vision tower, which belongs in an mmproj file."""
+        return () if weight.role == "vision" else (self._gguf_place(weight),)
+
+    def _gguf_place(self, weight: Weight) -> GgufPlace:
         if weight.layer is None:
             name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
                 weight.role
             ]
-            return GgufPlace(name, weight.shape, values="add_one" if weight.role == "norm" else "same")
+            return GgufPlace(name, weight.shape, transform=_PLUS_ONE if weight.role == "norm" else UNCHANGED)
         if weight.role == "mtp" and self.mtp_layers != 1:
             raise PlanError(
                 f"{weight.name}: llama.cpp reads one MTP layer and the config has {self.mtp_layers}; pass --mtp drop"
             )
         block = f"blk.{weight.layer}."
         if weight.name in _GGUF_MTP_NAMES:
-            values = "same" if weight.name == "mtp.fc.weight" else "add_one"
-            return GgufPlace(block + _GGUF_MTP_NAMES[weight.name], weight.shape, values=values)
+            transform = UNCHANGED if weight.name == "mtp.fc.weight" else _PLUS_ONE
+            return GgufPlace(block + _GGUF_MTP_NAMES[weight.name], weight.shape, transform=transform)
         if weight.expert is not None:
             kind = weight.name.rsplit(".", 2)[1].removesuffix("_proj")
             shape = (self.experts, *weight.shape)
@@ -288,7 +290,7 @@ class Qwen35:
         name = block + _GGUF_NAMES[module]
         if module.startswith("linear_attn."):
             return self._gguf_linear_attention(weight, name, module.removeprefix("linear_attn."))
-        return GgufPlace(name, weight.shape, values="add_one" if module.endswith("norm.weight") else "same")
+        return GgufPlace(name, weight.shape, transform=_PLUS_ONE if module.endswith("norm.weight") else UNCHANGED)
 
     def _gguf_linear_attention(self, weight: Weight, name: str, module: str) -> GgufPlace:
         ratio = self.value_heads // self.key_heads
@@ -301,11 +303,9 @@ class Qwen35:
         }.get(module, (0, 1))
         swap = HeadSwap(start, self.key_heads, ratio, size) if ratio > 1 and module != "norm.weight" else None
         shape = (weight.shape[0], weight.shape[2]) if module == "conv1d.weight" else weight.shape
-        values = "negative_exp" if module == "A_log" else "same"
-        by_columns = module == "out_proj.weight"
-        return GgufPlace(
-            name, shape, values=values, rows=None if by_columns else swap, columns=swap if by_columns else None
-        )
+        if module == "out_proj.weight":
+            return GgufPlace(name, shape, transform=Transform(columns=swap))
+        return GgufPlace(name, shape, transform=Transform(NegativeExp() if module == "A_log" else SAME, rows=swap))
 
     def gguf_constants(self) -> dict[str, list[float]]:
         """Tensors a GGUF needs that no checkpoint holds."""

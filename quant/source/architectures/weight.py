@@ -1,4 +1,4 @@
-"""What an architecture says of one weight: its name, what it does, where it may be packed, and its place in a GGUF.
+"""What an architecture says of one weight: its name, what it does, where it may be packed, and its places in a GGUF.
 
 Experts are always seen one by one here, whatever layout the checkpoint has: `packed` says in which rows of which fused
 tensor the same numbers would lie, so that "fused, one by one or mixed" is a question of looking up two names.
@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
 ROLES = (
     "router", "expert", "shared_expert", "attention", "linear_attention", "mlp", "norm", "embedding", "head",
@@ -48,36 +47,13 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadSwap:
-    """Reorder heads from [groups, ratio] to [ratio, groups], each `size` long, from position `start` on.
-
-    Hugging Face stores the value heads of gated DeltaNet by key head, ggml stores them tiled.
-    """
-
-    start: int
-    groups: int
-    ratio: int
-    size: int
-
-    def source_index(self, length: int) -> np.ndarray:
-        """int64 [length]: which source position each destination position takes."""
-        index = np.arange(length)
-        stop = self.start + self.groups * self.ratio * self.size
-        heads = index[self.start : stop].reshape(self.groups, self.ratio, self.size)
-        index[self.start : stop] = heads.swapaxes(0, 1).reshape(-1)
-        return index
-
-
-@dataclass(frozen=True, slots=True)
 class GgufPlace:
-    """Where a weight goes in a GGUF and what happens on the way: to its values, then to its rows or columns."""
+    """Where a weight, or the rows that `transform` takes of it, goes in a GGUF, and what happens on the way."""
 
     name: str
     shape: tuple[int, ...]  # of the GGUF tensor, Hugging Face order (GGUF reverses it)
     row: int = 0  # first row of this weight in the GGUF tensor seen as a matrix
-    values: str = "same"  # "same", "add_one" (zero-centred norms), "negative_exp" (A_log -> A)
-    rows: HeadSwap | None = None
-    columns: HeadSwap | None = None
+    transform: Transform = UNCHANGED
 
 
 @dataclass(frozen=True, slots=True)

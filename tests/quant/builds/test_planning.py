@@ -227,7 +227,7 @@ def test_mtp_without_importance_gets_bits_that_need_none(tmp_path):
     source = open_source("qwen3.5-9b")
     names = [f"blk.{layer}.{kind}" for layer in range(32) for kind in
              ("ffn_up", "ffn_gate", "ffn_down", "attn_q", "attn_k", "attn_output", "attn_gate", "ssm_out")]  # fmt: skip
-    shapes = {place.name: place.shape for place in map(source.architecture.gguf_place, source.weights) if place}
+    shapes = {place.name: place.shape for w in source.weights for place in source.architecture.gguf_places(w)}
     shapes = {name: shapes[name] for name in map("{}.weight".format, names) if name in shapes}
     covered = [Coverage(name, "IQ2_XXS", 1, 1, 9, 9) for name in shapes]
     imatrix = SimpleNamespace(name="im", match=lambda *_: covered, metadata=dict, importance=dict)

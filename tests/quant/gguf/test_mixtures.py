@@ -40,7 +40,7 @@ def source_of(name):
 def shapes_of(name):
     source = source_of(name)
     model = source.architecture
-    shapes = {place.name: place.shape for place in map(model.gguf_place, source.weights) if place}
+    shapes = {place.name: place.shape for weight in source.weights for place in model.gguf_places(weight)}
     return shapes | {name: (len(values),) for name, values in model.gguf_constants().items()}
 
 

@@ -24,8 +24,8 @@ from ornith_moe.quant.codecs.gguf import DECODERS
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.source.accounts import account
 from ornith_moe.quant.source.weights import open_source
+from ornith_moe.quant.verification.accounts import account
 from ornith_moe.quant.verification.inspect import inspect
 from ornith_moe.quant.verification.verify import build_has_mtp, open_against, verification_json, verify
 

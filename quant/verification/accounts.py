@@ -1,0 +1,38 @@
+"""Every tensor of a source is in a build, or left out of it for a reason.
+
+values in the build + values left out for a reason = values of the folder's tensors
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from ornith_moe.quant.builds.plan import BuildPlan
+from ornith_moe.quant.source.accounts import LeftOut
+from ornith_moe.quant.source.weights import Source, weight_matrix
+
+VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
+
+
+def account(source: Source, plan: BuildPlan) -> tuple[list[LeftOut], list[str]]:
+    """What `plan` leaves out of `source` for a reason, and the tensors that it loses without one.
+
+    Args:
+        source: an opened checkpoint. plan: of one build of it.
+    """
+    values: Counter[str] = Counter()
+    for step in plan.steps:
+        rows, columns = weight_matrix(source.weights[step.weight])
+        taken = rows if step.transform.rows is None else len(step.transform.rows.source_index(rows))
+        values[source.rows[step.weight][0].name] += taken * columns
+    left_out = list(source.left_out)
+    if plan.is_gguf:
+        parts = zip(source.weights, source.rows, strict=True)
+        tower = [info.name for weight, (info, _) in parts if weight.role == "vision"]
+        if tower:
+            left_out.append(LeftOut(VISION, tuple(tower)))
+    known = {name for entry in left_out if entry.what == "tensor" for name in entry.names}
+    tensors = source.checkpoint.tensors.items()
+    lost = [name for name, info in tensors if name not in known and values[name] != math.prod(info.shape)]
+    return left_out, lost
