@@ -1,1 +1,1 @@
-"""The commands of `ornith-moe`, one file each: options, the call, what is printed."""
+"""What the commands of the CLI print."""

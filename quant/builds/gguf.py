@@ -9,12 +9,14 @@ from functools import partial
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
 from ornith_moe.quant.builds.storage import Gguf
 from ornith_moe.quant.codecs.sizes import block_shape
+from ornith_moe.quant.errors import brief
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, Imatrix
-from ornith_moe.quant.gguf.mixtures import FILE_TYPES, FileType, fit, tensor_types
+from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, FileType, fit, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
 from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.weights import Source
 
+TYPE_OPTIONS = {EMBEDDING: "--token-embedding-type", HEAD: "--output-tensor-type"}
 STATIC = "Q4_K"  # of the MTP layer in files of fewer bits: the least that needs no importance and keeps its drafts good
 
 
@@ -85,9 +87,12 @@ def _without_importance(
     """Tensors of types that are noise without importance and have none: those of the MTP layer get a type that is not.
 
     Importance is measured without the MTP layer, by llama-imatrix as by us, so nobody could give what is missing.
+    Embedding and head, on which a matrix has nothing as a rule, are left alone as by llama-quantize, unless nothing
+    encodes their type without one.
     """
-    free = {EMBEDDING, HEAD, *(found.tensor for found in plan.coverage)}
-    lacking = sorted(name for name in types.keys() - free if types[name] in file_type.needs_imatrix)
+    needs = dict.fromkeys(types, file_type.needs_imatrix) | dict.fromkeys(TYPE_OPTIONS, UNMADE_WITHOUT_IMATRIX)
+    covered = {found.tensor for found in plan.coverage}
+    lacking = sorted(name for name in types.keys() - covered if types[name] in needs[name])
     given_way = [name for name in lacking if name in mtp]
     for name in given_way:
         types[name] = fit(STATIC, shapes[name][-1])
@@ -115,7 +120,7 @@ def _note(
         )
     elif unused := recipe.unused(types):
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        plan.notes.append(f"{build}: no tensor has a name that {unused[0]!r}{more} fits")
+        plan.notes.append(f"{build}: no tensor has a name that {brief(unused[0])}{more} fits")
     served = {name for name, kind in types.items() if kind in USES_IMATRIX}
     if imatrix and file_type.quantized:
         full = sum(found.covered == found.matrices for found in plan.coverage)
@@ -134,11 +139,13 @@ def _note(
 
 
 def _lacks_importance(plan: BuildPlan, types: Mapping[str, str], imatrix: Imatrix | None) -> str:
-    name, count = plan.needs_imatrix[0], len(plan.needs_imatrix)
-    what = f"{count} tensors, the first {name} as {types[name]}, are noise without an importance matrix"
-    if imatrix is None:
+    names = plan.needs_imatrix
+    what = f"{len(names)} tensors, the first {names[0]} as {types[names[0]]}, are noise without an importance matrix"
+    options = [f"{option} {STATIC}" for name, option in TYPE_OPTIONS.items() if name in names]
+    if imatrix is None and not options:
         return f"{what}; give one with --imatrix, which 'ornith-moe imatrix SRC --text FILE' makes"
-    return (
-        f"{what}, and {imatrix.name} has nothing on them; make one with 'ornith-moe imatrix SRC --text FILE', or give "
-        f"them another type with --tensor-type '{re.escape(name)}=Q4_K'"
-    )
+    kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.", "", name) for name in names if name not in TYPE_OPTIONS)
+    if kinds:
+        options.append(f"--tensor-type '{'|'.join(map(re.escape, kinds))}={STATIC}' before any other")
+    known = f"{imatrix.name} has nothing on them" if imatrix else "none is measured for embedding and head"
+    return f"{what}, and {known}; give them another type with {' and '.join(options)}"

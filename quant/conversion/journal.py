@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from ornith_moe.quant.budget import Budget, one_budget
 from ornith_moe.quant.errors import CheckpointError, ConversionError
 from ornith_moe.quant.files import open_output, parse_json
 
@@ -81,7 +82,8 @@ class Journal:
         kept = 0
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b"")):
             try:
-                self._take(number, parse_json(line, self.path.name) if line.endswith(b"\n") else None)
+                with one_budget(Budget()):  # for the line: many are no reason to drop the rest as damaged
+                    self._take(number, parse_json(line, self.path.name) if line.endswith(b"\n") else None)
             except (ValueError, TypeError, KeyError, OverflowError, CheckpointError):
                 break
             kept += len(line)

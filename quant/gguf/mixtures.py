@@ -33,6 +33,7 @@ from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
 
 # Encoded without importance, these are noise; llama-quantize refuses them too.
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"}
+UNMADE_WITHOUT_IMATRIX = {"IQ2_XXS", "IQ2_XS", "IQ1_S"}  # ggml encodes no tensor of these without, nor do our codecs
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,7 +207,10 @@ def _check_manifest(path: Path, manifest: dict[str, Any], result: Verification, 
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             size = file.stat().st_size if file.is_file() else "no"
-            result.problem(f"{name}: expected {entry['bytes']} bytes by the manifest, got {size}; convert again")
+            result.problem(
+                f"{name}: expected {entry['bytes']} bytes by the manifest, got {size}; move the build away and convert "
+                "again"
+            )
             continue
         with open_file(file, what="a file of the build", named=file == path) as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:

@@ -20,7 +20,7 @@ from ornith_moe.quant.codecs.gguf import CODECS
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, open_imatrix, write_imatrix
-from ornith_moe.quant.gguf.mixtures import FILE_TYPES
+from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX
 from ornith_moe.quant.gguf.reader import read_gguf_header
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import read_gguf_tensors, verify
@@ -246,6 +246,7 @@ def test_types_that_use_importance_are_those_of_the_codecs():
     assert {c.name for c in CODECS if issubclass(c, BlockCodec) and c.important} == USES_IMATRIX & {
         c.name for c in CODECS
     }
+    assert {c.name for c in CODECS if c.needs_importance} == UNMADE_WITHOUT_IMATRIX & {c.name for c in CODECS}
 
 
 # Another model
