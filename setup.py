@@ -43,15 +43,15 @@ setup(
         "numpy>=2.0",
         "safetensors>=0.5",
         "gguf>=0.18",
-        "numba>=0.61",
-        "regex>=2024.4",
+        "numba>=0.61,<1",
+        "regex>=2024.4.16",
         "typer>=0.15",
         "rich>=13.7",
         "xxhash>=3.4",
     ],
     extras_require={
-        "triton": ["triton>=3.4"],  # torch's CUDA and ROCm builds bring their own
-        "hf": ["transformers>=5.20", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
+        "triton": ["triton>=3.6,<4"],  # torch's CUDA and ROCm builds bring their own
+        "hf": ["transformers>=5.20,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
         "llama": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=1.0"],
     },

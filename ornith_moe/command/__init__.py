@@ -1,1 +1,1 @@
-"""What the commands of the CLI print."""
+"""The commands of `ornith-moe`, one file each: options, the call, what is printed."""

@@ -1,4 +1,4 @@
-"""What this machine has, told without importing more than is there.
+"""`ornith-moe doctor`: what this machine has, told without importing more than is there.
 
 Nothing else measures the machine before it computes: the rates of its BF16 products are timed here, in some 20 ms once
 the kernels are compiled, and otherwise at the first product that chooses by them.
@@ -13,6 +13,9 @@ import textwrap
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ornith_moe.command.options import Json
+from ornith_moe.command.terminal import out, print_json, say
+
 WIDTH = 100  # columns
 LIBRARIES = ("torch", "triton", "numpy", "numba", "safetensors", "gguf")
 CLIENTS = {
@@ -22,6 +25,16 @@ CLIENTS = {
     "xllamacpp": "runs GGUF builds",
     "huggingface_hub": "hf:// sources",
 }
+
+
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and which backend each op will use."""
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    for line in as_lines(found, min(WIDTH, out.width)):
+        say(line)
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -73,8 +86,10 @@ def as_lines(found: dict[str, dict[str, Any]], width: int = WIDTH) -> list[str]:
         indent = 2 + max(map(len, rows)) + 2
         for key, value in rows.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
-            options = {"width": width, "subsequent_indent": " " * indent, "break_on_hyphens": False}
-            lines += textwrap.wrap(text, initial_indent=f"  {key:{indent - 2}}", **options)
+            first = f"  {key:{indent - 2}}"
+            lines += textwrap.wrap(
+                text, width, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False
+            )
     return lines[1:]
 
 

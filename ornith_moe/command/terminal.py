@@ -31,6 +31,10 @@ out = _Out(markup=False, emoji=False, highlight=False, width=None if os.isatty(1
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM; not KeyboardInterrupt, which typer ends without a word."""
+
+
 def shown(value: object) -> str:
     """`value` as one line that cannot move the cursor, the middle of a very long one left out."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
@@ -85,7 +89,8 @@ def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], No
         def update(phase: str, done: int, total: int) -> None:
             if phase == "compile":
                 if phase not in tasks and err.is_terminal:
-                    tasks[phase] = bar.console.print("compile  machine code of the codecs, kept for the next run")
+                    tasks[phase] = None
+                    bar.console.print("compile  machine code of the codecs, kept for the next run")
                 return
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total)

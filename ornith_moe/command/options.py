@@ -1,0 +1,90 @@
+"""Options that several commands share, as typer reads them."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ornith_moe.quant.errors import brief
+
+if TYPE_CHECKING:
+    from ornith_moe.quant.gguf.imatrix import Imatrix
+    from ornith_moe.quant.gguf.tensor_types import Recipe
+
+
+class NonFinite(StrEnum):
+    """What to do with a weight that holds a NaN or an infinity."""
+
+    error = "error"
+    keep_bf16 = "keep-bf16"
+
+
+class Mtp(StrEnum):
+    """What to do with multi-token-prediction tensors."""
+
+    keep = "keep"
+    drop = "drop"
+
+
+class Device(StrEnum):
+    """Where a conversion encodes; the bytes are the same."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "2GiB", "500 MB" or "1000000"; typer.BadParameter otherwise."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]i?)?B?\s*", str(text), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"expected a size such as 2GiB or 500MB, got {brief(str(text))}")
+    unit = (found[2] or "").upper()
+    power = " KMGT".index(unit[0]) if unit else 0
+    return int(float(found[1]) * (1024 if unit.endswith("I") else 1000) ** power)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+To = Annotated[
+    list[str], typer.Option("--to", metavar="BUILD", help="fp8-channel, fp8-block, bf16 or gguf:TYPE; repeat for more.")
+]
+MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
+Name = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="Of the model, in file names and metadata. Default: SRC's.")
+]
+SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hf://org/name[@revision].")]
+DEFAULT_SHARD: Any = "5GB"  # read by `parse_size`, as what a user types is
+DEFAULT_MEMORY: Any = "2GiB"
+MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]
+TokenizerPre = Annotated[
+    str | None, typer.Option(metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
+]
+ImatrixOption = Annotated[
+    Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance of columns, of llama.cpp.")
+]
+TensorType = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor-type", metavar="REGEX=TYPE", help="GGUF type of the tensors whose name it fits; the first that fits."
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="More REGEX=TYPE, one a line, after those above.")
+]
+EmbeddingType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the token embedding.")]
+OutputType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the output head.")]
+
+
+def asked_of_gguf(
+    imatrix: Path | None, tensor_type: list[str] | None, recipe: Path | None, embedding: str | None, output: str | None
+) -> tuple[Recipe, Imatrix | None]:
+    """What the options ask of a GGUF: a recipe and an importance matrix, or None."""
+    from ornith_moe.quant.gguf.imatrix import open_imatrix
+    from ornith_moe.quant.gguf.tensor_types import parse_recipe
+
+    asked = parse_recipe(tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output)
+    return asked, open_imatrix(imatrix) if imatrix else None

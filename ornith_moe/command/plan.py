@@ -1,0 +1,99 @@
+"""`ornith-moe plan`: what each build will be, before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ornith_moe.command.coverage import print_coverage
+from ornith_moe.command.options import (
+    DEFAULT_SHARD,
+    EmbeddingType,
+    ImatrixOption,
+    Json,
+    MaxShard,
+    MtpOption,
+    Name,
+    OutputType,
+    RecipeFile,
+    TensorType,
+    To,
+    asked_of_gguf,
+)
+from ornith_moe.command.terminal import out, print_json, say
+from ornith_moe.quant.fallbacks import by_kind
+
+if TYPE_CHECKING:
+    from ornith_moe.quant.builds.plan import BuildPlan
+    from ornith_moe.quant.source.weights import Source
+
+
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint folder, config .json, preset or hf://org/name.")
+    ],
+    to: To,
+    mtp: MtpOption = None,
+    name: Name = None,
+    max_shard_size: MaxShard = DEFAULT_SHARD,
+    imatrix: ImatrixOption = None,
+    tensor_type: TensorType = None,
+    recipe: RecipeFile = None,
+    token_embedding_type: EmbeddingType = None,
+    output_tensor_type: OutputType = None,
+    as_json: Json = False,
+) -> None:
+    """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
+    from ornith_moe.quant.builds.layout import shard_tensors
+    from ornith_moe.quant.builds.names import build_name
+    from ornith_moe.quant.builds.plan import plan_json
+    from ornith_moe.quant.builds.planning import plan_build
+    from ornith_moe.quant.errors import PlanError
+    from ornith_moe.quant.source.hub import open_any
+
+    opened = open_any(source, mtp=mtp, name=name, config_only=True)
+    asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
+    plans: list[BuildPlan] = []
+    failed: dict[str, PlanError] = {}
+    for build in map(build_name, to):
+        try:
+            plans.append(plan_build(opened, build, recipe=asked, imatrix=importance))
+        except PlanError as error:
+            failed[build] = error
+    files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
+    if as_json:
+        builds = [plan_json(*pair) for pair in zip(plans, files, strict=True)]
+        reasons = {build: str(error) for build, error in failed.items()}
+        print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
+    elif plans:
+        print_plans(opened, plans, files)
+    for first in failed.values():
+        raise first
+
+
+def print_plans(opened: Source, plans: Sequence[BuildPlan], files: Sequence[int]) -> None:
+    """A table of the builds planned of `opened`, with `files` each, and what a user should know of them."""
+    from ornith_moe.quant.builds.plan import iterate_dtypes
+
+    table = Table()
+    for column in ("build", "tensors", "bytes", "files", "bits/weight", "max TP"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "build" else "right")
+    table.add_column("stored as")
+    weights = sum(math.prod(weight.shape) for weight in opened.weights)
+    for plan, count in zip(plans, files, strict=True):
+        kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
+        bits = f"{8 * plan.tensor_bytes / weights:.2f}"
+        ranks = str(plan.max_tensor_parallel or "-")
+        table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+    for warning in filter(None, (plan.warning for plan in plans)):
+        say(warning)
+    say(opened.name)
+    out.print(table)
+    print_coverage(plan.coverage for plan in plans)
+    told = [note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)]]
+    for note in dict.fromkeys([*opened.notes, *told]):
+        say(f"- {note}")
