@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import gather, importance, new_tile
 from ornith_moe.quant.codecs.codec import BlockCodec
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
+from ornith_moe.quant.codecs.sizes import block_shape
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_at, half_bits
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
     bits,
+    broadcast,
     floor,
     highest,
     load,
@@ -30,12 +35,9 @@ from ornith_moe.quant.codecs.lanes import (
     maximum,
     minimum,
     select,
-    spread,
     store,
 )
-from ornith_moe.quant.codecs.search import ZERO, affine_scale, signed_scale
-from ornith_moe.quant.codecs.sizes import block_shape
-from ornith_moe.quant.codecs.tiles import gather, half_at, half_bits, importance, new_tile, pack, unpack
+from ornith_moe.quant.simd.packing import pack, unpack
 
 BLOCK = 32
 HALF = np.float32(0.5)
@@ -87,7 +89,7 @@ def encode_signed(x, code_bits, out, size):
         inverse = reciprocal(d)
         put(out, at, half_bits(d), 2)
         if np.isinf(inverse):
-            a = b = spread(ZERO)
+            a = b = broadcast(ZERO)
         else:
             a = floor(minimum(a * inverse + (n + HALF), n + n - np.float32(1)))
             b = floor(minimum(b * inverse + (n + HALF), n + n - np.float32(1)))
@@ -108,7 +110,7 @@ def encode_affine(x, code_bits, out, size):
         put(out, at, half_bits(d), 2)
         put(out, at + 2, half_bits(low), 2)
         if np.isinf(inverse):
-            a = b = spread(ZERO)
+            a = b = broadcast(ZERO)
         else:
             a = floor(minimum((a - low) * inverse + HALF, top))
             b = floor(minimum((b - low) * inverse + HALF, top))

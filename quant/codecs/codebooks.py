@@ -22,31 +22,23 @@ import math
 
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import SUPER, gather, importance, new_tile, sum_of_squares
 from ornith_moe.quant.codecs.blocks32 import BLOCK, HALF, put, reciprocal
 from ornith_moe.quant.codecs.codec import BlockCodec
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.codecs.search import EPSILON, ZERO, largest
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_at, half_bits
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
+    broadcast,
     highest,
     load,
     maximum,
     select,
-    spread,
     store,
 )
-from ornith_moe.quant.codecs.search import EPSILON, ZERO, largest
-from ornith_moe.quant.codecs.tiles import (
-    SUPER,
-    gather,
-    half_at,
-    half_bits,
-    importance,
-    new_tile,
-    pack,
-    sum_of_squares,
-    unpack,
-)
+from ornith_moe.quant.simd.packing import pack, unpack
 
 TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 BETWEEN = TABLE[:-1] + TABLE[1:]  # twice the middle, which rounds nothing
@@ -58,7 +50,7 @@ SIGNED = np.append(DOUBLED, 0 - DOUBLED)
 def entry(v):
     """The entry of the table nearest to v, the larger one on ties."""
     twice = v + v
-    nearest_entry = spread(TABLE[0])
+    nearest_entry = broadcast(TABLE[0])
     for k in range(15):
         nearest_entry = select(twice >= BETWEEN[k], TABLE[k + 1], nearest_entry)
     return nearest_entry
@@ -68,7 +60,7 @@ def entry(v):
 def code_of(v):
     """The code of that entry; 15 for NaN, 0 times the reciprocal of a subnormal scale, where C's search ends too."""
     twice = v + v
-    code = select(v == v, spread(ZERO), spread(np.float32(15)))
+    code = select(v == v, broadcast(ZERO), broadcast(np.float32(15)))
     for k in range(15):
         code = select(twice >= BETWEEN[k], np.float32(k + 1), code)
     return code
@@ -78,13 +70,13 @@ def code_of(v):
 def table_scale(n, x, w):
     """The scale d of x ~ d * table[q]."""
     value, magnitude = largest(n, x)
-    scale = best = spread(ZERO)
+    scale = best = broadcast(ZERO)
     for step in range(-8, 8):
         if step == -8:  # the obvious scale is tried first
             tried = np.float32(1) / (-value / TABLE[0])
         else:
-            tried = (spread(np.float32(step)) + TABLE[0]) / value
-        sum_xq = sum_qq = spread(ZERO)
+            tried = (broadcast(np.float32(step)) + TABLE[0]) / value
+        sum_xq = sum_qq = broadcast(ZERO)
         for i in range(n):
             v = load(x, LANES * i)
             q = entry(tried * v)
@@ -162,7 +154,7 @@ def encode_iq4_xs(x, scales, out):
 @compiled
 def entries(table, q):
     """The entries of sixteen codes."""
-    chosen = spread(table[0])
+    chosen = broadcast(table[0])
     for k in range(1, 16):
         chosen = select(q >= np.float32(k), table[k], chosen)
     return chosen
@@ -215,7 +207,7 @@ class IQ4_XS(BlockCodec):
 @compiled
 def doubled_code(v, d):
     """The code of the entry of d * doubled nearest to v, the smaller one on ties; its fourth bit is the sign."""
-    code, error = spread(ZERO), absolute(v)
+    code, error = broadcast(ZERO), absolute(v)
     for k in range(1, 8):
         other = absolute(d * DOUBLED[k] - absolute(v))
         better = other < error

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.quant.codecs.compiled import compiled
 from ornith_moe.quant.codecs.sizes import block_shape, row_bytes
 from ornith_moe.quant.errors import UnstorableError
+from ornith_moe.quant.simd.compiled import compiled
 
 CHUNK = 1 << 17  # values at a time: half a MB of input, so that checks and stages find it in cache
 DECODED = 1 << 20  # as many when decoding: it has few stages, and threads wait for the interpreter's lock between calls

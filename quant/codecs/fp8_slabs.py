@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, load, store
-from ornith_moe.quant.codecs.small_floats import farther, farthest, load_e4m3, rounded, store_e4m3
-from ornith_moe.quant.codecs.tiles import new_tile
+from ornith_moe.quant.codecs.block_tiles import new_tile
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.lanes import LANES, load, store
+from ornith_moe.quant.simd.small_floats import larger_magnitude, largest_magnitude, load_e4m3, rounded, store_e4m3
 
 SCALES = {"fp32": (0, np.float32), "bf16": (16, np.uint16), "ue8m0": (23, np.uint8)}  # bits below those of fp32, bits
 MIN_SCALE, E4M3_MAX = np.float32(2.0**-126), np.float32(448)
@@ -143,13 +143,13 @@ def _encode(x, n, k, bn, bk, round_first, shift, codes, scales):
             for j in range(blocks):
                 most = load(largest, LANES * j)
                 for at in range(k * row + bk * j, k * row + min(bk * (j + 1), k), LANES):
-                    most = farther(most, load(x, at))
+                    most = larger_magnitude(most, load(x, at))
                 store(largest, LANES * j, most)
         for j in range(blocks):
             most = load(largest, LANES * j)
             if round_first:  # rounding keeps the order of magnitudes
                 most = rounded(most)
-            s[j] = _scale_of(farthest(most), shift)
+            s[j] = _scale_of(largest_magnitude(most), shift)
             scales[i, j] = np.float32(s[j]).view(np.uint32)
         for row in range(first, last):
             for j in range(blocks):

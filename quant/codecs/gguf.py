@@ -11,7 +11,7 @@ ggml's C (tests/quant/codecs/test_gguf.py), and whatever the bytes, decoded valu
     codecs/codebooks.py  IQ4_NL, IQ4_XS, MXFP4, NVFP4
     codecs/grids.py      IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S (codecs/grid_decoders.py; IQ1_S, IQ1_M decode only)
     codecs/ternary.py    TQ1_0, TQ2_0
-    codecs/search.py     the searches for scales, on sixteen blocks at a time (codecs/lanes.py, codecs/tiles.py)
+    codecs/search.py     the searches for scales, on sixteen blocks at a time (simd/lanes.py, codecs/block_tiles.py)
 
 Letters: R rows, K values in a row.
 """

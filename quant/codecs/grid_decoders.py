@@ -14,12 +14,13 @@ from functools import cached_property
 import gguf
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import SUPER
 from ornith_moe.quant.codecs.blocks32 import HALF
 from ornith_moe.quant.codecs.codec import BlockCodec
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, load, mask_of, select, store
 from ornith_moe.quant.codecs.search import ZERO
-from ornith_moe.quant.codecs.tiles import SUPER, half_value
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_value
+from ornith_moe.quant.simd.lanes import LANES, load, mask_of, select, store
 
 ONE = np.float32(1)
 

@@ -31,26 +31,28 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import SUPER, gather, importance, new_tile, sum_of_squares
 from ornith_moe.quant.codecs.blocks32 import HALF
-from ornith_moe.quant.codecs.compiled import compiled
 from ornith_moe.quant.codecs.grid_decoders import GridDecoder, grid_values, number
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.codecs.search import ZERO, clamp, positive_scale
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_bits
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
+    broadcast,
     first_lane,
     floor,
     load,
+    load_broadcast,
     lowest,
     maximum,
     nearest,
-    repeat,
     root,
     select,
-    spread,
     store,
 )
-from ornith_moe.quant.codecs.search import ZERO, clamp, positive_scale
-from ornith_moe.quant.codecs.tiles import SUPER, gather, half_bits, importance, new_tile, pack, sum_of_squares
+from ornith_moe.quant.simd.packing import pack
 
 F = np.float32
 ONE, TWO = F(1), F(2)
@@ -119,7 +121,7 @@ class Grid(NamedTuple):
 @compiled
 def group_number(rule, q, at):
     """The codes of a group as a number to the base of `levels`, in every lane."""
-    number = spread(ZERO)
+    number = broadcast(ZERO)
     for i in range(rule.group - 1, -1, -1):
         number = number * np.float32(rule.levels) + load(q, at + LANES * i)
     return number
@@ -144,13 +146,13 @@ def to_grid(rule, grid, x, root_w, inverse, scale, wanted, q, on_grid, lane_of):
             on_grid[LANES * k + lane] = ONE if first == last else ZERO
             if first == last or wanted[LANES * k + lane] == 0:
                 continue
-            factor, best, where = repeat(lane_of, LANES + lane), np.float32(np.inf), LANES * first
+            factor, best, where = load_broadcast(lane_of, LANES + lane), np.float32(np.inf), LANES * first
             for tile in range(first, last):
-                error = spread(ZERO)
+                error = broadcast(ZERO)
                 for i in range(rule.group):
                     place = load(grid.places, LANES * (rule.group * tile + i))
-                    difference = place * factor - repeat(x, at + LANES * i + lane)
-                    error = error + repeat(root_w, at + LANES * i + lane) * difference * difference
+                    difference = place * factor - load_broadcast(x, at + LANES * i + lane)
+                    error = error + load_broadcast(root_w, at + LANES * i + lane) * difference * difference
                 least = lowest(error)
                 if least < best:
                     best, where = least, LANES * tile + first_lane(error == least)
@@ -162,7 +164,7 @@ def to_grid(rule, grid, x, root_w, inverse, scale, wanted, q, on_grid, lane_of):
 @compiled
 def refit(sub, x, w, q):
     """(sum w x p, sum w p p) with p = 2 q + 1."""
-    sum_xp = sum_pp = spread(ZERO)
+    sum_xp = sum_pp = broadcast(ZERO)
     for i in range(sub):
         place, weight = TWO * load(q, LANES * i) + ONE, load(w, LANES * i)
         sum_xp = sum_xp + weight * load(x, LANES * i) * place
@@ -174,8 +176,8 @@ def refit(sub, x, w, q):
 def magnitudes(sub, even, values, w, x, signs):
     """|value| into x and the signs of every eight as bits; where they must be even, one magnitude turns negative."""
     for k in range(sub // 8):
-        at, bits, odd = LANES * 8 * k, spread(ZERO), spread(ZERO)
-        least, weakest = spread(ZERO), spread(ZERO)
+        at, bits, odd = LANES * 8 * k, broadcast(ZERO), broadcast(ZERO)
+        least, weakest = broadcast(ZERO), broadcast(ZERO)
         for i in range(8):
             value = load(values, at + LANES * i)
             minus = value < ZERO
@@ -212,14 +214,14 @@ def grid_scale(rule, grid, x, w, q):
         zero = zero | (reach <= ZERO)
     else:
         scale, reach = high / top, high
-    best = spread(ZERO)
+    best = broadcast(ZERO)
     for i in range(sub):
         store(q, LANES * i, best)
     for k in range(groups):
         store(wanted, LANES * k, select(zero, ZERO, ONE))
-        store(on_grid, LANES * k, spread(ZERO if rule.again == 1 else ONE))
+        store(on_grid, LANES * k, broadcast(ZERO if rule.again == 1 else ONE))
     for step in range(-rule.steps, rule.steps + 1):
-        inverse = (spread(top) + np.float32(step) * rule.delta) / reach
+        inverse = (broadcast(top) + np.float32(step) * rule.delta) / reach
         to_grid(rule, grid, x, root_w, inverse, ONE / inverse, wanted, tried_q, tried_on_grid, lane_of)
         sum_xp, sum_pp = refit(sub, x, w, tried_q)
         better = (sum_pp > ZERO) & (sum_xp * sum_xp > best * sum_pp)
@@ -248,7 +250,7 @@ def grid_scale(rule, grid, x, w, q):
 
 @compiled
 def any_off(groups, on_grid):
-    off = spread(ZERO)
+    off = broadcast(ZERO)
     for k in range(groups):
         off = off + (ONE - load(on_grid, LANES * k))
     return off > ZERO
@@ -268,7 +270,7 @@ def encode_grid(x, columns, rule, grid, indices, signs, scales, d):
         if columns.size:
             gather(columns, block, blocks, SUPER, a)
         sigma2 = rule.factor * sum_of_squares(SUPER, tile) / np.float32(SUPER)
-        most = spread(ZERO)
+        most = broadcast(ZERO)
         for j in range(count):
             start, stop = LANES * sub * j, LANES * sub * (j + 1)
             for i in range(0, LANES * sub, LANES):

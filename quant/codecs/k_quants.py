@@ -21,19 +21,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import SUPER, gather, importance, new_tile, sum_of_squares
 from ornith_moe.quant.codecs.codec import BlockCodec
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import (
-    LANES,
-    absolute,
-    load,
-    low_byte,
-    nearest,
-    root,
-    select,
-    spread,
-    store,
-)
 from ornith_moe.quant.codecs.search import (
     EPSILON,
     ZERO,
@@ -44,25 +33,27 @@ from ornith_moe.quant.codecs.search import (
     refined_scale,
     signed_scale,
 )
-from ornith_moe.quant.codecs.tiles import (
-    SUPER,
-    gather,
-    half_at,
-    half_bits,
-    half_value,
-    importance,
-    new_tile,
-    pack,
-    sum_of_squares,
-    unpack,
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_at, half_bits, half_value
+from ornith_moe.quant.simd.lanes import (
+    LANES,
+    absolute,
+    broadcast,
+    load,
+    low_byte,
+    nearest,
+    root,
+    select,
+    store,
 )
+from ornith_moe.quant.simd.packing import pack, unpack
 
 
 @compiled
 def affine_weights(sub, x, a, at, sigma2, w):
     """Weights of the sub-blocks that start at value `at`, and their sums; `a` is empty without importance."""
     mean = root(sum_of_squares(sub, x[LANES * at : LANES * (at + sub)]) / np.float32(sub))
-    total = spread(ZERO)
+    total = broadcast(ZERO)
     for i in range(sub):
         v = load(x, LANES * (at + i))
         if a.size:
@@ -115,7 +106,7 @@ def encode_affine(x, columns, sub, bits, scale_limit, most, first, delta, steps,
             gather(columns, block, blocks, SUPER, a)
         factor = np.float32(1 if sub == 16 else 2)
         sigma2 = factor * sum_of_squares(SUPER, tile) / np.float32(SUPER)
-        best = best_low = spread(ZERO)
+        best = best_low = broadcast(ZERO)
         for j in range(count):
             start, stop = LANES * sub * j, LANES * sub * (j + 1)
             total = affine_weights(sub, tile, a, sub * j, sigma2, w)
@@ -169,7 +160,7 @@ def encode_signed(x, columns, bits, codes, scales, d):
         sigma2 = np.float32(2) * sum_of_squares(SUPER, tile) / np.float32(SUPER)
         for j in range(count):
             start, stop = LANES * sub * j, LANES * sub * (j + 1)
-            total = spread(ZERO)
+            total = broadcast(ZERO)
             for i in range(sub):
                 v = load(tile, start + LANES * i)
                 weight = v * v

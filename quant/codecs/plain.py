@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.tiles import half_bits, half_value
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_bits, half_value
 
 HALF_INFINITY = 0x7C00  # bits
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
     any_lane,
+    broadcast,
     load,
     low_byte,
     maximum,
@@ -31,7 +32,6 @@ from ornith_moe.quant.codecs.lanes import (
     nearest,
     nearest_within,
     select,
-    spread,
     store,
 )
 
@@ -48,7 +48,7 @@ def clamp(v, low, high):
 @compiled
 def largest(n, x):
     """(signed value of largest magnitude, that magnitude); the first of equals."""
-    value = magnitude = spread(ZERO)
+    value = magnitude = broadcast(ZERO)
     for i in range(n):
         v = load(x, LANES * i)
         larger = absolute(v) > magnitude
@@ -62,13 +62,13 @@ def signed_scale(n, x, w, limit, q):
     """scale; q becomes the codes plus `limit`."""
     value, magnitude = largest(n, x)
     lower, upper = np.float32(-limit), np.float32(limit - 1)
-    scale = inverse = best = spread(ZERO)
+    scale = inverse = best = broadcast(ZERO)
     for step in range(-10, 10):
         if step == 0:
             continue
         shift = np.float32(0 if step == -10 else step)  # the obvious scale is tried first, so -10 stands for 0
-        tried = -(spread(np.float32(limit)) + np.float32(0.1) * shift) / value
-        sum_xq = sum_qq = spread(ZERO)
+        tried = -(broadcast(np.float32(limit)) + np.float32(0.1) * shift) / value
+        sum_xq = sum_qq = broadcast(ZERO)
         for i in range(n):
             v, weight = load(x, LANES * i), load(w, LANES * i)
             code = nearest_within(tried * v, lower, upper)  # |tried * v| is at most limit + 1
@@ -94,7 +94,7 @@ def refined_scale(n, x, limit, q):
     value, magnitude = largest(n, x)
     lower, upper = np.float32(-limit), np.float32(limit - 1)
     inverse = lower / value
-    sum_xq = sum_qq = spread(ZERO)
+    sum_xq = sum_qq = broadcast(ZERO)
     for i in range(n):
         v = load(x, LANES * i)
         code = clamp(nearest(inverse * v), lower, upper)
@@ -140,17 +140,17 @@ def affine_scale(n, x, w, limit, first, delta, steps, absolute_error, guarded, q
     flat = high <= low
     inverse = top / (high - low)
     scale = np.float32(1) / inverse
-    best = spread(ZERO)
+    best = broadcast(ZERO)
     for i in range(n):
         v = load(x, LANES * i)
         difference = scale * clamp(nearest(inverse * (v - low)), ZERO, top) + low - v
         best = best + load(w, LANES * i) * (absolute(difference) if absolute_error else difference * difference)
-    shift, ceiling = low, spread(np.float32(np.inf))
+    shift, ceiling = low, broadcast(np.float32(np.inf))
     for step in range(steps + 1):
-        tried = (spread(first) + delta * np.float32(step) + top) / (high - low)
-        farthest = maximum(absolute(tried * (bottom - low)), absolute(tried * (high - low)))
-        tame = not any_lane(~(farthest < TAME) & ~flat)
-        sum_q = sum_qq = sum_xq = spread(ZERO)
+        tried = (broadcast(first) + delta * np.float32(step) + top) / (high - low)
+        amax = maximum(absolute(tried * (bottom - low)), absolute(tried * (high - low)))
+        tame = not any_lane(~(amax < TAME) & ~flat)
+        sum_q = sum_qq = sum_xq = broadcast(ZERO)
         for i in range(n):
             v, weight = load(x, LANES * i), load(w, LANES * i)
             code = tried * (v - low)
@@ -170,7 +170,7 @@ def affine_scale(n, x, w, limit, first, delta, steps, absolute_error, guarded, q
         new_low = (sum_qq * sum_x - sum_q * sum_xq) / determinant
         above = new_low > ZERO
         new_scale, new_low = select(above, sum_xq / sum_qq, new_scale), select(above, ZERO, new_low)
-        error = spread(ZERO)
+        error = broadcast(ZERO)
         for i in range(n):
             difference = new_scale * load(q, LANES * i) + new_low - load(x, LANES * i)
             error = error + load(w, LANES * i) * (absolute(difference) if absolute_error else difference * difference)
@@ -190,17 +190,17 @@ def affine_scale(n, x, w, limit, first, delta, steps, absolute_error, guarded, q
 def positive_scale(n, x, w, limit, q):
     """scale; q becomes the codes. A code is a byte in C, so a negative one wraps."""
     top = np.float32(limit)
-    high = spread(ZERO)
+    high = broadcast(ZERO)
     for i in range(n):
         high = maximum(high, load(x, LANES * i))
-    inverse = best = spread(ZERO)
+    inverse = best = broadcast(ZERO)
     for step in range(-5, 5):
         if step == 0:
             continue
         shift = np.float32(0 if step == -5 else step)  # the obvious scale is tried first, so -5 stands for 0
-        tried = (spread(top) + np.float32(0.1) * shift) / high
+        tried = (broadcast(top) + np.float32(0.1) * shift) / high
         scale = np.float32(1) / tried
-        error = spread(ZERO)
+        error = broadcast(ZERO)
         for i in range(n):
             code = nearest(tried * load(x, LANES * i))
             code = low_byte(code) if step == -5 else minimum(code, top)
@@ -210,7 +210,7 @@ def positive_scale(n, x, w, limit, q):
             best, inverse = error, tried
         better = error < best
         best, inverse = select(better, error, best), select(better, tried, inverse)
-    sum_xq = sum_qq = spread(ZERO)
+    sum_xq = sum_qq = broadcast(ZERO)
     for i in range(n):
         v, weight = load(x, LANES * i), load(w, LANES * i)
         code = minimum(nearest(inverse * v), top)

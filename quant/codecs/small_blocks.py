@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.simd.compiled import compiled
 
 
 @compiled

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import numpy as np
 
+from ornith_moe.quant.codecs.block_tiles import SUPER
 from ornith_moe.quant.codecs.blocks32 import HALF, reciprocal
 from ornith_moe.quant.codecs.codec import BlockCodec
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.codecs.search import ZERO
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.fp16 import half_at, half_bits
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
+    broadcast,
     floor,
     highest,
     load,
     low_byte,
     maximum,
     select,
-    spread,
     store,
 )
-from ornith_moe.quant.codecs.search import ZERO
-from ornith_moe.quant.codecs.tiles import SUPER, half_at, half_bits, pack, unpack
+from ornith_moe.quant.simd.packing import pack, unpack
 
 ONE = np.float32(1)
 
@@ -36,7 +38,7 @@ ONE = np.float32(1)
 def encode_trits(x, trits, d):
     for block in range(x.size // SUPER):
         start = SUPER * block
-        largest = spread(ZERO)
+        largest = broadcast(ZERO)
         for i in range(0, SUPER, LANES):
             largest = maximum(largest, absolute(load(x, start + i)))
         amax = highest(largest)

@@ -160,7 +160,7 @@ class Pass:
 
     def write(self) -> None:
         """Write every unit that the journal does not know."""
-        from ornith_moe.quant.codecs.compiled import compiling  # not at import: planning needs no numba
+        from ornith_moe.quant.simd.compiled import compiling  # not at import: planning needs no numba
 
         with compiling(lambda function: self.progress("compile", 0, 0)):
             self._write()

@@ -121,7 +121,7 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
         _check_manifest(path, manifest, result, progress)
         allowed = _non_finite(manifest, found, result)
         _note_underflow(manifest, found, result)
-    from ornith_moe.quant.codecs.compiled import compiling  # not at import: numba is heavy
+    from ornith_moe.quant.simd.compiled import compiling  # not at import: numba is heavy
 
     with compiling(lambda function: progress("compile", 0, 0)):
         _check_values(found, result, progress, allowed)

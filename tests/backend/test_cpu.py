@@ -24,8 +24,8 @@ from ornith_moe.backend.cpu import (
     moe_backward,
     moe_forward,
     native,
-    tiles,
 )
+from ornith_moe.backend.cpu.register_tiles import BF16_DOT, BF16_WIDE, HAS_BF16_DOT, VECTOR_BYTES
 from ornith_moe.backend.cpu.routed import group_by_expert
 from ornith_moe.backend.reference import moe_mlp_reference
 from ornith_moe.quant import fp8
@@ -91,8 +91,8 @@ def dequantized(weight, dtype):
 
 @pytest.fixture(params=["dot", "wide"])
 def bf16_kind(request, monkeypatch):
-    kind = {"dot": tiles.BF16_DOT, "wide": tiles.BF16_WIDE}[request.param]
-    if request.param == "dot" and not tiles.HAS_BF16_DOT:
+    kind = {"dot": BF16_DOT, "wide": BF16_WIDE}[request.param]
+    if request.param == "dot" and not HAS_BF16_DOT:
         pytest.skip("this processor has no BF16 dot product")
     monkeypatch.setattr(native, "bf16_kind", lambda: kind)
 
@@ -361,4 +361,4 @@ def test_refuses_in_one_sentence(recipe, inner, quantized, says):
 
 def test_describe_names_the_way_that_is_used():
     text = describe()
-    assert ("dot product" in text) == (machine.bf16_kind() == tiles.BF16_DOT) and f"{tiles.VECTOR_BYTES} bytes" in text
+    assert ("dot product" in text) == (machine.bf16_kind() == BF16_DOT) and f"{VECTOR_BYTES} bytes" in text

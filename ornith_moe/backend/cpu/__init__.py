@@ -6,7 +6,7 @@
     backward    activation_gradient: dweights, wa, dpre  ->  weight_gradient: ddown = dy^T wa, dgate_up = dpre^T x
                                                          ->  input_gradient: dx
 
-Files: `tiles` (products in registers), `rows` (formats), `forward` and `backward` (kernels), `native` (one call each),
+Files: `register_tiles` (products), `rows` (formats), `forward` and `backward` (kernels), `native` (one call each),
 `loop` (the same in torch), `routed` (the sort), `memory` (lazily zero gradients), `machine` (threads, the probe).
 float32 and BF16 go through our kernels; float16 and float64 through `loop`, and so do experts with many rows where the
 machine's torch.mm is much faster (AMX; `machine.torch_wins`).

@@ -19,9 +19,9 @@ from __future__ import annotations
 import numpy as np
 
 from ornith_moe.backend.cpu.forward import int32s, outer_rows, share, sigmoid, words_of
+from ornith_moe.backend.cpu.register_tiles import ADD, BF16, FP32, PANEL, STORE, take
 from ornith_moe.backend.cpu.rows import float_of, floats, integers, narrow, pack, pack_weight, rounded, widen
-from ornith_moe.backend.cpu.tiles import ADD, BF16, FP32, PANEL, STORE, take
-from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.quant.simd.compiled import compiled
 
 
 @compiled

@@ -7,7 +7,7 @@
 A task of `down` owns its columns of y for all experts, so nothing of size T * top_k * H exists, nothing is added by two
 threads, and the order of the sum is that of the experts. Both read each weight once while its expert has no more than
 `chunk` rows, in units of four rows, and ask memory for rows eight further on. Of x nothing is copied, except in BF16
-where experts have hundreds of rows: then `gate_up` turns them into panels (`whole_panel`), which is a tenth faster.
+where experts have hundreds of rows: `gate_up` transposes them into panels (`whole_panel`), which is a tenth faster.
 
 Letters: T tokens, E experts, H hidden, I expert intermediate, R rows (slots sorted by expert), m rows of one expert.
 """
@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray
 
-from ornith_moe.backend.cpu.rows import float_of, floats, integers, narrow, read_row, rounded, row_of
-from ornith_moe.backend.cpu.tiles import (
+from ornith_moe.backend.cpu.register_tiles import (
     DOT_COLUMNS,
     DOT_ROWS,
     FP32,
@@ -32,9 +31,10 @@ from ornith_moe.backend.cpu.tiles import (
     pointer,
     take,
 )
-from ornith_moe.quant.codecs.compiled import compiled
-from ornith_moe.quant.codecs.lanes import LANES, load, store
-from ornith_moe.quant.codecs.tiles import riffle
+from ornith_moe.backend.cpu.rows import float_of, floats, integers, narrow, read_row, rounded, row_of
+from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.lanes import LANES, load, store
+from ornith_moe.quant.simd.transpose import transpose16
 
 AHEAD = 2 * DOT_COLUMNS  # rows of a weight that are fetched ahead
 
@@ -168,17 +168,14 @@ def words_of(kind, count):
 
 
 @compiled
-def turn(starts, rows, words, out, step):
+def transpose_rows(starts, rows, words, out, step):
     """Word k of the row at starts[i] to word step * k + i of `out`; `rows` and `words` are multiples of sixteen."""
     a, b = np.empty(LANES * LANES, np.float32), np.empty(LANES * LANES, np.float32)
     for k in range(0, words, LANES):
         for i in range(0, rows, LANES):
             for lane in range(LANES):
                 store(a, LANES * lane, load(floats(starts[i + lane] + 4 * k, LANES), 0))
-            riffle(a, b, 0)
-            riffle(b, a, 0)
-            riffle(a, b, 0)
-            riffle(b, a, 0)
+            transpose16(a, b, a, 0)
             for lane in range(LANES):
                 store(floats(out + 4 * (step * (k + lane) + i), LANES), 0, load(a, LANES * lane))
 
@@ -187,20 +184,20 @@ def turn(starts, rows, words, out, step):
 def whole_panel(kind, starts, words, matrix, expert, column, half, width, room, c, strip):
     """<x, gate> and <x, up> for PANEL rows of x and `width` rows of each half: from columns 0 and `strip` of c on.
 
-    x is turned into a panel, which the rows of the weight meet where they lie: fewer loads than in `four_columns`, and
-    a sum in the order of K instead of one split over lanes.
+    x is transposed into a panel, which the rows of the weight meet where they lie: fewer loads than in `four_columns`,
+    and a sum in the order of K instead of one split over lanes.
     """
     sources, places = integers(room, width), integers(room + 8 * width, width)
     panel = room + 16 * strip
-    turned = panel + 4 * PANEL * words
+    transposed = panel + 4 * PANEL * words
     for j in range(width):
-        places[j] = turned + 4 * PANEL * j
-    turn(starts, PANEL, words, panel, PANEL)
+        places[j] = transposed + 4 * PANEL * j
+    transpose_rows(starts, PANEL, words, panel, PANEL)
     for part in range(2):
         for j in range(width):
             sources[j] = row_of(matrix, expert, part * half + column + j)
         outer_rows(kind, width, room, 4, panel, words, room + 8 * width, 0, STORE)
-        turn(places, width, PANEL, c + 4 * strip * part, 2 * strip)
+        transpose_rows(places, width, PANEL, c + 4 * strip * part, 2 * strip)
 
 
 @compiled

@@ -1,7 +1,7 @@
 """The five steps of the routed experts as a loop over experts in torch: any dtype, and torch.mm's own speed.
 
-For float16 and float64, and for machines whose torch.mm multiplies BF16 much faster than `tiles` can (AMX). The steps
-are those of `native`, with the same arguments and results; there stands what they compute.
+For float16 and float64, and for machines whose torch.mm multiplies BF16 much faster than `register_tiles` can (AMX).
+The steps are those of `native`, with the same arguments and results; there stands what they compute.
 
 Precision: products in d by torch.mm; activation, weighting and the sums over slots in float32, float64 for float64.
 Letters: T tokens, E experts, H hidden, I expert intermediate, R slots, m rows of one expert.

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ornith_moe.backend.cpu import tiles
+from ornith_moe.backend.cpu.register_tiles import BF16_DOT, BF16_WIDE, HAS_BF16_DOT, VECTOR_BYTES
 
 _THREAD_NS = 60_000  # of work that pays for waking another thread
 _WINS = 3.0  # AMX is at eight; a product this small flatters torch.mm
@@ -80,11 +80,11 @@ class Rates(NamedTuple):
 
 
 def bf16_kind() -> int:
-    """The faster of `tiles.BF16_DOT` and `tiles.BF16_WIDE` here."""
-    if not tiles.HAS_BF16_DOT:
-        return tiles.BF16_WIDE
+    """The faster of `BF16_DOT` and `BF16_WIDE` here."""
+    if not HAS_BF16_DOT:
+        return BF16_WIDE
     rates = bf16_rates()
-    return tiles.BF16_DOT if rates.dot >= rates.wide else tiles.BF16_WIDE
+    return BF16_DOT if rates.dot >= rates.wide else BF16_WIDE
 
 
 def torch_wins() -> bool:
@@ -95,12 +95,12 @@ def torch_wins() -> bool:
 def describe() -> str:
     """How BF16 is multiplied here and why, in one sentence."""
     rates = bf16_rates()
-    how = "AVX-512 dot product" if bf16_kind() == tiles.BF16_DOT else "widened to float32 in registers"
+    how = "AVX-512 dot product" if bf16_kind() == BF16_DOT else "widened to float32 in registers"
     if torch_wins():
         how = f"torch.mm for experts with many rows, else {how}"
     dot = f"{rates.dot:.0f}" if rates.dot else "not there"
     found = f"dot {dot}, widened {rates.wide:.0f}, torch.mm {rates.torch_mm:.0f}"
-    return f"BF16: {how} (GFLOP/s of a product in cache: {found}); vectors of {tiles.VECTOR_BYTES} bytes"
+    return f"BF16: {how} (GFLOP/s of a product in cache: {found}); vectors of {VECTOR_BYTES} bytes"
 
 
 @cache
@@ -124,8 +124,8 @@ def bf16_rates() -> Rates:
 
     dot, wide = (
         rate(lambda kind=kind: native.gate_up(x, rows, weight, False, kind=kind))
-        if kind != tiles.BF16_DOT or tiles.HAS_BF16_DOT else 0.0
-        for kind in (tiles.BF16_DOT, tiles.BF16_WIDE)
+        if kind != BF16_DOT or HAS_BF16_DOT else 0.0
+        for kind in (BF16_DOT, BF16_WIDE)
     )  # fmt: skip
     for _ in range(2):  # in software torch.mm has been seen at 1 GFLOP/s: a small product first, its second call counts
         began = time.perf_counter()

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from ornith_moe.backend.cpu import backward, forward, memory
 from ornith_moe.backend.cpu.machine import bf16_kind, run
 from ornith_moe.backend.cpu.memory import empty
+from ornith_moe.backend.cpu.register_tiles import DOT_COLUMNS, FP32, PANEL, VECTOR_BYTES
 from ornith_moe.backend.cpu.rows import Matrix, scale_block
-from ornith_moe.backend.cpu.tiles import DOT_COLUMNS, FP32, PANEL, VECTOR_BYTES
 
 _ROWS_BYTES = 512 << 10  # of activations that meet each row of a weight while both are in the second level of cache
 _STRIP = 64  # columns of I, and two of these of H, that one task computes: 512 KB of weights of the 35B
 _BLOCK = -(-256 // PANEL) * PANEL  # rows of a weight gradient that one task computes ...
 _BLOCK_WORDS = 512  # ... and words of the contraction that it packs at a time
-_MANY_ROWS = 256  # per expert, from which turning them into panels pays
+_MANY_ROWS = 256  # per expert, from which transposing them into panels pays
 
 
 class Weights(NamedTuple):

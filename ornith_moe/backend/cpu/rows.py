@@ -1,10 +1,10 @@
-"""What lies between memory and the tiles: rows of weights and activations as the words that `tiles` multiplies.
+"""What lies between memory and the tiles: rows of weights and activations as the words that tiles multiply.
 
     float32 <-> BF16         widened by a shift, rounded to nearest even
     e4m3 * scale -> d        FP8 weights, decoded into cache when a tile needs them
     rows -> panel            PANEL columns of K rows, one row of words after the other; of BF16 two rows make one
 
-d is the dtype of the activations, float32 or BF16; `bf16` says which. Addresses are integers (`tiles.pointer`).
+d is the dtype of the activations, float32 or BF16; `bf16` says which. Addresses are integers.
 A weight is a `Matrix`, whether it is stored in d or in e4m3.
 
 Letters: E experts, N K rows and columns of a weight.
@@ -18,8 +18,8 @@ import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
 
-from ornith_moe.backend.cpu.tiles import FP32, PANEL, fetch, narrow_row, pack_row, pointer
-from ornith_moe.quant.codecs.compiled import compiled
+from ornith_moe.backend.cpu.register_tiles import FP32, PANEL, fetch, narrow_row, pack_row, pointer
+from ornith_moe.quant.simd.compiled import compiled
 
 AHEAD = 32  # rows that packing asks memory for before it reads them
 

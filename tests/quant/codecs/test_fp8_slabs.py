@@ -14,8 +14,8 @@ from numba import njit
 from ornith_moe.quant import fp8
 from ornith_moe.quant.builds.storage import FP8Block, FP8Channel
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
-from ornith_moe.quant.codecs.lanes import LANES, load, store
-from ornith_moe.quant.codecs.small_floats import farther, farthest, rounded
+from ornith_moe.quant.simd.lanes import LANES, load, store
+from ornith_moe.quant.simd.small_floats import larger_magnitude, largest_magnitude, rounded
 from ornith_moe.quant.source.slab import Slab
 
 
@@ -168,8 +168,8 @@ def test_lanes_round_and_compare_as_the_bits_do():
     def run(x, short, out):
         store(short, 0, load(x, 0))
         store(out, 0, rounded(load(x, 0)))
-        store(out, LANES, farther(load(x, 0), load(short, 0)))
-        return farthest(load(x, 0))
+        store(out, LANES, larger_magnitude(load(x, 0), load(short, 0)))
+        return largest_magnitude(load(x, 0))
 
     short, out = np.zeros(LANES, np.uint16), np.zeros(2 * LANES, np.float32)
     assert np.isnan(run(values, short, out))

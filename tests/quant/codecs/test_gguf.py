@@ -7,9 +7,6 @@ Where C's result is undefined or wrong, or two builds disagree, a test of its ow
 processors; the same code runs there, but nobody has compared the bytes.
 """
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import codec_cases
@@ -22,13 +19,12 @@ from codec_cases import COLUMNS, FEW, IMPORTANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ornith_moe.quant.codecs.codec import CHUNK, BlockCodec, _largest
-from ornith_moe.quant.codecs.compiled import compiled, compiling
+from ornith_moe.quant.codecs.codec import CHUNK, BlockCodec
 from ornith_moe.quant.codecs.gguf import ENCODERS, dequantize_gguf, quantize_gguf
 from ornith_moe.quant.codecs.grids import GridCodec
 from ornith_moe.quant.codecs.sizes import block_shape
-from ornith_moe.quant.codecs.tiles import half_bits, half_value
 from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.simd.fp16 import half_bits, half_value
 
 NORMAL = np.random.default_rng(0).standard_normal((512, COLUMNS)).astype(np.float32)  # a million
 WEIGHTS = codec_cases.WEIGHTS | {"normal": NORMAL}
@@ -386,38 +382,3 @@ def test_wrong_use_is_refused(arguments, error, word):
 def test_wrong_importance_is_refused(name, imatrix, word):
     with pytest.raises(ValueError, match=word):
         quantize_gguf(np.ones((2, 256), np.float32), name, imatrix=imatrix)
-
-
-def test_cached_machine_code_is_as_new_as_every_file_of_the_codecs():
-    """numba looks at the file of a kernel only, and a kernel holds code of functions from others."""
-    _, sources = _largest._cache._cache_file._source_stamp
-    assert {"lanes.py", "search.py", "k_quants.py", "compiled.py"} <= {name for name, _ in sources}
-
-
-COLD = """
-import numpy as np
-from ornith_moe.quant.codecs.compiled import compiling
-from ornith_moe.quant.codecs.gguf import quantize_gguf
-with compiling(print):
-    quantize_gguf(np.ones((1, 256), np.float32), "Q6_K")
-"""
-
-
-def test_machine_code_is_made_once_told_and_kept(tmp_path):
-    """A first process on a machine is told what is compiled, a second one finds it on the disk."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    told = [
-        subprocess.run([sys.executable, "-c", COLD], env=environment, capture_output=True, text=True, check=True).stdout
-        for _ in range(2)
-    ]
-    assert "encode_signed" in told[0].split()
-    assert told[1] == ""
-
-
-def test_a_call_without_compiling_is_not_told():
-    told = []
-    with compiling(told.append):
-        twice = compiled(lambda x: 2 * x)
-        assert twice(3) == twice(4) - 2 == 6
-    twice(3.0)
-    assert told == ["<lambda>"]

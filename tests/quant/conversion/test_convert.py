@@ -582,7 +582,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
 
 def test_making_machine_code_is_told(moe, tmp_path, monkeypatch):
     """Whether code is on the disk depends on the machine, so the compiler is one that always works."""
-    from ornith_moe.quant.codecs import compiled
+    from ornith_moe.quant.simd import compiled
 
     @contextlib.contextmanager
     def compiling(tell):

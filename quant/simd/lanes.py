@@ -1,7 +1,7 @@
 """Sixteen float32 in a numba function: vectors that keep the order of sums.
 
     v = load(x, i)            x[i], ..., x[i + 15]
-    v * w + v, -v, v < w      lane by lane; a number on one side is spread over all lanes
+    v * w + v, -v, v < w      lane by lane; a number on one side is broadcast over all lanes
     select(mask, a, b)        a where the mask is set, else b
 
 ggml's searches are sums over the 16 or 32 values of a block. Reordering a float sum changes its last bits, and with
@@ -58,7 +58,7 @@ def store(x, index, lanes):
     """Lanes into a flat array: as they are into float32, as whole numbers 0 to 255 into uint8."""
 
 
-def spread(number):
+def broadcast(number):
     """A number in every lane."""
 
 
@@ -66,7 +66,7 @@ def load_field(codes, index, shift, mask):
     """(codes[index] >> shift) & mask of sixteen neighbours of a flat uint8 array, the whole numbers of them."""
 
 
-def repeat(x, index):
+def load_broadcast(x, index):
     """One number of a flat float32 array in every lane; the caller answers for the bounds."""
 
 
@@ -149,7 +149,7 @@ def _splat(vector_type, value):
 
 
 def _wide(builder, value):
-    """A number spread over all lanes; vectors pass."""
+    """A number broadcast over all lanes; vectors pass."""
     if isinstance(value.type, ir.VectorType):
         return value
     vector = ir.VectorType(value.type, LANES)
@@ -233,7 +233,7 @@ def _load(context, builder, signature, arguments):
     return builder.load(_place(context, builder, signature, arguments, _FLOATS), align=4)
 
 
-def _repeat(context, builder, signature, arguments):
+def _load_broadcast(context, builder, signature, arguments):
     place = _place(context, builder, signature, arguments, ir.FloatType())
     return _wide(builder, builder.load(place, align=4))
 
@@ -285,9 +285,9 @@ _register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_R
 _register(load, _load_bytes, Lanes, [(kind, types.intp) for kind in (_CODES, _CODES.copy(readonly=True))])
 _register(load_field, _load_field, Lanes, [(kind, *[types.intp] * 3) for kind in (_CODES, _CODES.copy(readonly=True))])
 _register(mask_of, _mask_of, Mask, [(types.uint32,)])
-_register(repeat, _repeat, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
+_register(load_broadcast, _load_broadcast, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
 _register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
-_define(spread, lambda builder, v: v, Lanes, (float32,))
+_define(broadcast, lambda builder, v: v, Lanes, (float32,))
 _define(select, lambda builder, mask, a, b: builder.select(mask, a, b), Lanes, (Mask,), _EITHER, _EITHER)
 _define(maximum, _pick(">"), Lanes, _EITHER, _EITHER)
 _define(minimum, _pick("<"), Lanes, _EITHER, _EITHER)

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 from numba import njit
 
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.codecs.block_tiles import gather, new_tile
+from ornith_moe.quant.simd.lanes import (
     LANES,
     absolute,
     any_lane,
     bits,
+    broadcast,
     first_lane,
     floor,
     highest,
     load,
+    load_broadcast,
     load_field,
     low_byte,
     lowest,
@@ -24,13 +27,10 @@ from ornith_moe.quant.codecs.lanes import (
     minimum,
     nearest,
     nearest_within,
-    repeat,
     root,
     select,
-    spread,
     store,
 )
-from ornith_moe.quant.codecs.tiles import gather, new_tile
 
 A = np.concatenate([[0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -2.5, 3.5], np.random.default_rng(0).normal(size=8)])
 A, B = A.astype(np.float32), np.random.default_rng(1).normal(size=LANES).astype(np.float32)
@@ -54,7 +54,7 @@ OPERATIONS = {
         lambda a, b: np.where((a < b) & ~(a >= 0) | (b != b), a, np.float32(0)),
     ),
     "not equal": (lambda a, b: select(a != a, b, 0), lambda a, b: np.where(a != a, b, np.float32(0))),
-    "spread": (lambda a, b: spread(0.1) + b, lambda a, b: np.float32(0.1) + b),
+    "broadcast": (lambda a, b: broadcast(0.1) + b, lambda a, b: np.float32(0.1) + b),
     "low byte": (lambda a, b: low_byte(floor(b * 500)), lambda a, b: np.floor(b * 500) % 256),
     "nearest": (lambda a, b: nearest(b * 100), lambda a, b: np.rint(b * 100)),
     "nearest within": (
@@ -107,12 +107,12 @@ def test_across_lanes():
     assert run(B) == (B.max(), B.min(), sum(int(v > 0) << lane for lane, v in enumerate(B)), False, True)
 
 
-def test_first_lane_and_repeat():
+def test_first_lane_and_broadcast():
     @njit
     def run(v, out):
-        lane = load(v, 0)
-        store(out, 0, repeat(v, 5))
-        return first_lane(lane == repeat(v, 5)), first_lane(lane == repeat(v, 0)), first_lane(lane != lane)
+        lane, fifth = load(v, 0), load_broadcast(v, 5)
+        store(out, 0, fifth)
+        return first_lane(lane == fifth), first_lane(lane == load_broadcast(v, 0)), first_lane(lane != lane)
 
     out = np.zeros(LANES, np.float32)
     assert run(np.arange(3, 3 + LANES, dtype=np.float32), out) == (5, 0, LANES)

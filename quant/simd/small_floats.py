@@ -1,12 +1,12 @@
-"""BF16 and e4m3fn in the lanes of codecs/lanes.py: widened when loaded, rounded to nearest even when stored.
+"""BF16 and e4m3fn in the lanes of simd/lanes.py: widened when loaded, rounded to nearest even when stored.
 
     load(x, i)              also from uint16, the bits of BF16
     store(x, i, v)          also into uint16, as the bits of the nearest BF16; NaN stays NaN
     load_e4m3(codes, i)     sixteen e4m3 codes as float32; 0x7f and 0xff are NaN
     store_e4m3(codes, i, v) |v| below 464, which rounds to 448; no NaN
     rounded(v)              to the nearest BF16, as float32
-    farther(a, b)           the larger magnitude; NaN is farther than infinity
-    farthest(v)             the same over the lanes, as float32
+    larger_magnitude(a, b)  lane by lane; NaN is larger than infinity
+    largest_magnitude(v)    the same over the lanes, as float32
 
 All of it is integer arithmetic on the bits of float32, and so the same on every processor. An e4m3 code has three bits
 of mantissa and the exponent bias 7, against 23 and 127: a number from 2^-6 on keeps its bits but for 20 of mantissa
@@ -18,7 +18,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import float32, types
 
-from ornith_moe.quant.codecs.lanes import (
+from ornith_moe.quant.simd.lanes import (
     _FLOATS,
     _I32,
     _INTS,
@@ -48,11 +48,11 @@ def rounded(lanes):
     """The nearest BF16, ties to even."""
 
 
-def farther(a, b):
+def larger_magnitude(a, b):
     """The larger magnitude of the two, lane by lane; NaN is the largest."""
 
 
-def farthest(lanes):
+def largest_magnitude(lanes):
     """The largest magnitude of all lanes, as float32; NaN if there is one."""
 
 
@@ -138,5 +138,5 @@ _register(load_e4m3, _load_e4m3, Lanes, [(array, types.intp) for array in _array
 _register(store, _store_bf16, types.void, [(types.Array(types.uint16, 1, "C"), types.intp, Lanes)])
 _register(store_e4m3, _store_e4m3, types.void, [(types.Array(types.uint8, 1, "C"), types.intp, Lanes)])
 _define(rounded, lambda builder, v: builder.bitcast(_rounded_bits(builder, v), _FLOATS), Lanes, (Lanes,))
-_define(farther, _farther, Lanes, (Lanes,), (Lanes,))
-_define(farthest, _farthest, float32, (Lanes,))
+_define(larger_magnitude, _farther, Lanes, (Lanes,), (Lanes,))
+_define(largest_magnitude, _farthest, float32, (Lanes,))
