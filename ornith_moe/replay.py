@@ -32,15 +32,17 @@ Letters: T tokens of one micro-batch, L routers, E experts.
 import contextlib
 import re
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ornith_moe.layer import MoE
 from ornith_moe.routing_records import MISSING, Trace, check, decode, encode, expert_load, pack, unpack
+from ornith_moe.routing_rules import RULES, compare_once, register_router, rule_of
 
 __all__ = [
     "Report",
@@ -55,63 +57,7 @@ __all__ = [
     "unpack",
 ]
 
-_TINY = torch.finfo(torch.float32).tiny
-_FOREIGN = object()  # key of a pass that this session does not serve
 _micro_batch: ContextVar[Hashable | None] = ContextVar("micro_batch", default=None)
-
-
-def softmax_of_all(router, logits, ids):
-    """Qwen, OLMoE, Mixtral: softmax over all experts in fp32, renormalized unless the router says no."""
-    scores = logits.softmax(-1, dtype=torch.float32).gather(-1, ids)
-    if not getattr(router, "norm_topk_prob", True):
-        return scores
-    return scores / scores.sum(-1, keepdim=True).clamp_min(_TINY)  # replayed experts may all have underflowed
-
-
-def softmax_of_chosen(router, logits, ids):
-    """gpt-oss, Granite: softmax over the chosen logits, the same as the above with renormalization."""
-    return logits.gather(-1, ids).softmax(-1)
-
-
-def sigmoid_of_all(router, logits, ids):
-    """DeepSeek-V3, GLM-4.5: sigmoid per expert, optionally renormalized, times a factor; the bias only selects."""
-    scores = logits.sigmoid().gather(-1, ids)
-    if router.norm_topk_prob:
-        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    return scores * router.routed_scaling_factor
-
-
-# class name -> rule(router, logits [T, E], ids [T, top_k]) -> weights [T, top_k]; names also match subclasses, which is
-# what FSDP2 makes of a module
-_RULES: dict[str, Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    **dict.fromkeys(
-        [
-            "Qwen2MoeTopKRouter",
-            "Qwen3MoeTopKRouter",
-            "Qwen3NextTopKRouter",
-            "Qwen3_5MoeTopKRouter",
-            "Qwen3VLMoeTextTopKRouter",
-            "OlmoeTopKRouter",
-            "FlexOlmoTopKRouter",
-            "MixtralTopKRouter",
-        ],
-        softmax_of_all,
-    ),
-    **dict.fromkeys(["GptOssTopKRouter", "GraniteMoeTopKRouter"], softmax_of_chosen),
-    **dict.fromkeys(["DeepseekV3TopkRouter", "Glm4MoeTopkRouter"], sigmoid_of_all),
-}
-_agreed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # routers whose weights their rule has reproduced
-
-
-def register_router(class_name: str, rule: Callable) -> None:
-    """Teach `record` and `replay` another router class whose forward returns (logits [T, E], weights, ids).
-
-    Args:
-        class_name: of the router module. rule: (router, logits, ids [T, top_k]) -> weights [T, top_k], differentiable.
-    Example:
-        >>> register_router("MyTopKRouter", softmax_of_all)
-    """
-    _RULES[class_name] = rule
 
 
 @dataclass
@@ -191,7 +137,7 @@ def record(model: torch.nn.Module) -> Iterator[Trace]:
         torch.Size([5, 1, 2])
     """
     routers = _routers(model)
-    trace = Trace(routers, _common(routers, "num_experts"))
+    trace = Trace(tuple(routers), _common(routers, "num_experts"))
     with _hooked(_Recorder(trace), routers, model), trace._steps.watch(model):
         yield trace
 
@@ -236,7 +182,9 @@ def replay(
 class _Session:
     """Decides which micro-batch a pass of a router belongs to, and with `choose` which experts it visits."""
 
-    def __init__(self):
+    key: Hashable  # of the micro-batch whose router ran last
+
+    def __init__(self) -> None:
         self.open = True
         self.turn = 0  # number of the current micro-batch, if it has no name
         self.ran: set[int] = set()  # routers that ran in it
@@ -254,7 +202,15 @@ class _Session:
         self.any_ran = True
         return self.first(self._next_key(layer), layer, chosen)
 
-    def _next_key(self, layer):
+    def first(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
+        """As `choose`, for the pass of a router that counts."""
+        raise NotImplementedError
+
+    def again(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
+        """As `choose`, for a pass that a backward pass runs again."""
+        raise NotImplementedError
+
+    def _next_key(self, layer: int) -> Hashable:
         key = _micro_batch.get()
         if key is None:
             if layer in self.ran:
@@ -271,7 +227,8 @@ class _Session:
             return
         key = self.key
 
-        def before_backward(_, session=self):  # keeps the session alive for as long as the graph
+        # its default keeps the session alive for as long as the graph
+        def before_backward(_: torch.Tensor, session: _Session = self) -> None:
             session.recompute = (torch._C._current_graph_task_id(), key)
 
         for tensor in _tensors(output):
@@ -280,25 +237,25 @@ class _Session:
 
 
 class _Recorder(_Session):
-    def __init__(self, trace):
+    def __init__(self, trace: Trace):
         super().__init__()
         self.trace = trace
 
-    def first(self, key, layer, chosen):
+    def first(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
         self.trace.add(key, layer, chosen)
         return self.again(key, layer, chosen)
 
-    def again(self, key, layer, chosen):
+    def again(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
         # without gradients nothing is recomputed from saved tensors, and the router's own weights are as good
         return self.trace.row(key, layer).to(chosen.dtype) if torch.is_grad_enabled() else None
 
 
 class _Replayer(_Session):
-    def __init__(self, rows, report, num_experts):
+    def __init__(self, rows: dict[Hashable, torch.Tensor], report: Report, num_experts: int):
         super().__init__()
         self.rows, self.report, self.num_experts = rows, report, num_experts
 
-    def first(self, key, layer, chosen):
+    def first(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
         recorded = self._recorded(key, layer, chosen)
         ids = chosen.where(recorded == MISSING, recorded)
         report = self.report
@@ -308,18 +265,19 @@ class _Replayer(_Session):
             flipped = ~kept & present.unsqueeze(1)
             report._replayed[layer] = report._replayed[layer] + present.sum()
             report._flipped[layer] = report._flipped[layer] + flipped.sum()
-            flags = present, flipped.any(1)
-            before = report._tokens.get(key, flags)
-            report._tokens[key] = tuple(old | new.to(old.device) for old, new in zip(before, flags, strict=True))
+            touched = flipped.any(1)
+            old = report._tokens.get(key, (present, touched))
+            report._tokens[key] = old[0] | present.to(old[0].device), old[1] | touched.to(old[1].device)
             load = expert_load(ids.unsqueeze(1), self.num_experts)[0]
-            report._load[layer] = load if report._load[layer] is None else report._load[layer] + load
+            before = report._load[layer]
+            report._load[layer] = load if before is None else before + load
         return ids
 
-    def again(self, key, layer, chosen):
+    def again(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor | None:
         recorded = self._recorded(key, layer, chosen)
         return chosen.where(recorded == MISSING, recorded)
 
-    def _recorded(self, key, layer, chosen):
+    def _recorded(self, key: Hashable, layer: int, chosen: torch.Tensor) -> torch.Tensor:
         if key not in self.rows:
             raise ValueError(
                 f"records: expected micro-batches {', '.join(map(repr, self.rows))}, got a forward pass for {key!r}; "
@@ -337,18 +295,18 @@ class _Replayer(_Session):
 
 
 @contextlib.contextmanager
-def _hooked(session, routers, model):
+def _hooked(session: _Session, routers: dict[str, torch.nn.Module], model: torch.nn.Module) -> Iterator[None]:
     """Hooks for the block. They hold the session weakly: it lives as long as the block and graphs made in it."""
     reference = weakref.ref(session)
     # a replay goes first, so that a recorder sees the experts that were visited
-    order = {"prepend": isinstance(session, _Replayer)}
+    first = isinstance(session, _Replayer)
     handles = []
     for layer, router in enumerate(routers.values()):
         if isinstance(router, MoE):
             hook = _steer_layer(reference, layer)
-            handles.append(router.register_forward_pre_hook(hook, with_kwargs=True, **order))
+            handles.append(router.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
         else:
-            handles.append(router.register_forward_hook(_steer_router(reference, layer), **order))
+            handles.append(router.register_forward_hook(_steer_router(reference, layer), prepend=first))
     for module in _ancestors(model, routers):
         handles.append(module.register_forward_hook(_mark_output(reference)))
     weakref.finalize(session, _remove, handles)
@@ -363,9 +321,9 @@ def _hooked(session, routers, model):
         session.open = False
 
 
-def _steer_router(reference, layer):
+def _steer_router(reference: weakref.ref[_Session], layer: int) -> Callable[..., Any]:
     @torch.compiler.disable
-    def hook(router, _, output):
+    def hook(router: torch.nn.Module, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         session = reference()
         if session is None:
             return None
@@ -373,17 +331,18 @@ def _steer_router(reference, layer):
         ids = session.choose(layer, chosen)
         if ids is None:
             return None
-        rule = _rule(router)
-        if router not in _agreed and len(chosen):
-            _compare(router, rule(router, logits.detach(), chosen), weights.detach())
+        rule = rule_of(router)
+        assert rule is not None  # `_routers` takes no others
+        if len(chosen):
+            compare_once(router, rule, logits.detach(), weights.detach(), chosen)
         return logits, rule(router, logits, ids).to(weights.dtype), ids
 
     return hook
 
 
-def _steer_layer(reference, layer):
+def _steer_layer(reference: weakref.ref[_Session], layer: int) -> Callable[..., Any]:
     @torch.compiler.disable
-    def hook(moe, args, kwargs):
+    def hook(moe: MoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         session = reference()
         if session is None:
             return None
@@ -397,8 +356,8 @@ def _steer_layer(reference, layer):
     return hook
 
 
-def _mark_output(reference):
-    def hook(_module, _args, output):
+def _mark_output(reference: weakref.ref[_Session]) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
         session = reference()
         if session is not None:
             session.mark(output)
@@ -406,45 +365,29 @@ def _mark_output(reference):
     return hook
 
 
-def _remove(handles):
+def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
 
 
-def _compare(router, mine, theirs):
-    """Once per router: the rule must give the weights that the router gave, or replay would train another model."""
-    # bf16 rounds to 2^-9, and two orders of rounding may differ by two steps
-    tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)
-    if not torch.allclose(mine.float(), theirs.float(), rtol=tolerance, atol=tolerance):
-        raise RuntimeError(
-            f"replay: {type(router).__name__} computes other weights than the rule {_rule(router).__name__}, by up to "
-            f"{(mine.float() - theirs.float()).abs().max():.1e}; register its own rule with register_router"
-        )
-    _agreed.add(router)
-
-
-def _rule(router):
-    return next((_RULES[cls.__name__] for cls in type(router).__mro__ if cls.__name__ in _RULES), None)
-
-
-def _routers(model) -> dict[str, torch.nn.Module]:
-    found = {name or "model": m for name, m in model.named_modules() if isinstance(m, MoE) or _rule(m) is not None}
+def _routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    found = {name or "model": m for name, m in model.named_modules() if isinstance(m, MoE) or rule_of(m) is not None}
     if not found:
         raise ValueError(
             f"model: expected a router of a known class in {type(model).__name__}, found none; "
-            f"known are ornith_moe.MoE, {', '.join(sorted(_RULES))}; add yours with register_router"
+            f"known are ornith_moe.MoE, {', '.join(sorted(RULES))}; add yours with register_router"
         )
     return found
 
 
-def _common(routers, name):
+def _common(routers: dict[str, torch.nn.Module], name: str) -> int:
     values = {getattr(router.config if isinstance(router, MoE) else router, name) for router in routers.values()}
     if len(values) != 1:
         raise ValueError(f"model: expected the same {name} in all routers, got {sorted(values)}; replay them apart")
     return values.pop()
 
 
-def _ancestors(model, routers):
+def _ancestors(model: torch.nn.Module, routers: Iterable[str]) -> list[torch.nn.Module]:
     """Every module around a router: a recomputed region lies inside one of those, or is one."""
     prefixes = {""}
     for name in routers:
@@ -453,13 +396,15 @@ def _ancestors(model, routers):
     return [module for name, module in model.named_modules() if name in prefixes]
 
 
-def _by_key(records) -> dict[Hashable, torch.Tensor]:
+def _by_key(
+    records: torch.Tensor | Sequence[torch.Tensor] | Mapping[Hashable, torch.Tensor],
+) -> dict[Hashable, torch.Tensor]:
     if isinstance(records, torch.Tensor):
         return {0: records}
     return dict(records if isinstance(records, Mapping) else enumerate(records))
 
 
-def _fitted(key, record, routers, top_k):
+def _fitted(key: Hashable, record: object, routers: dict[str, torch.nn.Module], top_k: int) -> torch.Tensor:
     """The record with one layer per router, checked."""
     name = f"records[{key!r}]"
     if not isinstance(record, torch.Tensor) or record.is_floating_point() or record.dtype == torch.bool:
@@ -468,18 +413,19 @@ def _fitted(key, record, routers, top_k):
     if record.dim() != 3 or record.shape[2] != top_k:
         raise ValueError(f"{name}: expected [T, layers, top_k] with top_k = {top_k}, got {list(record.shape)}")
     if record.shape[1] != len(routers):
-        numbers = [re.search(r"(?:^|\.)layers\.(\d+)\.", router) for router in routers]
-        if not all(numbers) or record.shape[1] <= max(int(number[1]) for number in numbers):
+        found = [re.search(r"(?:^|\.)layers\.(\d+)\.", router) for router in routers]
+        numbers = [int(match[1]) for match in found if match is not None]
+        if len(numbers) != len(routers) or record.shape[1] <= max(numbers):
             raise ValueError(
                 f"{name}: expected {len(routers)} layers, one per router, or one per decoder layer, "
                 f"got {record.shape[1]}"
             )
-        record = record[:, [int(number[1]) for number in numbers]]
+        record = record[:, numbers]
     check(record, _common(routers, "num_experts"), name)
     return record
 
 
-def _tensors(output) -> Iterator[torch.Tensor]:
+def _tensors(output: object) -> Iterator[torch.Tensor]:
     if isinstance(output, torch.Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -33,7 +33,7 @@ from ornith_moe.routing_steps import Steps, join
 MISSING = -1  # in every slot of a row: no record, the router chooses
 
 
-class Trace(Mapping):
+class Trace(Mapping[Hashable, torch.Tensor]):
     """Expert ids by micro-batch: `trace[key]` is [tokens, layers, top_k] int16, keys count from 0 unless named.
 
     Attributes:
@@ -50,11 +50,7 @@ class Trace(Mapping):
             self._rows[key] = list(record.unbind(1))
 
     def __getitem__(self, key: Hashable) -> torch.Tensor:
-        rows = self._rows[key]
-        for name, row in zip(self.layers, rows, strict=True):
-            if row is None:
-                raise ValueError(f"trace[{key!r}]: {name} recorded nothing; let the forward pass finish before reading")
-        return torch.stack(rows, dim=1)
+        return torch.stack([self.row(key, layer) for layer in range(len(self.layers))], dim=1)
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._rows)
@@ -73,12 +69,16 @@ class Trace(Mapping):
             raise ValueError(
                 f"trace[{key!r}]: {self.layers[layer]} is recorded already; name each micro-batch once, or none of them"
             )
-        rows[layer] = ids.detach().to(torch.int16, copy=True)
-        return rows[layer]
+        kept = rows[layer] = ids.detach().to(torch.int16, copy=True)
+        return kept
 
     def row(self, key: Hashable, layer: int) -> torch.Tensor:
         """[tokens, top_k] int16, what router `layer` chose in micro-batch `key`."""
-        return self._rows[key][layer]
+        row = self._rows[key][layer]
+        if row is None:
+            name = self.layers[layer]
+            raise ValueError(f"trace[{key!r}]: {name} recorded nothing; let the forward pass finish before reading")
+        return row
 
     def load(self) -> torch.Tensor:
         """[layers, E] int64: how many tokens each expert received. Recomputed forward passes were not recorded."""
@@ -223,11 +223,12 @@ def check(ids: torch.Tensor, num_experts: int, name: str = "record") -> None:
     )
 
 
-def _spans(attention_mask, position_ids):
+def _spans(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> tuple[list[torch.Tensor], int]:
     """Positions of every sequence in the flattened batch, and how many positions there are."""
-    if attention_mask is None and position_ids is None:
+    given = attention_mask if attention_mask is not None else position_ids
+    if given is None:
         raise ValueError("attention_mask, position_ids: expected one of them, got neither; it says where sequences lie")
-    shape = (attention_mask if attention_mask is not None else position_ids).shape
+    shape = given.shape
     for name, tensor in (("attention_mask", attention_mask), ("position_ids", position_ids)):
         if tensor is not None and (tensor.dim() != 2 or tensor.shape != shape):
             raise ValueError(f"{name}: expected shape [B, S] = {list(shape)}, got {list(tensor.shape)}")
@@ -245,7 +246,7 @@ def _spans(attention_mask, position_ids):
     return list(tokens.tensor_split(starts[1:])) if len(tokens) else [], real.numel()
 
 
-def _joined(record):
+def _joined(record: Any) -> torch.Tensor:
     if isinstance(record, tuple):
         parts = [decode(part) for part in record]
         parts = [part for part in parts if part.numel()] or parts[:1]
@@ -253,7 +254,7 @@ def _joined(record):
     return decode(record)
 
 
-def _text(payload, layers, top_k):
+def _text(payload: str | bytes, layers: int | None, top_k: int | None) -> np.ndarray:
     try:
         data = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
@@ -277,7 +278,7 @@ def _text(payload, layers, top_k):
     return np.frombuffer(body, dtype).reshape(shape)
 
 
-def _raw(data, shape):
+def _raw(data: Any, shape: Any) -> np.ndarray:
     """An array from bytes; the width of an id follows from their number if the shape is complete, else it is int32."""
     if isinstance(data, str):
         data = base64.b64decode(data)

@@ -63,7 +63,7 @@ class Steps:
                 handle.remove()
             self.kept, self.cache, self.next = _length(self.cache), None, None
 
-    def _before(self, _module, args, kwargs):
+    def _before(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, embedded = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         given = ids if ids is not None else embedded
         self.next = None
@@ -73,16 +73,17 @@ class Steps:
         keys = _keys(self.cache)
         tokens = None if ids is None else ids.detach().clone()
         cached = 0 if self.cache is None and kwargs.get("cache") is None else _length(self.cache)
-        self.next = Step(tuple(given.shape[:2]), tokens, cached, keys is not None and keys is not self.left())
+        self.next = Step((given.shape[0], given.shape[1]), tokens, cached, keys is not None and keys is not self.left())
 
-    def _after(self, _module, _args, _output):
+    def _after(self, _module: torch.nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         keys = _keys(self.cache)
         self.left = (lambda: None) if keys is None else weakref.ref(keys)
 
 
 def join(records: dict[Any, torch.Tensor], steps: Steps, batch: int) -> torch.Tensor:
     """[batch, tokens, layers, top_k] of records [B * S, layers, top_k] by key."""
-    rows = tokens = None
+    rows: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
     for key, record in records.items():
         step = steps.by_key.get(key) or _untold(key, record, batch, rows)
         if step.shape[0] != batch or len(record) != batch * step.shape[1]:
@@ -90,19 +91,23 @@ def join(records: dict[Any, torch.Tensor], steps: Steps, batch: int) -> torch.Te
                 f"trace[{key!r}]: expected passes of {batch} sequences, got {step.shape[0]} x {step.shape[1]} tokens in"
                 f" {len(record)} rows; read other batches as they ran, and after beam search or packing {_REMEDY}"
             )
-        new = record.unflatten(0, (batch, -1))
-        past = 0 if rows is None else rows.shape[1]
-        begin = _begin(key, step, past, tokens)
-        rows = new if not begin else torch.cat((rows[:, :begin], new), 1)
-        told = step.tokens is not None and (not begin or tokens is not None)
-        tokens = None if not told else step.tokens if not begin else torch.cat((tokens[:, :begin], step.tokens), 1)
+        begin = _begin(key, step, 0 if rows is None else rows.shape[1], tokens)
+        rows = _behind(rows, begin, record.unflatten(0, (batch, -1)))
+        tokens = None if step.tokens is None else _behind(tokens, begin, step.tokens)
     if rows is None:
         raise ValueError("trace: expected at least one recorded pass, got none; read it after the model has run")
     kept = steps.kept if steps.cache is None else _length(steps.cache)
     return rows if kept is None else rows[:, : int(kept)] if int(kept) else rows
 
 
-def _begin(key, step, past, tokens):
+def _behind(before: torch.Tensor | None, begin: int, new: torch.Tensor) -> torch.Tensor | None:
+    """`new` [B, S, ...] behind the first `begin` of `before`; None where those are not told."""
+    if not begin:
+        return new
+    return None if before is None else torch.cat((before[:, :begin], new), 1)
+
+
+def _begin(key: Any, step: Step, past: int, tokens: torch.Tensor | None) -> int:
     """How many of the `past` rows of earlier passes precede those of this one."""
     if step.cached is None:
         raise ValueError(f"trace[{key!r}]: expected a cache that tells its length, got one that does not; {_REMEDY}")
@@ -127,19 +132,19 @@ def _begin(key, step, past, tokens):
     return begin
 
 
-def _untold(key, record, batch, rows):
+def _untold(key: Any, record: torch.Tensor, batch: int, rows: torch.Tensor | None) -> Step:
     """The step of a pass of which only the rows are known: the first is as good as any, and no more."""
     if rows is not None:
         raise ValueError(f"trace[{key!r}]: expected passes of a model that takes input_ids, got others; {_REMEDY}")
     return Step((batch, len(record) // batch), None, 0, False)
 
 
-def _keys(cache):
+def _keys(cache: Any) -> torch.Tensor | None:
     layers = getattr(cache, "layers", None) or ()
     return next((k for k in (getattr(layer, "keys", None) for layer in layers) if isinstance(k, torch.Tensor)), None)
 
 
-def _length(cache):
+def _length(cache: Any) -> int | torch.Tensor | None:
     """Tokens in a cache, counted on its device where it is there; None: it does not tell."""
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None

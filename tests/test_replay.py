@@ -18,7 +18,7 @@ from numeric import assert_same_bits
 
 import ornith_moe as om
 import ornith_moe.hf
-from ornith_moe import replay
+from ornith_moe import replay, routing_rules
 
 TOKENS = IDS.numel()
 
@@ -401,18 +401,18 @@ def test_rules_give_the_bits_of_the_router(name, dtype):
 
 
 def test_every_listed_router_is_tested():
-    assert set(replay._RULES) == {router for _, router, _ in ROUTERS.values()}
+    assert set(routing_rules.RULES) == {router for _, router, _ in ROUTERS.values()}
 
 
 def test_docstrings_run(monkeypatch):
-    monkeypatch.setattr(replay, "_RULES", dict(replay._RULES))
-    ran = doctest.testmod(replay, extraglobs={"torch": torch})
-    assert ran.attempted >= 8 and not ran.failed
+    monkeypatch.setattr(routing_rules, "RULES", dict(routing_rules.RULES))
+    ran = [doctest.testmod(module, extraglobs={"torch": torch}) for module in (replay, routing_rules)]
+    assert sum(each.attempted for each in ran) >= 9 and not any(each.failed for each in ran)
 
 
 class TestRefusals:
     def test_a_rule_that_is_not_the_routers_own(self, monkeypatch):
-        monkeypatch.setitem(replay._RULES, "MixtralTopKRouter", replay.sigmoid_of_all)
+        monkeypatch.setitem(routing_rules.RULES, "MixtralTopKRouter", routing_rules.sigmoid_of_all)
         router = make_router("mixtral")
         router.norm_topk_prob, router.routed_scaling_factor = True, 1.0
         with (
@@ -426,7 +426,7 @@ class TestRefusals:
             replay.record(torch.nn.Linear(3, 3)).__enter__()
 
     def test_a_router_can_be_taught(self, monkeypatch):
-        monkeypatch.setattr(replay, "_RULES", dict(replay._RULES))
+        monkeypatch.setattr(routing_rules, "RULES", dict(routing_rules.RULES))
 
         class OwnRouter(torch.nn.Linear):
             top_k, num_experts = 2, 9
