@@ -29,7 +29,8 @@ from ornith_moe.quant.errors import CheckpointError, OrnithError
 
 MEMORY_BYTES = 3 << 29  # the tables of the largest checkpoint of the family, beside those of a build, take 0.4 of it
 SECONDS = 10.0
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Budget:

@@ -14,7 +14,7 @@ class Fallback(str):
     tensor: str
     kind: str
 
-    def __new__(cls, tensor: str, kind: str, detail: str = ""):
+    def __new__(cls, tensor: str, kind: str, detail: str = "") -> Fallback:
         """`detail` is said of this tensor instead of `kind`, where there is more to say."""
         sentence = super().__new__(cls, f"{tensor}: {detail or kind}")
         sentence.tensor, sentence.kind = tensor, kind

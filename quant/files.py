@@ -139,7 +139,7 @@ def parse_json(raw: bytes, where: str) -> Any:
         value = json.loads(text, object_pairs_hook=no_duplicates, parse_int=integer)
         if _HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeError as problem:
+    except (UnicodeDecodeError, UnicodeEncodeError) as problem:
         raise CheckpointError(f"{where}: not JSON in UTF-8 ({problem.reason} at {problem.start})") from None
     except (ValueError, RecursionError) as problem:
         raise CheckpointError(f"{where}: not JSON ({str(problem)[:100]})") from None

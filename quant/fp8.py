@@ -25,7 +25,7 @@ here: what it makes of the rule fuses roundings away and divides approximately o
 Sources: OCP 8-bit floating point specification (e4m3fn), DeepSeek-V3 section 3.3 (1x128 and 128x128), OCP MX (UE8M0).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from types import SimpleNamespace
@@ -44,6 +44,8 @@ SCALES = {  # name: dtype, the integer that carries it, how far its bits lie bel
     "ue8m0": (torch.float8_e8m0fnu, torch.uint8, 23),
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Block = tuple[int, int | None]  # rows and columns that share a scale; None: all columns
+_Tile = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows of a matrix, their scales, rows of the result
 _TYPES = {  # numpy's
     torch.float32: "<f4",
     torch.float16: "<f2",
@@ -137,7 +139,7 @@ def quantize_fp8_experts(
     scale: torch.Tensor,
     experts: Iterable[int],
     *,
-    block: tuple[int, int | None] = (128, 128),
+    block: Block = (128, 128),
 ) -> None:
     """`quantize_fp8_block` of w[e], or with block (1, None) `quantize_fp8_channel`, into q[e] and scale[e].
 
@@ -218,15 +220,15 @@ def quantize_fp8_tokens_both(
 
 @torch.no_grad()
 def dequantize_fp8(
-    q: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    q: torch.Tensor, scale: torch.Tensor, *, block: Block | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """x'[i, j] = q[i, j] * scale[i // block[0], j // block[1]], the inverse of the three functions above.
 
     Args:
         q: [..., N, K] (or [K] with `scale` [ceil(K / group)]), torch.float8_e4m3fn.
         scale: [..., ceil(N / block[0]), ceil(K / block[1])], float32, bfloat16 or float8_e8m0fnu.
-        block: rows and columns that share a scale. None finds it from the shapes among whole rows, 1x128 and 128x128,
-            which never contradict each other; any other block must be named.
+        block: rows and columns that share a scale, (1, None) for whole rows. None finds it from the shapes among whole
+            rows, 1x128 and 128x128, which never contradict each other; any other block must be named.
         dtype: of the result.
     Returns: [..., N, K] in `dtype`.
     Raises:
@@ -245,7 +247,7 @@ def dequantize_fp8(
     if q.dim() < 2:
         raise ValueError(f"q: expected a matrix, or one row with a scale of one dimension, got shape {list(q.shape)}")
     *lead, n, k = q.shape
-    candidates = [block] if block is not None else [(1, None), (1, 128), (128, 128)]
+    candidates: list[Block] = [block] if block is not None else [(1, None), (1, 128), (128, 128)]
     shapes = [(*lead, *_grid(n, k, bn, bk)) for bn, bk in candidates]
     if tuple(scale.shape) not in shapes:
         expected = " or ".join(f"{list(s)} for {bn}x{bk or k}" for s, (bn, bk) in zip(shapes, candidates, strict=True))
@@ -258,7 +260,7 @@ def dequantize_fp8(
     stored = scale.dtype in [dtype for dtype, _, _ in SCALES.values()]
     in_machine_code = stored and _has_machine_code(bk, q, scale)
     rows = _dequantize_rows_in_machine_code if in_machine_code else _dequantize_rows
-    _each(lambda *tile: rows(*tile, bn, bk), _row_tiles(bn, q, scale, out), in_machine_code)
+    _each(lambda x, s, y: rows(x, s, y, bn, bk), _row_tiles(bn, q, scale, out), in_machine_code)
     return out
 
 
@@ -275,7 +277,15 @@ def roundtrip_fp8_tokens(x: torch.Tensor, *, group: int | None = 128, scale: str
     return dequantize_fp8(*quantize_fp8_tokens(x, group=group, scale=scale), block=(1, group), dtype=x.dtype)
 
 
-def _quantize(x, bn, bk, kind, through, out=None, experts=None):
+def _quantize(
+    x: torch.Tensor,
+    bn: int,
+    bk: int | None,
+    kind: str,
+    through: torch.dtype,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    experts: Iterable[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of `x` [..., N, K] for blocks of bn x bk (None: the whole row), rounded to `through` first.
 
     Into `out`, where it is given, and then of some `experts` alone.
@@ -291,11 +301,19 @@ def _quantize(x, bn, bk, kind, through, out=None, experts=None):
     in_machine_code = _has_machine_code(bk, x)
     rows = _quantize_rows_in_machine_code if in_machine_code else _quantize_rows
     tiles = chain.from_iterable(_row_tiles(bn, *part) for part in parts)
-    _each(lambda *tile: rows(*tile, bn, bk, kind, through), tiles, in_machine_code)
+    _each(lambda x, s, q: rows(x, s, q, bn, bk, kind, through), tiles, in_machine_code)
     return q, scale.view(dtype)
 
 
-def _quantize_rows(x, scale, q, bn, bk, kind, through):
+def _quantize_rows(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    q: torch.Tensor,
+    bn: int,
+    bk: int | None,
+    kind: str,
+    through: torch.dtype,
+) -> None:
     """The rule of the module docstring, for whole blocks of rows of a matrix."""
     blocks = _as_blocks(x.to(through).float(), scale, bn, bk)
     s = _scale_of(blocks.abs().amax(dim=3).amax(dim=1), kind)
@@ -307,7 +325,15 @@ def _quantize_rows(x, scale, q, bn, bk, kind, through):
         q.view(torch.uint8).masked_fill_(_from_blocks(s.isnan().expand(blocks.shape), q), 0x7F)
 
 
-def _quantize_rows_in_machine_code(x, scale, q, bn, bk, kind, through):
+def _quantize_rows_in_machine_code(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    q: torch.Tensor,
+    bn: int,
+    bk: int | None,
+    kind: str,
+    through: torch.dtype,
+) -> None:
     from ornith_moe.quant.codecs.fp8_slabs import encode_fp8  # not at import: numba takes most of a second
 
     rows, weights = _as_array(x.contiguous()), through == torch.bfloat16
@@ -315,13 +341,15 @@ def _quantize_rows_in_machine_code(x, scale, q, bn, bk, kind, through):
     _as_array(scale.view(SCALES[kind][0]))[...] = bits
 
 
-def _dequantize_rows(q, scale, out, bn, bk):
+def _dequantize_rows(q: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bn: int, bk: int | None) -> None:
     """codes * scale, for whole blocks of rows of a matrix."""
     blocks = _as_blocks(q.float(), scale, bn, bk)
     out.copy_(_from_blocks(blocks * scale.float()[:, None, :, None], out))
 
 
-def _dequantize_rows_in_machine_code(q, scale, out, bn, bk):
+def _dequantize_rows_in_machine_code(
+    q: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, bn: int, bk: int | None
+) -> None:
     from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
 
     names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -331,13 +359,13 @@ def _dequantize_rows_in_machine_code(q, scale, out, bn, bk):
         out.copy_(decoded)
 
 
-def _has_machine_code(bk, *tensors):
+def _has_machine_code(bk: int | None, *tensors: torch.Tensor) -> bool:
     """Whether the memory of all is there to be read: not on a GPU or behind a subclass."""
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.is_cpu and t.numel() > 0 for t in tensors)
     return plain and (bk is None or bk % 16 == 0)
 
 
-def _as_array(t):
+def _as_array(t: torch.Tensor) -> np.ndarray:
     """The memory of a tensor as numpy sees it, BF16 and FP8 as their bits.
 
     Not by `numpy()`: torch never again resizes a storage that was lent so, and FSDP frees its parameters by resizing.
@@ -347,7 +375,9 @@ def _as_array(t):
     return np.asarray(SimpleNamespace(__array_interface__=interface | {"typestr": _TYPES[t.dtype]}, memory_of=t))
 
 
-def _each(work, tiles, in_machine_code):
+def _each(
+    work: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None], tiles: Iterable[_Tile], in_machine_code: bool
+) -> None:
     """work(*tile) for every tile, on torch's number of threads where torch itself does not share the work out."""
     if torch.compiler.is_compiling():
         return torch.compiler.disable(_each)(work, tiles, in_machine_code)
@@ -361,7 +391,7 @@ def _each(work, tiles, in_machine_code):
             work(*tile)
 
 
-def _scale_of(amax, kind):
+def _scale_of(amax: torch.Tensor, kind: str) -> torch.Tensor:
     """The scale that goes with `amax`, already rounded to the dtype that `kind` names, as fp32."""
     # A tensor divisor: torch's CUDA division by a Python number multiplies by the reciprocal instead.
     s = (amax / torch.full_like(amax, E4M3_MAX)).clamp_min(MIN_SCALE)
@@ -373,12 +403,12 @@ def _scale_of(amax, kind):
     return torch.where(amax.isfinite(), s, torch.nan)
 
 
-def _grid(n, k, bn, bk):
+def _grid(n: int, k: int, bn: int, bk: int | None) -> tuple[int, int]:
     """Rows and columns of the scale of an n x k matrix."""
     return -(-n // bn), 1 if bk is None else -(-k // bk)
 
 
-def _row_tiles(bn, x, scale, out):
+def _row_tiles(bn: int, x: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> Iterator[_Tile]:
     """Matching row ranges of x [..., N, K], scale [..., ceil(N / bn), .] and out [..., N, K], as matrices."""
     n, k = x.shape[-2:]
     tile = max(1, _TILE_ELEMENTS // (bn * max(k, 1)) if x.device.type == "cpu" else _grid(n, k, bn, None)[0])
@@ -389,7 +419,7 @@ def _row_tiles(bn, x, scale, out):
             yield x_m[rows], s_m[i : i + tile], out_m[rows]
 
 
-def _as_blocks(tile, s, bn, bk):
+def _as_blocks(tile: torch.Tensor, s: torch.Tensor, bn: int, bk: int | None) -> torch.Tensor:
     """fp32 [rows, K] to [block rows, bn, block columns, bk], padded with zeros where the last blocks are partial."""
     rows, k = tile.shape
     bk = bk or max(k, 1)
@@ -398,13 +428,13 @@ def _as_blocks(tile, s, bn, bk):
     return tile.view(s.shape[0], bn, s.shape[1], bk)
 
 
-def _from_blocks(blocks, like):
+def _from_blocks(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Inverse of `_as_blocks`, cut to the rows and columns of `like`."""
     gn, bn, gk, bk = blocks.shape
     return blocks.reshape(gn * bn, gk * bk)[: like.shape[0], : like.shape[1]]
 
 
-def _check(name, x, dims):
+def _check(name: str, x: object, dims: int) -> None:
     if not isinstance(x, torch.Tensor) or x.dtype not in FLOATS:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected a tensor of float32, float16 or bfloat16, got {got}; convert it first")
@@ -412,6 +442,6 @@ def _check(name, x, dims):
         raise ValueError(f"{name}: expected at least {dims} dimension(s), got shape {list(x.shape)}; add one")
 
 
-def _check_scale(scale, allowed):
+def _check_scale(scale: str, allowed: tuple[str, ...]) -> None:
     if scale not in allowed:
         raise ValueError(f"scale: expected one of {', '.join(allowed)}, got {brief(scale)}")

@@ -17,9 +17,9 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterable
-from re import _constants as op
-from re import _parser as parser
+from collections.abc import Iterable, Iterator
+from re import _constants as op  # type: ignore[attr-defined]  # private: not in the stubs
+from re import _parser as parser  # type: ignore[attr-defined]  # private: not in the stubs
 from typing import Any
 
 from ornith_moe.quant.budget import budget
@@ -64,7 +64,7 @@ class Patterns:
         found = {index for index in rest if next(self._all(names, [index]), None) is not None}
         return [self.patterns[index] for index in rest if index not in found]
 
-    def _all(self, names: list[str], indices: Iterable[int]):
+    def _all(self, names: list[str], indices: Iterable[int]) -> Iterator[int]:
         with budget().clock() as left:
             end = time.monotonic() + left
             for index in indices:
