@@ -367,7 +367,8 @@ def _dequantizing(transformers: Any, folder: Path) -> Any:
     found = files.read_json(folder / "config.json").get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     kinds = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
-    return getattr(transformers, kinds[method])(dequantize=True) if str(method) in kinds else None
+    kind = kinds.get(str(method))
+    return None if kind is None else getattr(transformers, kind)(dequantize=True)
 
 
 @contextlib.contextmanager

@@ -79,9 +79,10 @@ def gpu_encoders(device: str | torch.device) -> Encoders:
     from ornith_moe.kernels.fp8_cast import quantize_fp8_block, quantize_fp8_channel  # Triton: where there is a GPU
     from ornith_moe.kernels.gguf_encode import ENCODED, encode, raise_if_set, upload
 
+    Run = Callable[[Storage, torch.Tensor], tuple[torch.Tensor, ...]]
     starting = Lock()
 
-    def fp8(cast: Callable):
+    def fp8(cast: Callable[..., tuple[torch.Tensor, ...]]) -> Run:
         def run(storage: Storage, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with starting:
                 return cast(x, scale="bf16")
@@ -96,7 +97,7 @@ def gpu_encoders(device: str | torch.device) -> Encoders:
         raise_if_set(flags, x, storage.name)
         return (blocks,)
 
-    def on_device(run: Callable) -> Callable[[Storage, Slab], tuple[np.ndarray, ...]]:
+    def on_device(run: Run) -> Callable[[Storage, Slab], tuple[np.ndarray, ...]]:
         def encoder(storage: Storage, slab: Slab) -> tuple[np.ndarray, ...]:
             try:
                 parts = run(storage, slab.tensor.to(device))

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -88,14 +88,16 @@ def make_imatrix(
     """
     output, began = Path(output), time.monotonic()
     _require("transformers", "hf")
-    if source.checkpoint is None:
+    checkpoint = source.checkpoint
+    if checkpoint is None:
         raise PlanError(f"{source.name}: is a config without weights; an importance matrix needs the checkpoint folder")
     if os.path.lexists(output):
         raise PlanError(f"{output}: exists already; move it away or name another with --output")
     if not output.absolute().parent.is_dir():
         raise PlanError(f"{output}: expected its folder to exist")
-    ids = _chunks(source, Path(text), chunks, ctx)
+    ids = _chunks(source, checkpoint.folder, Path(text), chunks, ctx)
     with _quiet_transformers(), torch.inference_mode():
+        refuse_stray_links(checkpoint.folder)
         model = _Model(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
         entries = [(name, matrices, columns) for members in model.entries for name, matrices, columns in members]
         with published(output) as file:
@@ -119,19 +121,19 @@ def make_imatrix(
     )
 
 
-def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndarray:
+def _chunks(source: Source, folder: Path, text: Path, chunks: int | None, ctx: int) -> np.ndarray:
     """int64 [chunks, ctx]."""
-    ids = encode(source.folder, read_text(text))
+    ids = encode(folder, read_text(text))
     whole = len(ids) // ctx
     if not whole:
         raise CheckpointError(f"{text}: has {len(ids)} tokens, a chunk has {ctx}; give more text or a smaller --ctx")
     windows = np.array(ids[: whole * ctx], np.int64).reshape(whole, ctx)[:chunks]
     if windows.max() >= source.architecture.vocabulary:
         raise CheckpointError(
-            f"{source.folder}: tokenizer.json gives token {windows.max()}, the model knows "
+            f"{folder}: tokenizer.json gives token {windows.max()}, the model knows "
             f"{source.architecture.vocabulary}; they are not of one model"
         )
-    begin = encode(source.folder, "", special=True)
+    begin = encode(folder, "", special=True)
     if begin:
         windows[:, 0] = begin[0]
     return windows
@@ -140,7 +142,7 @@ def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndar
 class _Recorder(torch.nn.Module):
     """Stands in for a decoder layer and keeps what it is called with besides the hidden states."""
 
-    def forward(self, hidden_states, *arguments, **keywords):
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
         self.call = arguments, keywords
         return hidden_states
 
@@ -151,7 +153,6 @@ class _Model:
     def __init__(self, source: Source, ids: np.ndarray, folder: Path, process_output: bool, progress: Progress):
         import transformers
 
-        refuse_stray_links(source.folder)
         self.source, self.ids, self.folder, self.progress = source, ids, folder, progress
         self.index = {weight.name: number for number, weight in enumerate(source.weights)}
         self.prefix = source.weights[0].name.removesuffix("embed_tokens.weight")
@@ -278,14 +279,15 @@ class _Model:
             return self._weight(self.index[name], torch.float32).reshape(shape)
         parent, _, kind = name.rpartition(".")
         parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
-        numbers = [[self.index.get(f"{parent}.{e}.{part}.weight") for part in parts] for e in range(shape[0])]
-        if not parts or any(None in members for members in numbers):
+        names = [[f"{parent}.{e}.{part}.weight" for part in parts] for e in range(shape[0])]
+        if not parts or any(part not in self.index for members in names for part in members):
             raise CheckpointError(f"{self.source.folder}: transformers' model has {name}, the checkpoint does not")
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(self.source.dtype(numbers[0][0]), torch.float32)
+        stored = self.source.dtype(self.index[names[0][0]])
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
         packed = torch.empty(shape, dtype=dtype)
-        for expert, members in zip(packed, numbers, strict=True):
-            for rows, number in zip(expert.chunk(len(members)), members, strict=True):
-                rows.copy_(self._weight(number, dtype))
+        for expert, members in zip(packed, names, strict=True):
+            for rows, part in zip(expert.chunk(len(members)), members, strict=True):
+                rows.copy_(self._weight(self.index[part], dtype))
         return packed
 
     def _weight(self, number: int, dtype: torch.dtype) -> torch.Tensor:
@@ -297,7 +299,7 @@ class _Model:
 class _Sums:
     """Sums of squares and counts by GGUF name: fp64 [E, K] and [E]."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
 
@@ -325,8 +327,16 @@ class _Sums:
         return self.values[name].float().numpy(), self.counts[name].float().numpy()
 
 
+class _Experts(Protocol):
+    """What transformers' modules of packed experts have."""
+
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+
 def _experts(
-    module: torch.nn.Module,
+    module: _Experts,
     sums: _Sums,
     names: Sequence[str],
     hidden_states: torch.Tensor,
