@@ -138,6 +138,7 @@ class Imatrix:
         Thread-safe; reads K values from disk.
         """
         entry = self.entry_of(tensor)
+        assert entry is not None, tensor  # asked only of those that have one
         values = self._values(entry, matrix * columns, columns)
         count = np.rint(entry.counts[matrix if entry.counts.size > 1 else 0])
         if count > 0:

@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 
@@ -144,7 +145,7 @@ class FileType:
         return block_shape(self.base)[0] > 1
 
 
-def _mixture(name: str, base: str, *rules: Rule, low: bool = False, **more) -> FileType:
+def _mixture(name: str, base: str, *rules: Rule, low: bool = False, **more: Any) -> FileType:
     """A file type after what models of eight experts, which were Mixtral's, get first; `low`: also `attn_output`."""
     eight = (
         ("value", "Q8_0", eight_experts),

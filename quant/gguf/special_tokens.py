@@ -60,12 +60,12 @@ def _ids(files: TokenizerFiles, config: dict[str, Any], rows: int, texts: dict[s
             ids[kind] = found
 
     for kind, text in texts.items():
-        take(kind, every.get(text) if text in own else None)
+        take(kind, every.get(text) if text is not None and text in own else None)
     for kind in SPECIAL:
         key = f"{kind}_token_id"
         take(kind, inner.get(key) if config.get(key) is None else config[key])
     for kind, text in texts.items():
-        take(kind, every.get(text))
+        take(kind, None if text is None else every.get(text))
     for kind in SPECIAL:
         for where in (generation, inner, config):
             found = where.get(f"{kind}_token_id")

@@ -75,7 +75,7 @@ def _parsed(value: Any) -> dict[str, str] | None:
     if value is None or isinstance(value, str):
         return {DEFAULT: value} if value else {}
     if isinstance(value, list):
-        items = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
+        items: list[Any] = [(item.get("name"), item.get("template")) for item in value if isinstance(item, dict)]
         return dict(items) if len(items) == len(value) and _are_texts(items) else None
     return value if isinstance(value, dict) and _are_texts(value.items()) else None
 

@@ -86,7 +86,7 @@ class Checkpoint:
         assert 0 <= start and start + rows <= total, (tensor.name, start, rows, total)
         row_bytes = columns * ITEM_BYTES[tensor.dtype]
         buffer = np.empty((rows, row_bytes), np.uint8)
-        view = memoryview(buffer).cast("B") if buffer.size else memoryview(b"")
+        view = buffer.data.cast("B") if buffer.size else memoryview(b"")
         offset, done = tensor.offset + start * row_bytes, 0
         with open_file(tensor.path, what="a shard of the checkpoint") as file:
             while done < buffer.size:
@@ -168,8 +168,8 @@ def _read_tables(folder: Path, found: ModelFiles) -> tuple[tuple[Path, ...], dic
     for path in files:
         header = read_header(path)
         budget().take(INFO_MEMORY * len(header), f"{path.name}: its tensors beside those of other shards")
-        wanted = found.names[path.name]
-        wanted = header.keys() if wanted is None else wanted
+        indexed = found.names[path.name]
+        wanted = header.keys() if indexed is None else indexed
         stray = [name for name in header.keys() - wanted if not is_spare(name)]
         lost = [name for name in wanted - header.keys() if not is_spare(name)]
         if stray:

@@ -10,7 +10,7 @@ safetensors files are told and never read as weights: an adapter, training state
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ _PART = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 class ModelFiles:
     """The files of the model, and the other safetensors files of its folder with what they are."""
 
-    names: dict[str, frozenset[str] | None]  # file -> its tensors by the index; None: its header is the only table
+    names: Mapping[str, frozenset[str] | None]  # file -> its tensors by the index; None: its header is the only table
     others: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
@@ -52,7 +52,9 @@ def model_files(
             is a `model.safetensors`, for which the index does not matter.
     """
     present = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
-    whole, notes, shards = WHOLE in present, [], None
+    whole = WHOLE in present
+    notes: list[str] = []
+    shards: dict[str, frozenset[str]] | None = None
     try:
         if (weight_map := read_index()) is not None:
             shards = _by_file(weight_map)
@@ -69,8 +71,8 @@ def model_files(
         only = WHOLE if whole else _only_file(folder, present)
         if not whole:
             notes.append(f"{only} is taken for the model: there is no {WHOLE} and no index")
-        shards = {only: None}
-    elif missing := sorted(shards.keys() - set(present)):
+        return ModelFiles({only: None}, _others(present, [only]), tuple(notes))
+    if missing := sorted(shards.keys() - set(present)):
         only_mtp = all(is_mtp(name) for file in missing for name in shards[file])
         if only_mtp and drop_mtp:
             notes.append(f"{some('file', missing)}, not there: it is of the multi-token prediction that is dropped")
@@ -94,11 +96,11 @@ def is_adapter_alone(folder: Path) -> bool:
     return bool(adapter) and not model and not any(name.startswith("pytorch_model") for name in names)
 
 
-def _others(present: list[str], shards: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+def _others(present: list[str], shards: Container[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, _what(name) or UNNAMED) for name in present if name not in shards)
 
 
-def _by_file(weight_map: Mapping[str, str]) -> dict[str, frozenset[str] | None]:
+def _by_file(weight_map: Mapping[str, str]) -> dict[str, frozenset[str]]:
     names: dict[str, set[str]] = {}
     for tensor, file in weight_map.items():
         names.setdefault(file, set()).add(tensor)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 FLOAT_BITS = {  # dtype: the integer that carries it, mask of its magnitude, infinity
     "BF16": (np.uint16, np.uint16(0x7FFF), 0x7F80),
@@ -25,7 +29,7 @@ class Slab:
         return to_float32(self.raw, self.dtype)
 
     @cached_property
-    def tensor(self):
+    def tensor(self) -> torch.Tensor:
         import torch  # not at import: planning needs no torch
 
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[self.dtype]

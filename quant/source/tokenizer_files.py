@@ -87,8 +87,9 @@ def read_tokenizer(folder: Path, rows: int) -> TokenizerFiles:
     _check_rows(numbering.tokens, rows, path)
     homeless = numbering.add_named(named, rows)
     templates, told = chat_templates(folder, config)
-    notes = (*notes, *moved, *homeless, *told)
-    return TokenizerFiles(path, content, config, numbering.tokens, numbering.added, templates, notes)
+    return TokenizerFiles(
+        path, content, config, numbering.tokens, numbering.added, templates, (*notes, *moved, *homeless, *told)
+    )
 
 
 def read_optional(folder: Path, name: str) -> dict[str, Any]:
