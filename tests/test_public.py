@@ -3,11 +3,13 @@
 The agreed form (CONTRIBUTING.md): a first line, then the sections that apply. Not covered: whether the text is true.
 """
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,12 @@ def test_examples_of_the_modules_below(name):
         if getattr(own, "__module__", None) == module.__name__ and callable(own):
             failed = [result for result in run_examples(own, own_name, dict(vars(module))) if result.failed]
             assert not failed, own_name
+
+
+def test_type_checkers_know_every_name_by_its_home():
+    imports = [node for node in ast.walk(ast.parse(Path(om.__file__).read_text())) if isinstance(node, ast.ImportFrom)]
+    known = {name.name: node.module for node in imports if node.module.startswith("ornith_moe.") for name in node.names}
+    assert known == {name: f"ornith_moe.{home}" for name, home in om._HOME.items()}
 
 
 def test_the_list_is_what_the_package_offers():
