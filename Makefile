@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 # An editable install sees the two folders through the links in ornith_moe/; a checkout that has lost them installs a copy.
-INSTALL ?= $(if $(wildcard ornith_moe/quant/.),--editable .,.)
+LINKS := $(wildcard ornith_moe/quant/.)
+INSTALL ?= $(if $(LINKS),--editable .,.)
 ARGS ?=
 WORKERS ?= $(shell nproc)
 TORCH := $(shell grep '^torch==' requirements.txt)
@@ -39,6 +40,8 @@ test-gpu: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(if $(LINKS),$(BIN)/mypy --no-error-summary,echo 'types are not checked: ornith_moe/quant is no link here')
 
 bench: $(VENV)/.installed
 	@$(BIN)/pytest bench --benchmark-only -o python_files='bench_*.py' $(ARGS)
@@ -49,7 +52,7 @@ wheel: $(VENV)/.installed
 	@ls dist/*.whl
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The pinned dependencies. torch comes first and alone, so that its own triton, where it has one, is the one that stays.
