@@ -70,7 +70,7 @@ def from_main_memory(storage):
 @pytest.mark.parametrize("name", GGUF)
 def test_gguf(measure, name, important, coder):
     from ornith_moe.kernels.gguf_encode import quantize_gguf
-    from ornith_moe.quant.builds.storage import Gguf
+    from ornith_moe.quant.builds.storages.gguf import Gguf
 
     if important and name == "Q8_0":
         pytest.skip("Q8_0 uses no importance")
@@ -89,7 +89,7 @@ def test_gguf(measure, name, important, coder):
 @pytest.mark.parametrize("recipe", ["block", "channel"])
 def test_fp8(measure, recipe, coder):
     from ornith_moe.kernels import fp8_cast
-    from ornith_moe.quant.builds.storage import FP8Block, FP8Channel
+    from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
 
     cast, storage = f"quantize_fp8_{recipe}", {"block": FP8Block, "channel": FP8Channel}[recipe]()
     x = matrix().cuda()

@@ -32,6 +32,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ornith_moe.quant import files
+from ornith_moe.quant.builds.build import BUILDS, recognize
+from ornith_moe.quant.builds.folder import SafetensorsBuild
+from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 
 MAX_TEXT_BYTES = 64 << 20
@@ -364,11 +367,9 @@ def _fill(row: np.ndarray, listed: list[dict]) -> None:
 
 def _dequantizing(transformers: Any, folder: Path) -> Any:
     """The quantization_config that asks transformers for dense weights, None for a folder that is not quantized."""
-    found = files.read_json(folder / "config.json").get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    kinds = {"compressed-tensors": "CompressedTensorsConfig", "fp8": "FineGrainedFP8Config"}
-    kind = kinds.get(str(method))
-    return None if kind is None else getattr(transformers, kind)(dequantize=True)
+    build = BUILDS.get(recognize(StoredBuild(folder)))
+    kind = build.dequantizer if isinstance(build, SafetensorsBuild) else None
+    return getattr(transformers, kind)(dequantize=True) if kind else None
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ornith_moe.quant.builds.storage import FP8Block, FP8Channel, Storage
+from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
+from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.conversion.pipeline import Encoders
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.source.slab import Slab
@@ -90,8 +92,8 @@ def gpu_encoders(device: str | torch.device) -> Encoders:
         return run
 
     def gguf(storage: Storage, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        measured = storage.importance
-        importance = upload(measured() if measured else None, x.shape, x.device)
+        assert isinstance(storage, Gguf)
+        importance = upload(storage.importance() if storage.importance else None, x.shape, x.device)
         with starting:
             blocks, flags = encode(x, storage.name, importance)
         raise_if_set(flags, x, storage.name)

@@ -270,6 +270,11 @@ def scratch_file(folder: Path) -> BinaryIO:
     return tempfile.TemporaryFile(dir=folder)
 
 
+def json_bytes(value: object) -> bytes:
+    """`value` as a JSON file that people read."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -19,7 +19,8 @@ from ornith_moe import gpu_encoders as module
 from ornith_moe.command.doctor import examine
 from ornith_moe.gpu_encoders import choose_device, gpu_encoders
 from ornith_moe.kernels import gguf_encode
-from ornith_moe.quant.builds.storage import FP8Block, FP8Channel, Gguf
+from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
+from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.source.slab import Slab

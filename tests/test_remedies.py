@@ -38,6 +38,7 @@ NOT_FOLLOWED = {  # -> why
     "name any other block as": "an argument",
     "convert it first": "an argument",
     "add one": "an argument",
+    "is registered already; choose another name": "an argument",
     "use recipe='fp8_channel'": "tests/test_functional.py, an argument",
     "run 'git lfs pull'": "a program of the user; that the file itself is taken is followed as `fetch it again`",
 }

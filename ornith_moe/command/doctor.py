@@ -44,12 +44,8 @@ def examine() -> dict[str, dict[str, Any]]:
     from ornith_moe.backend.choice import RECIPES, backends
     from ornith_moe.backend.cpu import describe
     from ornith_moe.gpu_encoders import choose_device
-    from ornith_moe.quant.builds.names import SAFETENSORS_BUILDS
-    from ornith_moe.quant.codecs.gguf import ENCODERS
-    from ornith_moe.quant.gguf.mixtures import FILE_TYPES
+    from ornith_moe.quant.builds.build import BUILDS
 
-    planned = [kind.name for kind in FILE_TYPES.values() if not {kind.base, kind.head} <= ENCODERS.keys()]
-    written = [*SAFETENSORS_BUILDS, *(f"gguf:{name}" for name in FILE_TYPES if name not in planned)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     where, why = choose_device()
     known = backends()
@@ -71,9 +67,9 @@ def examine() -> dict[str, dict[str, Any]]:
         "measured just now": {"cpu": describe()},
         "MoE recipes": {recipe: _who_computes(recipe, known) for recipe in RECIPES},
         "builds": {
-            "written": written,
+            "written": [name for name, build in BUILDS.items() if build.is_written],
             "encoded by": encoded[where],
-            "planned only": [f"gguf:{name}" for name in planned] or "none",
+            "planned only": [name for name, build in BUILDS.items() if not build.is_written] or "none",
         },
     }
 

@@ -50,7 +50,10 @@ def parse_size(text: str | int) -> int:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 To = Annotated[
-    list[str], typer.Option("--to", metavar="BUILD", help="fp8-channel, fp8-block, bf16 or gguf:TYPE; repeat for more.")
+    list[str],
+    typer.Option(
+        "--to", metavar="BUILD", help="One of those that doctor lists, as fp8-channel or gguf:Q4_K_M; repeat for more."
+    ),
 ]
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
 Name = Annotated[

@@ -48,8 +48,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
-    from ornith_moe.quant.builds.layout import shard_tensors
-    from ornith_moe.quant.builds.names import build_name
+    from ornith_moe.quant.builds.build import find_build
     from ornith_moe.quant.builds.plan import plan_json
     from ornith_moe.quant.builds.planning import plan_build
     from ornith_moe.quant.errors import PlanError
@@ -59,12 +58,12 @@ def plan(
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans: list[BuildPlan] = []
     failed: dict[str, PlanError] = {}
-    for build in map(build_name, to):
+    for build in [find_build(each).name for each in to]:
         try:
             plans.append(plan_build(opened, build, recipe=asked, imatrix=importance))
         except PlanError as error:
             failed[build] = error
-    files = [1 if plan.is_gguf else len(shard_tensors(plan.tensors, max_shard_size)) for plan in plans]
+    files = [plan.build.files(plan, max_shard_size) for plan in plans]
     if as_json:
         builds = [plan_json(*pair) for pair in zip(plans, files, strict=True)]
         reasons = {build: str(error) for build, error in failed.items()}
@@ -88,7 +87,7 @@ def print_plans(opened: Source, plans: Sequence[BuildPlan], files: Sequence[int]
         kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
         bits = f"{8 * plan.tensor_bytes / weights:.2f}"
         ranks = str(plan.max_tensor_parallel or "-")
-        table.add_row(plan.build, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+        table.add_row(plan.name, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
     for warning in filter(None, (plan.warning for plan in plans)):
         say(warning)
     say(opened.name)

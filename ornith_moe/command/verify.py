@@ -22,7 +22,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Hashes, names, shapes and error per role of a finished build."""
-    from ornith_moe.quant.verification.verify import open_against, verification_json
+    from ornith_moe.quant.verification.result import verification_json
+    from ornith_moe.quant.verification.verify import open_against
     from ornith_moe.quant.verification.verify import verify as run
 
     opened = None if against is None else open_against(build, against)

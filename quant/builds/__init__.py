@@ -1,1 +1,6 @@
-"""What can be made of a source: every build, planned from headers, and how each stores a weight."""
+"""What can be made of a source: every build, planned from headers, and how each stores a weight.
+
+Importing a build's file makes it known to every command; the order here is that of lists.
+"""
+
+from ornith_moe.quant.builds import fp8_channel, fp8_block, bf16, gguf  # noqa: F401, I001

@@ -1,36 +1,131 @@
-"""Plans of GGUF builds: the type of each tensor, the rows that each weight fills, and what a user should know."""
+"""gguf:TYPE: a text GGUF of a file type of llama.cpp; the type of each tensor, and the rows that each weight fills.
+
+Experts are stacked, and the vision tower is left out.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
+from gguf import GGUFValueType
+
+from ornith_moe.quant.builds.build import Build, Options, register
+from ornith_moe.quant.builds.layout import Layout, gguf_layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
-from ornith_moe.quant.builds.storage import Gguf
+from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
 from ornith_moe.quant.codecs.sizes import block_shape
-from ornith_moe.quant.errors import brief
+from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.gguf.header import Entry
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, Imatrix
+from ornith_moe.quant.gguf.metadata import gguf_metadata
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, FileType, fit, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
+from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
+from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.slab import matrix_shape
+from ornith_moe.quant.source.tokenizer_files import read_tokenizer
 from ornith_moe.quant.source.weights import Source
 
+VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
 TYPE_OPTIONS = {EMBEDDING: "--token-embedding-type", HEAD: "--output-tensor-type"}
 STATIC = "Q4_K"  # of the MTP layer in files of fewer bits: the least that needs no importance and keeps its drafts good
 
 
-def plan_gguf(
-    source: Source,
-    build: str,
-    recipe: Recipe,
-    imatrix: Imatrix | None,
-    kept: Mapping[int, str],
-    stored: Mapping[str, str],
-) -> BuildPlan:
-    """Plan a GGUF of a file type; the arguments are `plan_build`'s."""
-    plan, model = BuildPlan(build), source.architecture
-    file_type = FILE_TYPES[plan.file_type]
+_VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
+NAMED = 3  # tensors that a pattern names one by one; of more it names the kinds
+
+
+class GgufBuild(Build):
+    """A text GGUF of one of llama.cpp's file types: one file, its manifest beside it."""
+
+    storages = (Gguf,)
+
+    def __init__(self, file_type: str):
+        self.name, self.kind = f"gguf:{file_type}", FILE_TYPES[file_type]
+
+    @property
+    def is_written(self) -> bool:
+        from ornith_moe.quant.codecs.gguf import ENCODERS  # not at import: planning needs no numba
+
+        return {self.kind.base, self.kind.head} <= ENCODERS.keys()
+
+    def decide(self, source: Source, options: Options) -> BuildPlan:
+        return plan_gguf(source, self, options)
+
+    def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
+        plain = self.plan(source, Options())
+        plan = self.plan(source, Options(stored={name: tensor.dtype for name, tensor in found.tensors.items()}))
+        plan.notes = [note for note in plan.notes if note not in plain.notes]
+        return plan
+
+    def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
+        _check_encoders(plan)
+        entries, notes = options.once("tokenizer of GGUF", lambda: _tokenizer(source, options.tokenizer_pre))
+        metadata = gguf_metadata(
+            source.config,
+            source.folder,
+            name=source.name,
+            file_type=self.kind.id,
+            mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
+            shapes={tensor.name: tensor.shape for tensor in plan.tensors},
+            tokenizer=entries,
+        ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
+        return gguf_layout(plan, self._file(source), metadata, notes)
+
+    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+        return 1
+
+    def path(self, out: Path, source: Source) -> Path:
+        return out / self._file(source)
+
+    def manifest(self, path: Path) -> Path:
+        return manifest_of_file(path)
+
+    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+        """The manifest first: without the file it promises nothing."""
+        return [(staging / MANIFEST, self.manifest(final)), (staging / final.name, final)]
+
+    def recognize(self, found: StoredBuild) -> bool:
+        number = None if found.is_folder else found.metadata.get("general.file_type")
+        return type(number) is int and number == self.kind.id
+
+    def left_out(self, source: Source) -> list[LeftOut]:
+        parts = zip(source.weights, source.rows, strict=True)
+        tower = [info.name for weight, (info, _) in parts if weight.role == "vision"]
+        return [LeftOut(VISION, tuple(tower))] if tower else []
+
+    def instead(self, source: Source) -> str:
+        places = (place for weight in source.weights for place in source.architecture.gguf_places(weight))
+        shapes = [place.shape for place in places if len(place.shape) > 1]
+        fitting = sum(math.prod(shape) for shape in shapes if shape[-1] % block_shape("Q8_0")[0] == 0)
+        if 2 * fitting > sum(map(math.prod, shapes)):
+            return "gguf:Q4_0, gguf:Q5_0 and gguf:Q8_0 have blocks of 32, which fit its rows"
+        return "no quantized type of a GGUF fits its rows, fp8-channel does"
+
+    def remedy(self, problem: str, source: Source, plan: BuildPlan, steps: Sequence[Step]) -> str:
+        """A type for these tensors that holds their weights; none helps where what is stored is a function of them."""
+        if not all(step.transform.exact for step in steps):
+            return super().remedy(problem, source, plan, steps)
+        kind = "F32" if any(source.dtype(step.weight) == "F32" for step in steps) else "BF16"
+        names = list(dict.fromkeys(plan.tensors[step.tensors[0]].name for step in steps))
+        return (
+            f"{problem}, {len(names)} of its tensors being so; make it alone, with --to {self.name} --tensor-type "
+            f"'{_pattern(names)}={kind}'"
+        )
+
+    def _file(self, source: Source) -> str:
+        return f"{source.name}-{self.kind.name}.gguf"
+
+
+def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
+    """Plan a GGUF of a file type."""
+    plan, model, file_type = BuildPlan(build), source.architecture, build.kind
+    recipe, imatrix, stored, kept = options.recipe or Recipe(), options.imatrix, options.stored, options.kept
     places = [model.gguf_places(weight) for weight in source.weights]
     shapes = {place.name: place.shape for each in places for place in each}
     types, plan.fallbacks = tensor_types(
@@ -53,7 +148,7 @@ def plan_gguf(
     mtp_places = (each for weight, each in zip(source.weights, places, strict=True) if weight.role == "mtp")
     mtp = {place.name for each in mtp_places for place in each}
     _without_importance(plan, file_type, types, shapes, mtp)
-    _note(plan, file_type, recipe, imatrix, types, other)
+    _note(plan, build, recipe, imatrix, types, other)
 
     for name, values in model.gguf_constants().items():
         plan.tensors.append(OutputTensor(name, "F32", (len(values),), 4 * len(values), tuple(values)))
@@ -106,14 +201,14 @@ def _without_importance(
 
 def _note(
     plan: BuildPlan,
-    file_type: FileType,
+    build: GgufBuild,
     recipe: Recipe,
     imatrix: Imatrix | None,
     types: Mapping[str, str],
     other: set[str],
 ) -> None:
     """What a user should know of the types of a GGUF."""
-    build = plan.build
+    file_type = build.kind
     if not file_type.quantized and any(block_shape(kind)[0] > 1 for _, kind in recipe.tensor_types):
         plan.notes.append(
             f"{build}: quantized tensor types are for quantized file types, and are left out as by llama-quantize"
@@ -133,7 +228,7 @@ def _note(
     if other:
         name = min(other)
         plan.notes.append(
-            f"{len(other)} tensors are not of the types that {plan.file_type} alone means, the first is {name} as "
+            f"{len(other)} tensors are not of the types that {file_type.name} alone means, the first is {name} as "
             f"{types[name]}: a recipe, an importance matrix or another program decided them"
         )
 
@@ -149,3 +244,34 @@ def _lacks_importance(plan: BuildPlan, types: Mapping[str, str], imatrix: Imatri
         options.append(f"--tensor-type '{'|'.join(map(re.escape, kinds))}={STATIC}' before any other")
     known = f"{imatrix.name} has nothing on them" if imatrix else "none is measured for embedding and head"
     return f"{what}, and {known}; give them another type with {' and '.join(options)}"
+
+
+def _check_encoders(plan: BuildPlan) -> None:
+    from ornith_moe.quant.codecs.gguf import ENCODERS
+
+    lacking = sorted({step.storage.name for step in plan.steps} - ENCODERS.keys())
+    if lacking:
+        raise PlanError(
+            f"{plan.build}: needs {', '.join(lacking)}, which this version can plan but not encode yet; "
+            f"it encodes {', '.join(ENCODERS)}"
+        )
+    if plan.needs_imatrix:
+        raise PlanError(next(note for note in plan.notes if "noise without an importance matrix" in note))
+
+
+def _tokenizer(source: Source, pre: str | None) -> tuple[list[Entry], tuple[str, ...]]:
+    """Keys of the tokenizer, the same for every GGUF, and what is to be said of it."""
+    rows = source.architecture.vocabulary
+    files = read_tokenizer(source.folder, rows)
+    return tokenizer_entries(files, source.config, rows, pre=pre), files.notes
+
+
+def _pattern(names: list[str]) -> str:
+    """A regular expression for these tensors, or for all of their kinds where they are many."""
+    if len(names) > NAMED:
+        kinds = dict.fromkeys(re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight") for name in names)
+        return rf"(^|\.)({'|'.join(map(re.escape, kinds))})\.weight$"
+    return f"^({'|'.join(map(re.escape, names))})$" if len(names) > 1 else f"^{re.escape(names[0])}$"
+
+
+register(*map(GgufBuild, FILE_TYPES))

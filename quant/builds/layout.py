@@ -37,6 +37,7 @@ class Layout:
 
     files: tuple[OutputFile, ...]
     places: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()  # what a user should know of what the headers hold
 
 
 def shard_tensors(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list[list[int]]:
@@ -84,11 +85,11 @@ def safetensors_index(plan: BuildPlan, layout: Layout) -> dict[str, object] | No
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def gguf_layout(plan: BuildPlan, file_name: str, metadata: Sequence[Entry]) -> Layout:
+def gguf_layout(plan: BuildPlan, file_name: str, metadata: Sequence[Entry], notes: tuple[str, ...] = ()) -> Layout:
     """Layout of a GGUF build; `metadata` are the entries of `gguf_metadata`."""
     header = gguf_header(metadata, ((t.name, t.dtype, t.shape, t.nbytes) for t in plan.tensors))
     places, position = [], len(header)
     for tensor in plan.tensors:
         places.append((0, position))
         position += padded(tensor.nbytes)
-    return Layout((OutputFile(file_name, header, position),), tuple(places))
+    return Layout((OutputFile(file_name, header, position),), tuple(places), notes)

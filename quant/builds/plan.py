@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ornith_moe.quant.builds.storage import Part, Storage
+from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
+from ornith_moe.quant.source.weights import Source
+
+if TYPE_CHECKING:
+    from ornith_moe.quant.builds.build import Build
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,7 @@ class Step:
     tensors: tuple[int, ...]  # index of each part's tensor in `BuildPlan.tensors`
     row: int = 0  # first row of this weight in the first tensor, in weight rows
     transform: Transform = UNCHANGED  # on the way
+    group: str = ""  # weights whose storage is given one measure together; "": this one alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ class OutputTensor:
 class BuildPlan:
     """Everything about a build that headers alone decide."""
 
-    build: str
+    build: Build
     tensors: list[OutputTensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)  # weights without the storage the build is named after
@@ -58,6 +64,11 @@ class BuildPlan:
     needs_imatrix: list[str] = field(default_factory=list)  # tensors of a type that is noise without importance
 
     @property
+    def name(self) -> str:
+        """Of the build."""
+        return self.build.name
+
+    @property
     def all_notes(self) -> list[str]:
         return [*filter(None, [self.warning]), *self.notes]
 
@@ -70,19 +81,41 @@ class BuildPlan:
     def tensor_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
-    @property
-    def is_gguf(self) -> bool:
-        return self.build.startswith("gguf:")
+    def warn_of_fallbacks(self, source: Source) -> None:
+        """Warn where most weights fell back: how many bits the build takes, and what to ask for instead."""
+        if not self.fallbacks:
+            return
+        fell = {fallback.tensor for fallback in self.fallbacks}
+        sizes = {t.name: math.prod(t.shape) for t in self.tensors if t.name in fell or t.quantized}
+        fallen = sum(sizes[name] for name in fell)
+        if 2 * fallen <= sum(sizes.values()):
+            return
+        bits = 8 * self.tensor_bytes / sum(math.prod(source.weights[step.weight].shape) for step in self.steps)
+        self.warning = (
+            f"{self.name}: is hardly one: {fallen / sum(sizes.values()):.0%} of the weights that it should quantize do "
+            f"not fit its blocks, and it takes {bits:.2f} bits per weight; {self.build.instead(source)}"
+        )
 
-    @property
-    def file_type(self) -> str:
-        return self.build.removeprefix("gguf:")
+    def keep(self, source: Source, kept: Mapping[int, str]) -> None:
+        """Note that weights hold a NaN or an infinity and may; `kept` says where, by index."""
+        self.kept = frozenset(kept)
+        held = {self.tensors[step.tensors[0]].name: step.weight for step in self.steps if step.weight in kept}
+        self.non_finite = list(held)
+        types = self.types if held else {}
+        self.fallbacks += [
+            Fallback(
+                source.weights[index].name,
+                "holds a NaN or an infinity, so its tensor is stored unquantized",
+                f"{kept[index]}; tensor {tensor} is stored as {types[tensor]}",
+            )
+            for tensor, index in held.items()
+        ]
 
 
 def plan_json(plan: BuildPlan, files: int) -> dict[str, Any]:
     """A plan as `ornith-moe plan --json` prints it."""
     return {
-        "build": plan.build,
+        "build": plan.name,
         "tensors": len(plan.tensors),
         "tensor_bytes": plan.tensor_bytes,
         "files": files,

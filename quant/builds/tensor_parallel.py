@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from ornith_moe.quant.builds.storage import FP8_BLOCK
+from ornith_moe.quant.recipes import FP8_BLOCK
 from ornith_moe.quant.source.architectures.weight import Cut, Weight
 from ornith_moe.quant.source.weights import Source
 

@@ -24,17 +24,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ornith_moe.quant.budget import budgeted
+from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
-from ornith_moe.quant.builds.names import build_name
 from ornith_moe.quant.builds.underflow import underflow_notes
 from ornith_moe.quant.conversion.journal import Head, Journal
-from ornith_moe.quant.conversion.pipeline import Encoders, Pass, PlacedBuild, Progress, one_thread_each, reserved
-from ornith_moe.quant.conversion.prepare import Wishes, check_space, numbered, place_all, slabs, tokenizer_keys
+from ornith_moe.quant.conversion.pipeline import (
+    Encoders,
+    Pass,
+    PlacedBuild,
+    Progress,
+    Workers,
+    one_thread_each,
+    reserved,
+    silent,
+)
+from ornith_moe.quant.conversion.prepare import check_space, numbered, place_all, slabs
 from ornith_moe.quant.conversion.publish import finish, publish, underflow
 from ornith_moe.quant.conversion.remedies import why_failed
 from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
-from ornith_moe.quant.conversion.scan import non_finite_weights
-from ornith_moe.quant.conversion.stream import units
+from ornith_moe.quant.conversion.scan import give_what_is_needed, non_finite_weights
+from ornith_moe.quant.conversion.stream import group_rows, units
 from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
@@ -72,7 +81,7 @@ class ConversionReport:
 
 
 @budgeted
-def convert(
+def convert(  # every option of the command line, by name: users need no object of ours to call it
     source: Source,
     out: str | Path,
     builds: Sequence[str],
@@ -106,8 +115,8 @@ def convert(
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
-        progress: called with phase ("scan", "convert", "check"), bytes done and bytes in all; with ("compile", 0, 0)
-            whenever machine code of a codec is made, which costs seconds once on a machine.
+        progress: called with phase ("scan", "measure", "convert", "check"), bytes done and bytes in all; with
+            ("compile", 0, 0) whenever machine code of a codec is made, which costs seconds once on a machine.
     Returns:
         ConversionReport.
     Raises:
@@ -116,60 +125,61 @@ def convert(
         ConversionError: on the way; what was written stays in the partial folder.
     Numerics: a weight's bytes depend on nothing but the weight and the build.
     """
-    out, names = Path(out), [build_name(build) for build in builds]
-    staging = out / PARTIAL
+    out, names = Path(out), [find_build(build).name for build in builds]
     if source.checkpoint is None:
         raise PlanError(f"{source.name}: is a config without weights; a conversion needs the checkpoint folder")
     if len(set(names)) != len(names) or not names:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
     if non_finite not in NON_FINITE:
         raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
-    jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
-    wishes = Wishes(max_shard_bytes, recipe, imatrix)
-    tokenizer = tokenizer_keys(source, tokenizer_pre)
-    placed, failed = place_all(source, staging, names, wishes, {}, tokenizer)
-    check_out(source, out, staging)
+    workers = Workers(*slabs(source, len(names), max_memory, jobs), encoders or {}, progress or silent)
+    options = Options(recipe, imatrix, max_shard_bytes, tokenizer_pre)
+    conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":
-        kept = non_finite_weights(source, slab_bytes=slab_bytes, jobs=jobs, progress=progress)
-        if kept:
-            placed, more = place_all(source, staging, list(placed), wishes, kept, tokenizer)
-            failed |= more
-    sampled = sample(source)
-    digests = {name: made_from(sampled, *pair, imatrix) for name, pair in placed.items()}
-    conversion = _Conversion(source, staging, placed, digests, slab_bytes, jobs, progress, encoders)
-    with _told_of_the_disk(out, staging):
-        conversion.run(restart)
-    report = replace(conversion.report(), failed={name: (failed | conversion.failed)[name] for name in names
-                                                  if name in failed or name in conversion.failed})  # fmt: skip
-    if report.failed:
-        first, *others = report.failed.values()
-        raise BuildsFailed(first + (f" (and {len(others)} more builds failed)" if others else ""), report)
-    return report
+        conversion.keep_non_finite()
+    conversion.run(restart)
+    return conversion.report()
 
 
-class _Conversion:
-    """One run: what is to be made of what is asked for, the pass that makes it, and what is told in the end."""
+class Conversion:
+    """One command: the builds that are asked for, each with its place, and what has become of them.
 
-    def __init__(
-        self,
-        source: Source,
-        staging: Path,
-        placed: Mapping[str, tuple[PlacedBuild, dict[str, bytes]]],
-        digests: Mapping[str, str],
-        slab_bytes: int,
-        jobs: int,
-        progress: Progress | None,
-        encoders: Encoders | None,
-    ):
-        self.source, self.staging, self.placed, self.digests = source, staging, placed, digests
-        self.slab_bytes, self.jobs, self.progress, self.encoders = slab_bytes, jobs, progress, encoders
-        self.finished = {name for name, (build, _) in placed.items() if is_finished(source, build, digests[name])}
-        self.failed: dict[str, str] = {}
+    Raises:
+        CheckpointError, PlanError: none of them can be made, or not in this folder.
+    """
+
+    def __init__(self, source: Source, out: Path, names: Sequence[str], options: Options, workers: Workers):
+        self.source, self.out, self.staging, self.names = source, out, out / PARTIAL, names
+        self.options, self.workers = options, workers
+        self.placed, self.failed = place_all(source, self.staging, names, options)
+        self.finished: set[str] = set()
+        self.digests: dict[str, str] = {}
         self.bytes_read = self.resumed_units = 0
         self.began = time.monotonic()
+        check_out(source, out, self.staging)
 
-    def run(self, restart: bool) -> None:
-        """Make what is not finished, going on where a run before has ended."""
+    def keep_non_finite(self) -> None:
+        """Plan anew with the weights that hold a NaN or an infinity kept, if there are any."""
+        kept = non_finite_weights(self.source, self.workers)
+        if kept:
+            self.options = replace(self.options, kept=kept)
+            self.placed, failed = place_all(self.source, self.staging, list(self.placed), self.options)
+            self.failed |= failed
+
+    def run(self, restart: bool = False) -> None:
+        """Make what is not finished, going on where a run before has ended.
+
+        Raises:
+            PlanError: an unfinished conversion is another one, or a name is taken. ConversionError: on the way.
+        """
+        sampled = sample(self.source)
+        self.digests = {name: made_from(sampled, place, self.options.imatrix) for name, place in self.placed.items()}
+        self.finished = {n for n, place in self.placed.items() if is_finished(self.source, place, self.digests[n])}
+        self.began = time.monotonic()
+        with _told_of_the_disk(self.out, self.staging):
+            self._go_on(restart)
+
+    def _go_on(self, restart: bool) -> None:
         journal = Journal(self.staging) if self.staging.is_dir() else None
         if journal and restart:
             drop(self.staging, journal)
@@ -182,66 +192,81 @@ class _Conversion:
             return
         if head:
             todo = goes_on(head, self.source, self.digests, self.finished, self.staging)
-        work = numbered([self.placed[name][0] for name in todo])
+        work = numbered([self.placed[name] for name in todo])
         if not (journal and journal.checked):
             refuse_taken(work)
-            check_space(self.staging.parent, self.staging, work)
-        self.staging.parent.mkdir(parents=True, exist_ok=True)
+            check_space(self.out, self.staging, work)
+        self.out.mkdir(parents=True, exist_ok=True)
         own_folder(self.staging)
         with journal or Journal(self.staging) as journal:
-            if journal.head is None:
+            if head is None:
                 digests = {name: self.digests[name] for name in todo}
-                journal.begin(Head(self.source.checkpoint.fingerprint, digests, self.slab_bytes))
-            self._make(work, journal)
+                head = Head(self.source.checkpoint.fingerprint, digests, self.workers.slab_bytes)
+                journal.begin(head)
+            self.resumed_units = len(journal.extents)
+            if not journal.checked:
+                self._make(work, journal, replace(self.workers, slab_bytes=head.slab_bytes))
+            self.failed |= why_failed(self.source, [build.plan for build in work], journal.failures)
+            for build in work:
+                if build.plan.name not in self.failed:
+                    publish(build)
             drop(self.staging, journal)
 
-    def _make(self, work: list[PlacedBuild], journal: Journal) -> None:
-        self.resumed_units = len(journal.extents)
-        if not journal.checked:
-            with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, self.encoders):
-                cut = units(self.source, journal.head.slab_bytes)
-                run = Pass(self.source, work, cut, files, journal, self.jobs, self.progress, self.encoders)
-                run.write()
-                digests = run.check()
-                self.bytes_read = run.bytes_read
-            if self.source.checkpoint.changed():
-                raise ConversionError(
-                    f"{self.source.folder}: changed while it was converted; run the command again with --restart"
-                )
-            for build in run.alive:
-                name = build.plan.build
-                more: dict[str, object] = {"made_from": self.digests[name]}
-                if lost := run.lost(build):
-                    more["underflow"] = lost
-                finish(self.source, build, self.placed[name][1], digests, more)
-            journal.record_checked()
-        self.failed = why_failed(self.source, [build.plan for build in work], journal.failures)
-        for build in work:
-            if build.plan.build not in self.failed:
-                publish(build)
+    def _make(self, work: Sequence[PlacedBuild], journal: Journal, workers: Workers) -> None:
+        """Write every unit, read every byte back, and stage side files and manifests."""
+        cut = units(self.source, workers.slab_bytes, group_rows(step for build in work for step in build.plan.steps))
+        give_what_is_needed(self.source, work, workers)
+        with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, workers.encoders):
+            run = Pass(self.source, work, cut, files, journal, workers)
+            run.write()
+            sha256 = run.check()
+            self.bytes_read = run.bytes_read
+        if self.source.checkpoint.changed():
+            raise ConversionError(
+                f"{self.source.folder}: changed while it was converted; run the command again with --restart"
+            )
+        for build in run.alive:
+            more: dict[str, object] = {"made_from": self.digests[build.plan.name]}
+            if lost := run.lost(build):
+                more["underflow"] = lost
+            finish(self.source, build, sha256, more)
+        journal.record_checked()
 
     def report(self) -> ConversionReport:
+        """What was made.
+
+        Raises:
+            BuildsFailed: some builds could not be made; it holds the report.
+        """
         seconds = round(time.monotonic() - self.began, 3)
-        lost = {name: underflow(build.final) for name, (build, _) in self.placed.items() if name not in self.failed}
         builds = tuple(
-            BuildReport(
-                name,
-                build.final,
-                len(build.plan.tensors),
-                build.plan.tensor_bytes,
-                len(build.layout.files),
-                0.0 if name in self.finished else seconds,
-                tuple(build.plan.fallbacks),
-                (*build.plan.all_notes, *underflow_notes(build.plan.types, lost[name])),
-                tuple(build.plan.coverage),
-                build.plan.warning,
-                lost[name],
-                name in self.finished,
-            )
-            for name, (build, _) in self.placed.items()
+            self._build_report(place, 0.0 if name in self.finished else seconds)
+            for name, place in self.placed.items()
             if name not in self.failed
         )
-        return ConversionReport(builds, self.bytes_read, peak_rss_bytes(), self.resumed_units)
+        failed = {name: self.failed[name] for name in self.names if name in self.failed}
+        report = ConversionReport(builds, self.bytes_read, peak_rss_bytes(), self.resumed_units, failed)
+        if failed:
+            first, *others = failed.values()
+            raise BuildsFailed(first + (f" (and {len(others)} more builds failed)" if others else ""), report)
+        return report
+
+    def _build_report(self, place: PlacedBuild, seconds: float) -> BuildReport:
+        plan, lost = place.plan, underflow(place)
+        return BuildReport(
+            build=plan.name,
+            path=place.final,
+            tensors=len(plan.tensors),
+            tensor_bytes=plan.tensor_bytes,
+            files=len(place.layout.files),
+            seconds=seconds,
+            fallbacks=tuple(plan.fallbacks),
+            notes=(*plan.all_notes, *underflow_notes(plan.types, lost)),
+            coverage=tuple(plan.coverage),
+            warning=plan.warning,
+            underflow=lost,
+            was_finished=plan.name in self.finished,
+        )
 
 
 def peak_rss_bytes() -> int:

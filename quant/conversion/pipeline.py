@@ -15,29 +15,27 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan, Step
-from ornith_moe.quant.builds.storage import Storage, ToBF16
+from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.underflow import lost_weights
 from ornith_moe.quant.conversion.journal import Extent, Failure, Journal, Lost
+from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.stream import Unit, read_unit, runs
 from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
 from ornith_moe.quant.files import open_output, own_folder
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.slab import FLOAT_BITS, Slab
+from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.weights import Source, weight_matrix
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
@@ -46,15 +44,30 @@ Progress = Callable[[str, int, int], None]
 Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name
 
 
+def silent(phase: str, done: int, total: int) -> None:
+    """Progress that nobody follows."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a conversion works, which decides no byte: threads, bytes of source in a slab, encoders, who follows."""
+
+    jobs: int = 1
+    slab_bytes: int = 1 << 20
+    encoders: Encoders = field(default_factory=dict)
+    progress: Progress = silent
+
+
 @dataclass(frozen=True)
 class PlacedBuild:
     """A planned build with its place: staging folder, final path, first of its files in the list of all files."""
 
     plan: BuildPlan
     layout: Layout
+    sides: Mapping[str, bytes]  # what lies beside its tensors
     staging: Path
     final: Path
-    first_file: int
+    first_file: int = 0
 
 
 @dataclass
@@ -67,7 +80,7 @@ class Written:
 
 
 @contextmanager
-def reserved(placed: list[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
+def reserved(placed: Sequence[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
     """File descriptors of all output files, at their final size with header and constants written."""
     _allow_descriptors(sum(len(build.layout.files) for build in placed) + SPARE_DESCRIPTORS)
     descriptors: list[int] = []
@@ -106,12 +119,12 @@ def _allow_descriptors(needed: int) -> None:
 
 
 @contextmanager
-def one_thread_each(placed: list[PlacedBuild], encoders: Encoders | None) -> Iterator[None]:
+def one_thread_each(placed: Sequence[PlacedBuild], encoders: Encoders) -> Iterator[None]:
     """torch on one thread per worker: the workers are the parallelism, and pools of their own would fight for cores.
 
     Not imported for builds that do without it: that takes longer than a small conversion.
     """
-    if not encoders and not any(isinstance(step.storage, ToBF16) for build in placed for step in build.plan.steps):
+    if not encoders and not any(step.storage.uses_torch for build in placed for step in build.plan.steps):
         yield
         return
     import torch
@@ -130,18 +143,14 @@ class Pass:
     def __init__(
         self,
         source: Source,
-        placed: list[PlacedBuild],
-        work: list[Unit],
-        files: list[int],
+        placed: Sequence[PlacedBuild],
+        work: Sequence[Unit],
+        files: Sequence[int],
         journal: Journal,
-        jobs: int,
-        progress: Progress | None,
-        encoders: Encoders | None = None,
+        workers: Workers,
     ):
         self.source, self.placed, self.work, self.files = source, placed, work, files
-        self.journal, self.jobs = journal, jobs
-        self.progress: Progress = progress or (lambda phase, done, total: None)
-        self.encoders = encoders or {}
+        self.journal, self.workers = journal, workers
         self.bytes_read = 0
         self.kept = frozenset().union(*(build.plan.kept for build in placed))  # by the user's leave
         self.steps: list[list[tuple[PlacedBuild, Step]]] = [[] for _ in source.weights]
@@ -156,20 +165,20 @@ class Pass:
     @property
     def alive(self) -> list[PlacedBuild]:
         """The builds that nothing has failed."""
-        return [build for build in self.placed if build.plan.build not in self.failed]
+        return [build for build in self.placed if build.plan.name not in self.failed]
 
     def write(self) -> None:
         """Write every unit that the journal does not know."""
         from ornith_moe.quant.simd.compiled import compiling  # not at import: planning needs no numba
 
-        with compiling(lambda function: self.progress("compile", 0, 0)):
+        with compiling(lambda function: self.workers.progress("compile", 0, 0)):
             self._write()
 
     def _write(self) -> None:
-        done = sum(self._size(self.work[index]) for index in self.journal.extents)
-        total = sum(map(self._size, self.work))
+        sizes = [unit_bytes(self.source, unit) for unit in self.work]
+        done, total = sum(sizes[index] for index in self.journal.extents), sum(sizes)
         missing = [index for index in range(len(self.work)) if index not in self.journal.extents]
-        for index, written in self._map(self._convert, missing):
+        for index, written in in_order(self._convert, missing, self.workers.jobs):
             for failure in written.failures:
                 self.journal.record_failure(failure)
                 self.failed.add(failure.build)
@@ -177,9 +186,9 @@ class Pass:
             if len(self.given_up) == len(self.placed):
                 return
             self.journal.record(index, written.extents, written.lost)
-            done += self._size(self.work[index])
-            self.bytes_read += self._size(self.work[index])
-            self.progress("convert", done, total)
+            done += sizes[index]
+            self.bytes_read += sizes[index]
+            self.workers.progress("convert", done, total)
 
     def lost(self, build: PlacedBuild) -> dict[str, int]:
         """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
@@ -220,12 +229,12 @@ class Pass:
             nonlocal done
             with lock:
                 done += count
-                self.progress("check", done, sum(sizes[file] for file in live))
+                self.workers.progress("check", done, sum(sizes[file] for file in live))
 
         def read(index: int) -> tuple[str, set[int], int]:
             return _digest_file(self.files[index], sorted(extents[index]), sizes[index], tell)
 
-        for index, (digest, bad, covered) in self._map(read, live):
+        for index, (digest, bad, covered) in in_order(read, live, self.workers.jobs):
             if covered != owned[index] and not bad:
                 raise ConversionError(
                     f"the journal covers {covered} bytes of file {index} and its weights own {owned[index]}; it is "
@@ -251,7 +260,7 @@ class Pass:
         bad = None if unit.weight in self.kept else _non_finite(weight, unit, slab)
         rows = weight_matrix(weight)[0]
         for build, step in self.steps[unit.weight]:
-            name = build.plan.build
+            name = build.plan.name
             if name in self.given_up:
                 continue
             if bad:
@@ -272,10 +281,11 @@ class Pass:
         return written
 
     def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:
-        encoded = self.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
-        stored = step.storage.name
+        encoded = self.workers.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
+        stored = step.storage.float_type
         changed = not step.transform.exact
-        if stored in FLOAT_BITS and (changed or stored != slab.dtype) and step.weight not in self.kept:
+        rounded = changed or not step.storage.exact(slab.dtype)
+        if stored and rounded and step.weight not in self.kept:
             found = Slab(encoded[0], stored).first_non_finite()
             if found:
                 row, column, _ = found
@@ -287,6 +297,8 @@ class Pass:
         extents = []
         for run in runs(step, unit, weight_matrix(self.source.weights[unit.weight])[0]):
             part = step.parts[run.part]
+            if part.rows is None and unit.start:
+                continue  # of the whole weight, written with its first rows
             payload = np.ascontiguousarray(encoded[run.part][run.rows])
             file, offset = build.layout.places[step.tensors[run.part]]
             file, offset = build.first_file + file, offset + run.target * part.row_bytes
@@ -296,26 +308,10 @@ class Pass:
             extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))
         return extents
 
-    def _size(self, unit: Unit) -> int:
-        columns = weight_matrix(self.source.weights[unit.weight])[1]
-        return unit.rows * columns * ITEM_BYTES[self.source.dtype(unit.weight)]
 
-    def _map(self, function: Callable[[int], Any], indices: Iterable[int]) -> Iterator[tuple[int, Any]]:
-        """(index, function(index)) for all indices, a few at a time; the first failure stops the rest."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            pending: deque[tuple[int, Future]] = deque()
-            try:
-                for index in indices:
-                    pending.append((index, pool.submit(function, index)))
-                    if len(pending) >= 2 * self.jobs:
-                        done, future = pending.popleft()
-                        yield done, future.result()
-                while pending:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            finally:
-                for _, future in pending:
-                    future.cancel()
+def unit_bytes(source: Source, unit: Unit) -> int:
+    """Bytes of a unit in the source."""
+    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * ITEM_BYTES[source.dtype(unit.weight)]
 
 
 def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:

@@ -44,18 +44,18 @@ def sample(source: Source) -> str:
     return digest.hexdigest()
 
 
-def made_from(sampled: str, build: PlacedBuild, sides: Mapping[str, bytes], imatrix: Imatrix | None = None) -> str:
+def made_from(sampled: str, build: PlacedBuild, imatrix: Imatrix | None = None) -> str:
     """Digest of all that determines the bytes of a build; `sampled` is the source's `sample`."""
     importance = imatrix.digest if imatrix and build.plan.coverage else ""
-    digest = xxhash.xxh3_128(json.dumps([ENCODING, sampled, importance, build.plan.build]).encode())
-    for payload in [*(file.header for file in build.layout.files), *sides.values()]:
+    digest = xxhash.xxh3_128(json.dumps([ENCODING, sampled, importance, build.plan.name]).encode())
+    for payload in [*(file.header for file in build.layout.files), *build.sides.values()]:
         digest.update(f"{len(payload)}\0".encode() + payload)
     return digest.hexdigest()
 
 
 def is_finished(source: Source, build: PlacedBuild, digest: str) -> bool:
     """Whether `build` has its final name, is whole by size, was made of all that `digest` stands for, and since."""
-    manifest = manifest_path(build.final)
+    manifest = manifest_path(build)
     if any(os.path.islink(final) or not final.exists() for _, final in final_paths(build)):
         return False
     try:
@@ -63,8 +63,7 @@ def is_finished(source: Source, build: PlacedBuild, digest: str) -> bool:
         newest = max(path.stat().st_mtime_ns for path in (source.folder / "config.json", *source.checkpoint.files))
         if made.get("made_from") != digest or newest > manifest.stat().st_mtime_ns:
             return False
-        folder = build.final if build.final.is_dir() else build.final.parent
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in made["files"].items())
+        return all((manifest.parent / name).stat().st_size == entry["bytes"] for name, entry in made["files"].items())
     except (OrnithError, OSError, AttributeError, KeyError, TypeError):
         return False
 

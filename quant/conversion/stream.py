@@ -3,23 +3,25 @@
     unit = rows [start, start + rows) of one weight      read once, encoded for every build
     extent = a run of bytes of an output file             what one unit leaves in one place
 
-A unit holds whole groups of rows of every storage (128, the height of an FP8 block), so the bytes of a weight do not
-depend on how it is cut. Reordered heads scatter a unit over several extents; everything else is one extent per part.
-Nothing here needs a whole weight in memory, however large the tensor that holds it.
+A unit holds whole groups of rows of every storage (multiples of 128, the height of an FP8 block), so the bytes of a
+weight do not depend on how it is cut. Reordered heads scatter a unit over several extents; everything else is one
+extent per part. Nothing here needs a whole weight in memory, however large the tensor that holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.builds.storage import FP8_BLOCK
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.weights import Source, weight_matrix
+
+SLAB_ROWS = 128  # the least group of rows that a unit is cut in
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,17 @@ class Run:
     count: int
 
 
-def units(source: Source, slab_bytes: int) -> list[Unit]:
-    """The work of a conversion in the order in which it lies on disk, at most about `slab_bytes` of source each."""
+def group_rows(steps: Iterable[Step]) -> int:
+    """What the rows of a unit must be a multiple of for all of these steps."""
+    return math.lcm(SLAB_ROWS, *{part.rows for step in steps for part in step.parts if part.rows})
+
+
+def units(source: Source, slab_bytes: int, group: int = SLAB_ROWS) -> list[Unit]:
+    """The work of a conversion in the order in which it lies on disk, at most about `slab_bytes` of source each.
+
+    Args:
+        group: rows of a unit are a multiple of it, but for the last of a weight.
+    """
     order = range(len(source.weights))
     if source.rows:
         order = sorted(order, key=lambda i: (source.rows[i][0].path.name, source.rows[i][0].offset, source.rows[i][1]))
@@ -50,7 +61,7 @@ def units(source: Source, slab_bytes: int) -> list[Unit]:
     for index in order:
         rows, columns = weight_matrix(source.weights[index])
         row_bytes = max(columns * ITEM_BYTES[source.dtype(index)], 1)
-        slab = max(slab_bytes // row_bytes // FP8_BLOCK, 1) * FP8_BLOCK
+        slab = max(slab_bytes // row_bytes // group, 1) * group
         work.extend(Unit(index, start, min(slab, rows - start)) for start in range(0, rows, slab))
     return work
 
@@ -65,8 +76,8 @@ def runs(step: Step, unit: Unit, weight_rows: int) -> Iterator[Run]:
     targets = step.transform.targets(unit.start, unit.rows, weight_rows)
     if targets is None:
         for index, part in enumerate(step.parts):
-            count = unit.rows // part.rows
-            yield Run(index, slice(0, count), (step.row + unit.start) // part.rows, count)
+            count = part.rows_of(unit.rows)
+            yield Run(index, slice(0, count), (step.row + unit.start) // part.rows if part.rows else 0, count)
         return
     assert all(part.rows == 1 for part in step.parts)
     targets = targets[targets >= 0]

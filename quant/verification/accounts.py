@@ -12,8 +12,6 @@ from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.weights import Source, weight_matrix
 
-VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
-
 
 def account(source: Source, plan: BuildPlan) -> tuple[list[LeftOut], list[str]]:
     """What `plan` leaves out of `source` for a reason, and the tensors that it loses without one.
@@ -26,12 +24,7 @@ def account(source: Source, plan: BuildPlan) -> tuple[list[LeftOut], list[str]]:
         rows, columns = weight_matrix(source.weights[step.weight])
         taken = rows if step.transform.rows is None else len(step.transform.rows.source_index(rows))
         values[source.rows[step.weight][0].name] += taken * columns
-    left_out = list(source.left_out)
-    if plan.is_gguf:
-        parts = zip(source.weights, source.rows, strict=True)
-        tower = [info.name for weight, (info, _) in parts if weight.role == "vision"]
-        if tower:
-            left_out.append(LeftOut(VISION, tuple(tower)))
+    left_out = [*source.left_out, *plan.build.left_out(source)]
     known = {name for entry in left_out if entry.what == "tensor" for name in entry.names}
     tensors = source.checkpoint.tensors.items()
     lost = [name for name, info in tensors if name not in known and values[name] != math.prod(info.shape)]

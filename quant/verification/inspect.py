@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from ornith_moe.quant.budget import budgeted
+from ornith_moe.quant.builds.stored import read_gguf_tensors, read_safetensors_build, read_safetensors_file
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf.reader import read_gguf_header
-from ornith_moe.quant.source.checkpoint import read_header
-from ornith_moe.quant.verification.verify import FoundTensor, read_gguf_tensors, read_safetensors_build
 
 CONFIG_KEYS = (
     "model_type",
@@ -45,9 +44,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     elif path.suffix == ".gguf" and path.is_file():
         found, kind, metadata = read_gguf_tensors(path), "GGUF file", _gguf_summary(path)
     elif path.suffix == ".safetensors" and path.is_file():
-        header = read_header(path, named=True)
-        found = {n: FoundTensor(t.dtype, t.shape, t.path, t.offset, t.nbytes) for n, t in header.items()}
-        kind, metadata = "safetensors file", {}
+        found, kind, metadata = read_safetensors_file(path), "safetensors file", {}
     else:
         raise CheckpointError(f"{path}: expected a folder, a .safetensors or a .gguf file")
     dtypes: dict[str, dict[str, int]] = {}

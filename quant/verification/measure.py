@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.builds.underflow import REACH, small_blocks
+from ornith_moe.quant.builds.underflow import small_blocks
 from ornith_moe.quant.source.slab import Slab
 
 
@@ -67,9 +67,8 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
         total.judged_signal, total.judged_noise = total.signal, total.noise
         small = _small(step, slab)
         if small is not None:
-            scale, reach = REACH[step.storage.name]
-            judged = small == 0
-            within = judged | (np.abs(difference) <= 2 * small + reach * scale)
+            scales, judged = step.storage.scales, small == 0
+            within = judged | (np.abs(difference) <= 2 * small + scales.reach * scales.step)
             total.judged_signal = float(signal[judged].sum())
             total.judged_noise = float(noise[judged].sum()) if within.all() else math.inf
     return total
@@ -77,9 +76,9 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
 
 def _small(step: Step, slab: Slab) -> np.ndarray | None:
     """`small_blocks` of what was encoded, in the order of the source."""
-    if not step.transform.exact or step.storage.name not in REACH:
+    if not step.transform.exact or not step.storage.scales:
         return None
-    small = small_blocks(step.transform.forward(slab).float32, step.storage.name)
+    small = small_blocks(step.transform.forward(slab).float32, step.storage)
     return None if small is None else step.transform.inverse(small)
 
 

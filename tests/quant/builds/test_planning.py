@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from ornith_moe.quant.builds.build import find_build
+from ornith_moe.quant.builds.fp8_channel import compressed_tensors_config
 from ornith_moe.quant.builds.layout import shard_tensors
-from ornith_moe.quant.builds.names import build_name
 from ornith_moe.quant.builds.plan import plan_json
 from ornith_moe.quant.builds.planning import plan_build
-from ornith_moe.quant.builds.safetensors import compressed_tensors_config
 from ornith_moe.quant.codecs.sizes import block_shape, row_bytes
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fallbacks import by_kind
@@ -190,7 +190,7 @@ def test_shards_hold_what_fits():
 )  # fmt: skip
 def test_unknown_builds_are_refused(build, near):
     with pytest.raises(PlanError, match="expected one of fp8-channel") as told:
-        build_name(build)
+        find_build(build)
     assert len(str(told.value)) < 1000 and (near is None or f"did you mean {near}" in str(told.value))
 
 
@@ -200,7 +200,7 @@ def test_unknown_builds_are_refused(build, near):
      ("gguf:q4-k-m", "gguf:Q4_K_M"), ("FP8-Channel", "fp8-channel")],
 )  # fmt: skip
 def test_names_are_forgiving(name, build):
-    assert plan_build(small(), name).build == build
+    assert plan_build(small(), name).name == build
 
 
 @pytest.mark.parametrize(

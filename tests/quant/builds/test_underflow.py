@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ornith_moe.quant.builds.storage import FP8Block, FP8Channel, Gguf
-from ornith_moe.quant.builds.underflow import REACH, limit, lost_weights
+from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
+from ornith_moe.quant.builds.storages.gguf import SCALES, Gguf
+from ornith_moe.quant.builds.stored import StoredBuild, read_gguf_tensors
+from ornith_moe.quant.builds.underflow import limit, lost_weights
 from ornith_moe.quant.codecs.gguf import ENCODERS
 from ornith_moe.quant.conversion.convert import convert
-from ornith_moe.quant.conversion.publish import manifest_path
 from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.weights import open_source
-from ornith_moe.quant.verification.verify import read_gguf_tensors, verify
+from ornith_moe.quant.verification.verify import verify
 
 NORMAL = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32) * np.float32(0.02)
 
@@ -34,11 +35,11 @@ def test_every_type_counts_what_it_loses():
     """
     storages = {name: Gguf(name, lambda: np.ones(256, np.float32)) for name in ENCODERS if name not in ("F32", "BF16")}
     storages |= {storage.name: storage for storage in (FP8Channel(), FP8Block())}
-    assert storages.keys() == REACH.keys()
+    assert storages.keys() == SCALES.keys() | {FP8Channel.name, FP8Block.name}
     for name, storage in storages.items():
         weights = NORMAL.copy()
         assert lost(storage, NORMAL) == 0, name
-        weights[3] = np.float32(limit(name) * (1e-3 if name.startswith("F8") else 1e-4)) * np.sign(NORMAL[3])
+        weights[3] = np.float32(limit(storage) * (1e-3 if name.startswith("F8") else 1e-4)) * np.sign(NORMAL[3])
         weights[3, 7], weights[5] = 0, 0
         assert lost(storage, weights) == (0 if name.startswith("F8") else 255), name
         assert lost(storage, np.zeros_like(NORMAL)) == 0, name
@@ -47,7 +48,7 @@ def test_every_type_counts_what_it_loses():
 def test_rows_that_differ_a_little_are_not_called_lost():
     """Shortly below the limit a scale has few digits, but the weights are there."""
     for name in ("Q8_0", "Q4_0", "Q6_K", "F16"):
-        weights = NORMAL / np.abs(NORMAL).max() * np.float32(limit(name) * 0.9)
+        weights = NORMAL / np.abs(NORMAL).max() * np.float32(limit(Gguf(name)) * 0.9)
         assert lost(Gguf(name), weights) < 0.05 * weights.size, name
 
 
@@ -69,7 +70,7 @@ def test_builds_that_lose_weights_say_so_and_verify(tiny, tmp_path):
     for build in report.builds:
         expected = {"blk.1.ffn_up.weight": count} if build.build in builds[:3] else {}
         assert build.underflow == expected, build.build
-        manifest = json.loads(manifest_path(build.path).read_bytes())
+        manifest = json.loads(StoredBuild(build.path).manifest.read_bytes())
         assert manifest.get("underflow", {}) == expected
         result = verify(build.path, open_source(folder))
         assert result.ok, (build.build, result.problems)
@@ -85,7 +86,7 @@ def test_damage_among_weights_too_small_is_found(tiny, tmp_path):
     folder = tiny[0]
     path = convert(open_source(folder), tmp_path, ["gguf:Q8_0"]).builds[0].path
     tensor = read_gguf_tensors(path)["blk.1.ffn_up.weight"]
-    manifest_path(path).unlink()
+    StoredBuild(path).manifest.unlink()
     row = tensor.nbytes // tensor.shape[0]
     with open(path, "r+b") as file:
         file.seek(tensor.offset + 10 * row)
@@ -96,7 +97,7 @@ def test_damage_among_weights_too_small_is_found(tiny, tmp_path):
 def test_forged_counts_are_a_problem(tiny, tmp_path):
     folder = tiny[0]
     path = convert(open_source(folder), tmp_path, ["gguf:F32"]).builds[0].path
-    manifest = json.loads(manifest_path(path).read_bytes())
+    manifest = json.loads(StoredBuild(path).manifest.read_bytes())
     for forged in ([], {"x": 1}, {"token_embd.weight": "1"}, {"token_embd.weight": -1}, 7):
-        manifest_path(path).write_text(json.dumps(manifest | {"underflow": forged}))
+        StoredBuild(path).manifest.write_text(json.dumps(manifest | {"underflow": forged}))
         assert any("counts lost weights" in problem for problem in verify(path).problems), forged

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from ornith_moe.quant import fp8
-from ornith_moe.quant.builds.storage import FP8Block, FP8Channel
+from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
 from ornith_moe.quant.simd.lanes import LANES, load, store
 from ornith_moe.quant.simd.small_floats import larger_magnitude, largest_magnitude, rounded

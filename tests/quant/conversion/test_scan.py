@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
-import ornith_moe.quant.conversion.prepare as prepare_module
 from ornith_moe.compare import open_client
+from ornith_moe.quant.builds import gguf as gguf_build
+from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert
+from ornith_moe.quant.conversion.pipeline import Workers
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.conversion.scan import non_finite_weights
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.source.weights import open_source
-from ornith_moe.quant.verification.verify import read_gguf_tensors, verify
+from ornith_moe.quant.verification.verify import verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:Q4_K_M", "gguf:F16"]
 LAYER = "model.layers.{}."
@@ -54,7 +56,7 @@ def kept(broken, tmp_path_factory):
 def test_a_scan_finds_the_first_of_each_weight(broken):
     source = open_source(broken)
     for slab, jobs in ((1 << 14, 3), (1 << 25, 1)):
-        found = non_finite_weights(source, slab_bytes=slab, jobs=jobs)
+        found = non_finite_weights(source, Workers(jobs, slab))
         assert {source.weights[index].name: where for index, where in found.items()} == {
             name: f"row {row}, column {column} is {value}" for name, (row, column, value) in PLACES.items()
         }
@@ -151,7 +153,7 @@ def test_sound_checkpoints_are_as_without(tmp_path):
 
 
 def test_the_tokenizer_is_read_once_for_both_plans(broken, tmp_path, monkeypatch):
-    read, calls = prepare_module.read_tokenizer, []
-    monkeypatch.setattr(prepare_module, "read_tokenizer", lambda *where: calls.append(where) or read(*where))
+    read, calls = gguf_build.read_tokenizer, []
+    monkeypatch.setattr(gguf_build, "read_tokenizer", lambda *where: calls.append(where) or read(*where))
     convert(open_source(broken), tmp_path, ["gguf:BF16", "gguf:F32"], non_finite="keep-bf16")
     assert len(calls) == 1

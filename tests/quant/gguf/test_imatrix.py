@@ -15,6 +15,7 @@ import pytest
 
 import ornith_moe.quant.conversion.convert as convert_module
 from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.codecs.codec import BlockCodec
 from ornith_moe.quant.codecs.gguf import CODECS
 from ornith_moe.quant.conversion.convert import convert
@@ -23,7 +24,7 @@ from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, open_imatrix, write_imat
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX
 from ornith_moe.quant.gguf.reader import read_gguf_header
 from ornith_moe.quant.source.weights import open_source
-from ornith_moe.quant.verification.verify import read_gguf_tensors, verify
+from ornith_moe.quant.verification.verify import verify
 
 EXPERTS = 6
 

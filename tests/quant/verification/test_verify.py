@@ -27,7 +27,8 @@ from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.accounts import account
 from ornith_moe.quant.verification.inspect import inspect
-from ornith_moe.quant.verification.verify import build_has_mtp, open_against, verification_json, verify
+from ornith_moe.quant.verification.result import verification_json
+from ornith_moe.quant.verification.verify import build_has_mtp, open_against, verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:F32", "gguf:BF16", "gguf:F16", "gguf:Q8_0"]
 

@@ -1,0 +1,169 @@
+"""What a build is: how it is planned, laid out, named, recognized and told of; and the builds that there are.
+
+    Build.plan(source, options) -> BuildPlan -> Build.lay_out -> Layout -> a conversion -> Build.names, Build.side_files
+
+One object per name that can be asked for; one file per family of them (fp8_channel.py, fp8_block.py, bf16.py, gguf.py),
+which registers its own. Whoever plans, writes, verifies or lists builds asks the object, so a build of another package
+is one as soon as it is registered.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES, Layout
+from ornith_moe.quant.builds.plan import BuildPlan, Step
+from ornith_moe.quant.builds.storages.storage import Storage
+from ornith_moe.quant.builds.stored import FoundTensor, StoredBuild
+from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.gguf.imatrix import Imatrix
+from ornith_moe.quant.gguf.tensor_types import Recipe
+from ornith_moe.quant.names import did_you_mean, plain_name
+from ornith_moe.quant.source.accounts import LeftOut
+from ornith_moe.quant.source.weights import Source
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of builds besides their source; see `plan_build` and `convert`."""
+
+    recipe: Recipe | None = None
+    imatrix: Imatrix | None = None
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    tokenizer_pre: str | None = None
+    kept: Mapping[int, str] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all builds of these options."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+
+class Build(ABC):
+    """One build that can be asked for by `name`.
+
+    To add one: derive from `SafetensorsBuild` (folder.py) or from this, and `register` it.
+    """
+
+    name: str
+    storages: tuple[type[Storage], ...]  # that its weights may have, the more particular first
+    is_written = True  # False: this version plans it and lacks an encoder
+
+    def plan(self, source: Source, options: Options) -> BuildPlan:
+        """Tensors, storages and names of this build of `source`, from headers alone; see `plan_build`."""
+        plan = self.decide(source, options)
+        if not options.stored:
+            plan.warn_of_fallbacks(source)
+        plan.keep(source, options.kept)
+        return plan
+
+    @abstractmethod
+    def decide(self, source: Source, options: Options) -> BuildPlan:
+        """The plan of every weight; what `kept` weights mean to notes and to the manifest is not its business."""
+
+    @abstractmethod
+    def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
+        """The plan of a build that exists, with what its maker decided.
+
+        Raises:
+            PlanError: it cannot be one of `source`.
+        """
+
+    @abstractmethod
+    def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
+        """Files, headers and the place of every tensor.
+
+        Raises:
+            CheckpointError, PlanError: the source lacks what a header needs, or the plan what an encoder needs.
+        """
+
+    @abstractmethod
+    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+        """How many files hold its tensors."""
+
+    @abstractmethod
+    def path(self, out: Path, source: Source) -> Path:
+        """Its final path in the folder `out`."""
+
+    @abstractmethod
+    def manifest(self, path: Path) -> Path:
+        """Where its manifest lies when it is at `path`."""
+
+    @abstractmethod
+    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+        """(staged, final) of what it is made of, in the order in which it gets its names."""
+
+    @abstractmethod
+    def recognize(self, found: StoredBuild) -> bool:
+        """Whether what lies there is this build, by its own description."""
+
+    def side_files(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, bytes]:
+        """{name: bytes} of what lies beside its tensors."""
+        return {}
+
+    def left_out(self, source: Source) -> list[LeftOut]:
+        """What of `source` has no place in it, and why."""
+        return []
+
+    def instead(self, source: Source) -> str:
+        """What to ask for where most weights fall back."""
+        return "ask for another build"
+
+    def remedy(self, problem: str, source: Source, plan: BuildPlan, steps: Sequence[Step]) -> str:
+        """`problem`, that its storages cannot hold the weights of `steps`, with what to do about it: one sentence."""
+        return f"{problem}; mend the checkpoint first"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BUILDS: dict[str, Build] = {}  # by name, in the order in which they are listed
+
+
+def register(*builds: Build) -> None:
+    """Make builds known to every command.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    for build in builds:
+        if plain_name(build.name) in map(plain_name, BUILDS):
+            raise ValueError(f"build: {brief(build.name)} is registered already; choose another name")
+        BUILDS[build.name] = build
+
+
+def find_build(name: str) -> Build:
+    """The build that `name` means, in any case, with `_` for `-`.
+
+    Raises:
+        PlanError: no build is called that; the sentence suggests the nearest.
+    Example:
+        >>> find_build("GGUF:q4_k_m").name, find_build("fp8_block").name
+        ('gguf:Q4_K_M', 'fp8-block')
+    """
+    found = {plain_name(known): build for known, build in BUILDS.items()}.get(plain_name(name))
+    if found is None:
+        raise PlanError(
+            f"build {brief(name)} is unknown{did_you_mean(name, BUILDS)}; expected one of {', '.join(BUILDS)}"
+        )
+    return found
+
+
+def recognize(found: StoredBuild) -> str:
+    """The name of the build that lies there, by its own description."""
+    return next((name for name, build in BUILDS.items() if build.recognize(found)), "gguf:unknown")
+
+
+def storage_of(name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+    """How tensor `name` of a build is stored, `found` being all of its tensors; None: in no way that is known here."""
+    storages = dict.fromkeys(storage for build in BUILDS.values() for storage in build.storages)
+    return next(filter(None, (storage.of(name, found) for storage in storages)), None)

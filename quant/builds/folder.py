@@ -1,0 +1,126 @@
+"""Builds that are folders of safetensors, as transformers names them: shards, index, config and what a model needs.
+
+A linear layer of a fused group (q k v; gate up; in_proj_qkv in_proj_z) is quantized with all of its group or not at
+all, because the engines concatenate them at load; the experts of a layer are one such group. Sources: facts of the
+published builds, by header and byte count; vLLM and SGLang loaders for the fused groups.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ornith_moe.quant.builds.build import Build, Options
+from ornith_moe.quant.builds.layout import Layout, safetensors_index, safetensors_layout, shard_tensors
+from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
+from ornith_moe.quant.builds.side_files import copied_files
+from ornith_moe.quant.builds.storages.storage import Storage
+from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
+from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.files import json_bytes
+from ornith_moe.quant.source.architectures.weight import Weight
+from ornith_moe.quant.source.weights import DROPPED_MTP, Source
+
+FUSED = {  # linear layers that engines concatenate at load -> the name of their group
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "in_proj_qkv": "qkvz",
+    "in_proj_z": "qkvz",
+}
+SKIP_LISTS = ("ignore", "modules_to_not_convert")  # keys of a quantization_config that name unquantized modules
+
+
+class SafetensorsBuild(Build):
+    """What folders of safetensors have in common; one of them says `decide`, and how a reader knows it."""
+
+    quant_method: str | None = None  # of its quantization_config
+    dequantizer: str | None = None  # class of transformers whose `dequantize=True` reads it as dense weights
+
+    def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
+        return safetensors_layout(plan, options.max_shard_bytes)
+
+    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+        return len(shard_tensors(plan.tensors, max_shard_bytes))
+
+    def path(self, out: Path, source: Source) -> Path:
+        return out / self.name
+
+    def manifest(self, path: Path) -> Path:
+        return manifest_of_folder(path)
+
+    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+        return [(staging, final)]
+
+    def recognize(self, found: StoredBuild) -> bool:
+        return found.is_folder and found.quant_method == self.quant_method
+
+    def side_files(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, bytes]:
+        """Config with its quantization, index, tokenizer, templates, licence.
+
+        Raises:
+            CheckpointError: as `copied_files`.
+        """
+        sides = copied_files(source)
+        config = self.config(json.loads(json.dumps(source.config)), plan)
+        if any(entry.reason == DROPPED_MTP for entry in source.left_out):
+            config.get("text_config", config)["mtp_num_hidden_layers"] = 0  # do not announce it
+        sides["config.json"] = json_bytes(config)
+        index = safetensors_index(plan, layout)
+        if index:
+            sides["model.safetensors.index.json"] = json_bytes(index)
+        return sides
+
+    def config(self, config: dict[str, Any], plan: BuildPlan) -> dict[str, Any]:
+        """The source's config as this build has it."""
+        return config | {"quantization_config": plan.config}
+
+    def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
+        plan = self.plan(source, Options())
+        plan.notes = []
+        quantized = [step for step in plan.steps if len(step.parts) > 1]
+
+        def is_kept(step: Step) -> bool:
+            tensor = found.tensors.get(plan.tensors[step.tensors[0]].name)
+            return tensor is not None and tensor.dtype == source.dtype(step.weight)
+
+        kept = {step.weight: "stored unquantized" for step in quantized if is_kept(step)}
+        if not kept:
+            return plan
+        plan = self.plan(source, Options(kept=kept))
+        listed = [found.quantization_config.get(key) for key in SKIP_LISTS]
+        names = {str(name) for one in listed if isinstance(one, list) for name in one}
+        wanted = [name for key in SKIP_LISTS for name in plan.config.get(key, ())]
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise PlanError(
+                f"config.json: {len(missing)} unquantized modules are not on its skip list, first {missing[0]}"
+            )
+        plan.notes = [f"{len(kept)} weights, the first {source.weights[min(kept)].name}, are stored unquantized"]
+        return plan
+
+
+def add_step(plan: BuildPlan, source: Source, index: int, storage: Storage) -> None:
+    """Plan weight `index` in `storage`, its parts being tensors of their own, named after the weight."""
+    weight = source.weights[index]
+    parts = storage.parts(weight.shape, source.dtype(index))
+    first, group = len(plan.tensors), fused_group(weight) if storage.needs else ""
+    for part in parts:
+        plan.tensors.append(OutputTensor(weight.name + part.suffix, part.dtype, part.shape, part.nbytes))
+    plan.steps.append(Step(index, storage, parts, tuple(range(first, len(plan.tensors))), group=group))
+
+
+def module(weight: Weight) -> str:
+    """The module that a weight belongs to, as configs name it."""
+    return weight.name.removesuffix(".weight").removesuffix(".bias")
+
+
+def fused_group(weight: Weight) -> str:
+    """The fused group of a linear layer: all experts of a layer, or its own name when it is fused with nothing."""
+    parent, _, leaf = module(weight).rpartition(".")
+    if weight.expert is not None:
+        return parent.rpartition(".")[0]
+    return f"{parent}.{FUSED.get(leaf, leaf)}"

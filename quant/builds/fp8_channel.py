@@ -1,0 +1,66 @@
+"""fp8-channel: compressed-tensors float-quantized, the layout of the official Ornith-1.0 FP8 builds."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ornith_moe.quant.builds.build import Options, register
+from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step, fused_group, module
+from ornith_moe.quant.builds.plan import BuildPlan
+from ornith_moe.quant.builds.storages.fp8 import FP8Channel
+from ornith_moe.quant.builds.storages.plain import Keep
+from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
+from ornith_moe.quant.source.weights import Source
+
+
+class FP8ChannelBuild(SafetensorsBuild):
+    name = "fp8-channel"
+    storages = (FP8Channel,)
+    quant_method = "compressed-tensors"
+    dequantizer = "CompressedTensorsConfig"
+
+    def decide(self, source: Source, options: Options) -> BuildPlan:
+        model = source.architecture
+        ignore = [*model.CHANNEL_IGNORE, *([model.CHANNEL_IGNORE_MTP] if source.has_mtp else [])]
+        patterns = [re.compile(item[3:]) for item in ignore if item.startswith("re:")]
+        names = {item for item in ignore if not item.startswith("re:")}
+        plan = BuildPlan(self, max_tensor_parallel=max_tensor_parallel(source))
+        groups = {fused_group(source.weights[index]) for index in options.kept}
+        skipped: dict[str, None] = {}
+        for index, weight in enumerate(source.weights):
+            name = module(weight)
+            quantize = weight.is_linear and name not in names and not any(p.match(name) for p in patterns)
+            if quantize and fused_group(weight) in groups:
+                quantize = False
+                skipped[name if weight.expert is None else rf"re:^{re.escape(fused_group(weight))}\..*"] = None
+            add_step(plan, source, index, FP8Channel() if quantize else Keep())
+        plan.config = compressed_tensors_config([*ignore, *skipped])
+        return plan
+
+
+def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
+    """quantization_config of the official Ornith-1.0 FP8 builds, with this ignore list."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "block_structure": None}
+    common |= {"actorder": None, "scale_dtype": None, "zp_dtype": None, "observer_kwargs": {}}
+    group = {
+        "format": "float-quantized",
+        "input_activations": common | {"dynamic": True, "observer": None, "strategy": "token"},
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": common | {"dynamic": False, "observer": "memoryless_minmax", "strategy": "channel"},
+    }
+    return {
+        "config_groups": {"config_group_0": group},
+        "format": "float-quantized",
+        "global_compression_ratio": None,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": "0.17.1",
+    }
+
+
+register(FP8ChannelBuild())

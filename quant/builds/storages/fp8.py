@@ -1,0 +1,100 @@
+"""e4m3 values with BF16 scales beside them: one per output row, or one per 128 x 128 block."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, not_finite
+from ornith_moe.quant.builds.stored import FoundTensor
+from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Cast
+from ornith_moe.quant.source.accounts import bare
+from ornith_moe.quant.source.slab import Slab, matrix_shape, to_float32
+
+E4M3 = "F8_E4M3"
+MAGNITUDE, NAN = 0x7F, 0x7F  # of a code; the only codes that are no number
+
+
+class FP8(Storage):
+    """What both have in common; `block` are the rows and columns that share a scale, `suffix` is the scales' name."""
+
+    floor_db = 20.0  # of normal weights 31
+    scales = Scales(2.0**-133, 448)
+    block: Cast
+    suffix: str
+
+    @abstractmethod
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """Shape of the scales of a matrix."""
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.codecs.fp8_slabs import encode_fp8  # not at import: planning needs no numba
+
+        rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+        codes, scale = encode_fp8(rows, self.block, scale="bf16")
+        return codes, scale.view(np.uint8)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
+
+        return decode_fp8(parts[0], parts[1].view(np.uint16), self.block)
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return self.block[0], self.block[1] or shape[1]
+
+    def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:
+        tensor, scale = found[name], found.get(name + self.suffix)
+        expected = self.scale_shape(*matrix_shape(tensor.shape))
+        if scale is None or scale.shape != expected or scale.dtype not in ("BF16", "F32"):
+            got = f"{scale.dtype} {list(scale.shape)}" if scale else "none"
+            yield f"{tensor.path.name}: tensor {bare(name)} is FP8 and needs a scale {list(expected)}, got {got}"
+        elif not all((to_float32(values, scale.dtype) > 0).all() for _, values in scale.slabs(scale.item_bytes)):
+            yield f"{scale.path.name}: the scale of {name} is not positive everywhere"
+        for start, codes in tensor.slabs(1):
+            bad = (codes & MAGNITUDE) == NAN
+            if bad.any():
+                yield not_finite(name, tensor, start + int(bad.argmax()))
+                return
+
+
+class FP8Channel(FP8):
+    """One scale per output row, as compressed-tensors stores them (`weight_scale`)."""
+
+    name = "F8_E4M3 per channel"
+    block, suffix = ROW, "_scale"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        return Part("", E4M3, shape, columns), Part(self.suffix, "BF16", (rows, 1), 2)
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return rows, 1
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        return cls() if found[name].dtype == E4M3 and name + cls.suffix in found else None
+
+
+class FP8Block(FP8):
+    """One scale per 128 x 128 block, as Qwen's FP8 builds store them (`weight_scale_inv`).
+
+    Only for matrices of whole blocks: transformers cannot dequantize a partial one.
+    """
+
+    name = "F8_E4M3 per 128x128 block"
+    block, suffix = BLOCK, "_scale_inv"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        grid = (rows // FP8_BLOCK, columns // FP8_BLOCK)
+        return Part("", E4M3, shape, columns), Part(self.suffix, "BF16", grid, 2 * grid[1], FP8_BLOCK)
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        """Of FP8 without scales of rows: that it has no scales at all is told as a problem."""
+        return cls() if found[name].dtype == E4M3 and name + FP8Channel.suffix not in found else None
