@@ -261,7 +261,7 @@ class Transformers:
 
     def log_probs(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
         torch = self._torch
-        with torch.inference_mode(), _quiet_transformers():
+        with torch.inference_mode(), _quiet_transformers(), failures_told(self.folder):
             keep = torch.tensor(positions)
             logits = self._model(torch.tensor([tokens]), logits_to_keep=keep, use_cache=False).logits[0]
             return logits.double().log_softmax(-1).numpy()
@@ -272,7 +272,7 @@ class Transformers:
         raw = files.read_bytes(self.folder / "tokenizer.json", what="the tokenizer", limit=files.MAX_JSON_BYTES)
         tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         ids = tokenizer.encode(prompt).ids
-        with _quiet_transformers():
+        with _quiet_transformers(), failures_told(self.folder):
             greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
             output = self._model.generate(self._torch.tensor([ids]), max_new_tokens=count, **greedy)
         return tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=False)
@@ -370,6 +370,15 @@ def _dequantizing(transformers: Any, folder: Path) -> Any:
     build = BUILDS.get(recognize(StoredBuild(folder)))
     kind = build.dequantizer if isinstance(build, SafetensorsBuild) else None
     return getattr(transformers, kind)(dequantize=True) if kind else None
+
+
+@contextlib.contextmanager
+def failures_told(folder: Path | None) -> Iterator[None]:
+    """A model of transformers runs within: a config that can be loaded need not be one that can be run."""
+    try:
+        yield
+    except Exception as error:  # whatever its layers raise
+        raise CheckpointError(f"{folder}: transformers cannot run it: {_one_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, read_text
+from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, failures_told, read_text
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
 from ornith_moe.quant.conversion.stream import Unit, read_unit
@@ -210,7 +210,8 @@ class _Model:
                 step = self._load_layer(number, sums) if number < len(self.layers) else self._load_head(sums)
                 for start in range(0, chunks, size := max(1, BATCH_TOKENS // ctx)):
                     batch = hidden[start : start + size]
-                    x = step(torch.from_numpy(np.array(batch)))
+                    with failures_told(self.source.folder):
+                        x = step(torch.from_numpy(np.array(batch)))
                     if not torch.isfinite(x).all():
                         raise ConversionError(
                             f"{self.source.folder}: layer {number} makes activations that are not finite on chunks "

@@ -1,7 +1,7 @@
 """Hostile inputs against the command line, in forked workers: the corpus of minimised ones, and 500 made from seed 0.
 
-tests/fuzz/ makes and runs them; `make fuzz ARGS="--cases 5000 --seed 7"` makes others. Not covered: `imatrix` and
-`compare`, which run a model in other programs.
+tests/fuzz/ makes and runs them; `make fuzz ARGS="--cases 5000 --seed 7"` makes others. `compare`, which runs two
+models, has a tenth of the share of another class.
 """
 
 import subprocess
@@ -14,8 +14,8 @@ FUZZ = Path(__file__).parent / "fuzz" / "run.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [["--corpus"], ["--cases", "500", "--seed", "0"]], ids=["corpus", "made"])
-def test_hostile_inputs_end_in_a_sentence(asked):
-    done = subprocess.run([sys.executable, str(FUZZ), *asked], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def test_hostile_inputs_end_in_a_sentence():
+    asked = [sys.executable, str(FUZZ), "--corpus", "--cases", "500", "--seed", "0"]
+    done = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -40,7 +40,22 @@ _GGUF_COUNT = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"
 _DAT = struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 5, 4) + struct.pack("<4f", 1, 1, 1, 1)
 _PLAN_DAT = ["plan", "M", "--to", "gguf:Q4_K_M", "--imatrix", "W/i.dat"]
 
+_COMPARE = ["compare", "M", "M", "--windows", "1", "--text", "W/t"]
+_IMATRIX = ["imatrix", "M", "--text", "W/t", "--output", "W/i.gguf", "--ctx", "8"]
+_TEXT = "The quick brown fox jumps over the lazy dog. " * 9
+
 CORPUS = {
+    "more experts of a token than there are": (
+        {"M/config.json": json.dumps(CONFIG | {"num_experts_per_tok": 3}), "t": _TEXT},
+        _COMPARE,
+        "transformers cannot run it",
+    ),
+    "the same, measured": (
+        {"M/config.json": json.dumps(CONFIG | {"num_experts_per_tok": 3}), "t": _TEXT},
+        _IMATRIX,
+        "transformers cannot run it",
+    ),
+    "a text of a byte": ({"t": "a"}, _IMATRIX, "give more text"),
     "side files in all": (
         {f"M/LICENSE.{number}": (b"x", 60 << 20) for number in range(5)},
         [*_CONVERT, "bf16"],

@@ -86,7 +86,8 @@ class Inputs:
     def __init__(self, root: Path, run: Callable[[list[str]], dict]):
         self.base, self.folder = root / "base", root / "case"
         _write_base(self.base)
-        built = run(["convert", str(self.base / "m"), str(self.base / "out"), "--to", "bf16", "--jobs", "1"])
+        builds = ("--to", "bf16", "--to", "gguf:BF16")
+        built = run(["convert", str(self.base / "m"), str(self.base / "out"), *builds, "--jobs", "1"])
         assert built["outcome"] == "ok", built
 
     def make(self, seed: int, kind: str, number: int) -> list[str]:
@@ -396,6 +397,49 @@ class Inputs:
             ]
         )
 
+    def texts(self, random: Random) -> list:
+        """`imatrix`: a sound model and a text, or a sound text and a model with one changed file."""
+        text = self.folder / "in" / "text"
+        words = random.choice(
+            ["The quick brown fox. " * 40, *NAMES, "\0" * 300, "a" * 3000, "é𝔘\u202e" * 200, "9 " * 500]
+        )
+        text.write_bytes(damaged(words.encode(errors="surrogatepass"), random))
+        if random.random() < 0.5:
+            text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+            self._change_one(self.m, random)
+        out = self.folder / "out.gguf"
+        random.choice([lambda: None, lambda: None, lambda: out.symlink_to("in"), lambda: out.mkdir(), out.touch])()
+        count, ctx = (
+            random.choice(["1"] * 8 + ["2", "0", "99999999999"]),
+            random.choice(["8"] * 8 + ["16", "512", "131072"]),
+        )
+        return ["imatrix", self.m, "--text", text, "--output", out, "--chunks", count, "--ctx", ctx]
+
+    def comparisons(self, random: Random) -> list:
+        """`compare`: of a folder with one changed file and a sound one, or of a sound one and a damaged GGUF."""
+        text = self.folder / "in" / "text"
+        text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+        if random.random() < 0.3:
+            text.write_bytes(damaged(random.choice([*NAMES, "a" * 3000]).encode(), random))
+        pair = [self.m, self.base / "out" / "bf16"]
+        if random.random() < 0.5:
+            self._change_one(self.m, random)
+        else:
+            pair = [self.base / "m", self.folder / "in" / "b.gguf"]
+            raw = bytearray((self.base / "out" / "m-BF16.gguf").read_bytes())
+            for _ in range(random.choice([0, 1, 1, 3])):
+                place = random.randrange(min(len(raw), 60_000))
+                raw[place : place + 8] = struct.pack("<Q", random.choice([0, 1, 8, 9, 2**31, 2**40, 2**64 - 1]))
+            pair[1].write_bytes(damaged(bytes(raw), random))
+        random.shuffle(pair)
+        return ["compare", *pair, "--windows", "1", "--text", text]
+
+    def _change_one(self, folder: Path, random: Random) -> None:
+        path = folder / random.choice(
+            ["config.json"] * 3 + ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+        )
+        path.write_bytes(written(change(json.loads(path.read_text()), random), random))
+
 
 CLASSES: dict[str, Callable] = {
     name: getattr(Inputs, name)
@@ -412,6 +456,8 @@ CLASSES: dict[str, Callable] = {
         "names",
         "options",
         "links",
+        "texts",
+        "comparisons",
     )
 }
 
