@@ -31,9 +31,11 @@ from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 import ornith_moe as om
-from ornith_moe.backend.cpu import Weights, moe_forward
+from ornith_moe.backend.cpu import BACKEND
 from ornith_moe.backend.cpu.memory import release
 from ornith_moe.fp8_weights import unchanged
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import recipe_of
 
 LONG_S = 0.3
 # Added after three BF16 rows of grouped_mm and eager missed our 1e-2 on dweights at T = 1 (1.2e-2 and 1.5e-2). The
@@ -208,7 +210,7 @@ def test_fp8_decode(measure, recipe, implementation):
     indices, weights = torch.rand(1, experts).topk(top_k).indices, torch.rand(1, top_k).add_(0.1)
     quantize = om.quantize_fp8_block if recipe == "block" else om.quantize_fp8_channel
     sides = [
-        Weights(*quantize(normal(torch.bfloat16, experts, n, k, std=k**-0.5)))
+        Operand(*quantize(normal(torch.bfloat16, experts, n, k, std=k**-0.5)))
         for n, k in ((2 * inner, hidden), (hidden, inner))
     ]
 
@@ -227,9 +229,11 @@ def test_fp8_decode(measure, recipe, implementation):
         return y.bfloat16()
 
     def step():
-        return moe_forward(x, indices, weights, *sides)[0] if implementation == "ours" else cast_and_mm()
+        if implementation != "ours":
+            return cast_and_mm()
+        return BACKEND.moe_forward(x, indices, weights, *sides, recipe=recipe_of("bf16"))[0]
 
-    wide = [om.dequantize_fp8(*side, dtype=torch.float32) for side in sides]
+    wide = [side.dequantized(torch.float32) for side in sides]
     expected = om.moe_mlp(x.float(), indices, weights, *wide, backend="reference")
     peer = implementation != "ours"
     assert_close("y", step(), expected, TOLERANCE[torch.bfloat16] * (PEERS_ALLOWANCE if peer else 1))

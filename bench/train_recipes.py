@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
 import ornith_moe as om  # noqa: E402
-from ornith_moe.backend.choice import RECIPES  # noqa: E402
+from ornith_moe.quant.recipes import RECIPES, recipe_of  # noqa: E402
 
 SETTINGS = nano.Settings(
     steps=300,
@@ -58,7 +58,7 @@ ROLLOUT = "fp8_channel"
 def experts(recipe, self, hidden_states, top_k_index, top_k_weights):
     """transformers' experts function: BF16 activations, fp32 masters."""
     masters = [self.gate_up_proj, self.down_proj]
-    if recipe == "bf16":
+    if not recipe_of(recipe).is_fp8:
         masters = [w.bfloat16() for w in masters]
     y = om.moe_mlp(hidden_states.bfloat16(), top_k_index, top_k_weights, *masters, recipe=recipe)
     return y.to(hidden_states.dtype)
@@ -173,7 +173,11 @@ def train(recipe, seed, replayed, text, settings=SETTINGS, progress=None):
         nano._train(model, stream, settings, progress)
         seconds = time.monotonic() - started
         after = math.log(nano.perplexity(model, heldout, settings.length))
-        lost = least_sqnr(model, heldout, settings.length, RECIPES[1:]) if recipe == "bf16" else None
+        lost = (
+            least_sqnr(model, heldout, settings.length, [name for name in RECIPES if recipe_of(name).is_fp8])
+            if recipe == "bf16"
+            else None
+        )
     run = {"recipe": recipe, "replay": bool(replay), "seed": seed, "steps": settings.steps, "loss_before": before,
            "loss_after": after, "seconds": round(seconds, 1)}  # fmt: skip
     return run | (replay.report() if replay else {}) | ({"least_sqnr_db": lost} if lost else {})
@@ -206,7 +210,7 @@ def compare(recipes, seeds, replayed, settings=SETTINGS, progress=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train a nano per recipe and compare the losses on held-out text.")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="besides bf16 (default all)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES], help="besides bf16 (default all)")
     parser.add_argument("--replay", action="store_true", help="also fp8 with router replay")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and batches (default 0)")
     parser.add_argument("--steps", type=int, default=SETTINGS.steps, help="optimizer steps (default %(default)s)")

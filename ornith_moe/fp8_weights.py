@@ -1,9 +1,7 @@
 """Expert weights in FP8, quantized when their numbers have changed and not once per call.
 
-    recipe        q, scale                        q_t, scale_t
-    fp8           128x128 blocks
-    fp8_full      128x128 blocks                  the same transposed, for the FP8 gradient of the input
-    fp8_channel   one BF16 scale per output row
+A copy has the scales of the recipe (`ornith_moe.quant.recipes`), and the same numbers transposed beside it where the
+recipe casts the gradient of the input and the backend multiplies FP8 only with the contraction contiguous.
 
 A copy is kept per weight, and beside it a 64-bit digest of the numbers that each expert was quantized from. Every use,
 in a forward, a recomputation or a backward, reads the experts that the call routes to, and quantizes again those whose
@@ -13,7 +11,7 @@ adapter, another process. No sign that torch gives of a change, `_version` or an
 | what happens to a weight | what becomes of its copy |
 |---|---|
 | any write, of one element or all | the experts that it changed are quantized again, in place, when one is next used |
-| other shape, strides, dtype, recipe or scale | replaced |
+| other shape, strides, dtype, cast or scale | replaced |
 | `weight.data = ...`, offloading: another storage | goes with the storage it was made from |
 | FSDP2 empties the storage after use | goes when the next copy is made, so a model in shards is not kept whole in FP8 |
 | `with unchanged():` | not checked again |
@@ -37,24 +35,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xxhash
 
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import RECIPES, Cast
 
-_BLOCKS = {"fp8": (128, 128), "fp8_full": (128, 128), "fp8_channel": (1, None)}
 _THREAD_BYTES = 1 << 20  # of weights that pay for another thread
-
-
-class FP8Weights(NamedTuple):
-    """w' = q * scale; `q_t` [..., K, N] and `scale_t` are q and scale transposed, contiguous, or None."""
-
-    q: torch.Tensor
-    scale: torch.Tensor
-    q_t: torch.Tensor | None = None
-    scale_t: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -62,7 +52,7 @@ class _Copy:
     """Memory for the copy of one weight, and what is known of each expert in it."""
 
     made_as: tuple[Any, ...]
-    weights: FP8Weights
+    operand: Operand
     storage: weakref.ref | None = None  # None: used once
     digests: Any = None  # by expert on a CPU, by tile on a GPU, where 0 is a tile not quantized yet
     trust: tuple[Any, ...] = ()  # the promise and version under which `trusted` were compared
@@ -76,19 +66,24 @@ _promise: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
 
 def quantized_weights(
-    weight: torch.Tensor, recipe: str, scale: str = "fp32", experts: torch.Tensor | None = None
-) -> FP8Weights:
+    weight: torch.Tensor,
+    recipe: str,
+    scale: str = "fp32",
+    experts: torch.Tensor | None = None,
+    *,
+    transposed: bool | None = None,
+) -> Operand:
     """The FP8 copy of `weight` that `recipe` needs, as the weight is now.
 
     Args:
         weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: a parameter, an alias or a view of one.
-        recipe: "fp8", "fp8_full" or "fp8_channel".
-        scale: dtype of block scales, "fp32" or "ue8m0"; those of fp8_channel are always BF16, as in its files.
+        recipe: one that casts weights, of `ornith_moe.quant.recipes`.
+        scale: dtype of block scales, "fp32" or "ue8m0"; those of rows are always BF16, as in their files.
         experts: [E] bool on the device of the weight, those to be looked at; None for all. What the others hold is
             undefined, or old.
+        transposed: with the transposed pair; None: where the recipe casts the gradient of the input.
     Returns:
-        FP8Weights. The next use of the weight gives the same tensors, refreshed in place; nobody else may write to
-        them.
+        Operand. The next use of the weight gives the same tensors, refreshed in place; nobody else may write to them.
     Raises:
         ValueError: unknown recipe or scale. TypeError: another dtype.
     Numerics: `ornith_moe.quant.fp8` on the CPU and its Triton twin elsewhere, which give the same bits. A changed
@@ -104,32 +99,19 @@ def quantized_weights(
         >>> quantized_weights(weight, "fp8") is first, first.scale[1].equal(quantized_weights(weight[1], "fp8").scale)
         (True, True)
     """
-    if recipe not in _BLOCKS:
-        raise ValueError(f"recipe: expected one of {', '.join(_BLOCKS)}, got {recipe!r}")
+    row = RECIPES.get(recipe)
+    if row is None or row.weights is None:
+        known = ", ".join(name for name, one in RECIPES.items() if one.is_fp8)
+        raise ValueError(f"recipe: expected one of {known}, got {recipe!r}")
     if scale not in ("fp32", "ue8m0"):
         raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
     if weight.dtype not in fp8.FLOATS:
         raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; convert it first")
-    copy = _copy_of(weight, recipe, "bf16" if recipe == "fp8_channel" else scale)
+    transposed = row.input_gradient is not None if transposed is None else transposed
+    copy = _copy_of(weight, row.weights, row.scale_of_weights(scale), transposed)
     with copy.lock, torch.no_grad():
-        _refresh(copy, weight.detach(), recipe, experts)
-    return copy.weights
-
-
-def turned_weights(q: torch.Tensor, scale: torch.Tensor) -> FP8Weights:
-    """The FP8Weights of a weight that is stored as (q, scale) in 128x128 blocks, with the transposed copy of fp8_full.
-
-    Args:
-        q: [E, N, K] e4m3. scale: [E, ceil(N / 128), ceil(K / 128)].
-    Returns:
-        FP8Weights; q and scale as given. The transposed copy is made anew: that reads what a check would have to read.
-    Example:
-        >>> import torch
-        >>> q, scale = torch.zeros(2, 256, 384).to(torch.float8_e4m3fn), torch.ones(2, 2, 3)
-        >>> turned_weights(q, scale).q_t.shape
-        torch.Size([2, 384, 256])
-    """
-    return FP8Weights(q, scale, q.detach().mT.contiguous(), scale.detach().mT.contiguous())
+        _refresh(copy, weight.detach(), row.weights, experts)
+    return copy.operand
 
 
 @contextmanager
@@ -164,11 +146,11 @@ def forget_quantized_weights() -> None:
         _copies.clear()
 
 
-def _copy_of(weight, recipe, scale):
+def _copy_of(weight: torch.Tensor, block: Cast, scale: str, transposed: bool) -> _Copy:
     """The copy kept for `weight`, or memory for one."""
-    made_as = (recipe, scale, weight.shape, weight.stride(), weight.dtype)
+    made_as = (block, scale, transposed, weight.shape, weight.stride(), weight.dtype)
     if not _is_lasting(weight):
-        return _Copy(made_as, _allocate(weight, recipe, scale))
+        return _Copy(made_as, _allocate(weight, block, scale, transposed))
     storage = weight.untyped_storage()
     key = (id(storage), weight.storage_offset())
 
@@ -182,9 +164,9 @@ def _copy_of(weight, recipe, scale):
             drop()  # the old copy goes before memory for the new one is taken
             _drop_emptied()
             with torch.inference_mode(False):  # what is made inside of it could not be saved for a backward pass
-                weights = _allocate(weight, recipe, scale)
-                digests = {} if weight.is_cpu else _device_casts().new_digests(weight, _BLOCKS[recipe])
-            _copies[key] = copy = _Copy(made_as, weights, weakref.ref(storage, drop), digests)
+                operand = _allocate(weight, block, scale, transposed)
+                digests = {} if weight.is_cpu else _device_casts().new_digests(weight, block)
+            _copies[key] = copy = _Copy(made_as, operand, weakref.ref(storage, drop), digests)
         return copy
 
 
@@ -203,38 +185,38 @@ def _drop_emptied():
             _copies.pop(key, None)
 
 
-def _allocate(weight, recipe, scale):
-    (bn, bk), (*lead, n, k) = _BLOCKS[recipe], weight.shape
+def _allocate(weight: torch.Tensor, block: Cast, scale: str, transposed: bool) -> Operand:
+    (bn, bk), (*lead, n, k) = block, weight.shape
     grid = (-(-n // bn), -(-k // bk) if bk else 1)
-    sizes = [((n, k), torch.float8_e4m3fn), (grid, fp8.SCALES[scale][0])]
-    if recipe == "fp8_full":
+    sizes: list[tuple[tuple[int, ...], torch.dtype]] = [((n, k), torch.float8_e4m3fn), (grid, fp8.SCALES[scale][0])]
+    if transposed:
         sizes += [((k, n), torch.float8_e4m3fn), (grid[::-1], fp8.SCALES[scale][0])]
-    return FP8Weights(*(torch.empty(*lead, *size, dtype=dtype, device=weight.device) for size, dtype in sizes))
+    return Operand(*(torch.empty(*lead, *size, dtype=dtype, device=weight.device) for size, dtype in sizes))
 
 
-def _refresh(copy, weight, recipe, experts):
+def _refresh(copy: _Copy, weight: torch.Tensor, block: Cast, experts: torch.Tensor | None) -> None:
     """Quantize what has changed of `experts`."""
     promise = _promise.get()
     trust = (promise, None if weight.is_inference() else weight._version)
     if promise is None or copy.trust != trust:
         copy.trust, copy.trusted = trust, set()
     refresh = _refresh_on_cpu if weight.is_cpu else _refresh_on_device
-    refresh(copy, weight, recipe, experts, promise is not None and copy.storage is not None)
+    refresh(copy, weight, block, experts, promise is not None and copy.storage is not None)
 
 
-def _refresh_on_device(copy, weight, recipe, experts, trusting):
+def _refresh_on_device(copy: _Copy, weight: torch.Tensor, block: Cast, experts: Any, trusting: bool) -> None:
     if not copy.trusted:
         experts = None if trusting else experts  # which those are, only the device knows
-        _device_casts().quantize_fp8_experts(weight, *copy.weights, experts, copy.digests, block=_BLOCKS[recipe])
+        _device_casts().quantize_fp8_experts(weight, *copy.operand, experts, copy.digests, block=block)
         copy.trusted = set(range(len(weight))) if trusting else set()
 
 
-def _refresh_on_cpu(copy, weight, recipe, experts, trusting):
+def _refresh_on_cpu(copy: _Copy, weight: torch.Tensor, block: Cast, experts: Any, trusting: bool) -> None:
     weight = _matrices(weight)
     chosen = range(len(weight)) if experts is None else experts.nonzero().flatten().tolist()
     chosen = [e for e in chosen if e not in copy.trusted]
     if copy.storage is None:
-        _quantize(weight, copy.weights, recipe, chosen)
+        _quantize(weight, copy.operand, block, chosen)
         return
     found = _digests(weight, chosen)
     if any(copy.digests.get(e) != digest for e, digest in found.items()):
@@ -243,15 +225,15 @@ def _refresh_on_cpu(copy, weight, recipe, experts, trusting):
         stale = {e: digest for e, digest in sorted(found.items()) if copy.digests.get(e) != digest}
         for e in stale:
             copy.digests.pop(e, None)  # should quantizing fail
-        _quantize(weight, copy.weights, recipe, list(stale))
+        _quantize(weight, copy.operand, block, list(stale))
         copy.digests |= stale
     if trusting:
         copy.trusted.update(found)
 
 
-def _quantize(weight, copy, recipe, experts):
+def _quantize(weight: torch.Tensor, copy: Operand, block: Cast, experts: list[int]) -> None:
     q, scale, q_t, scale_t = (None if t is None else _matrices(t) for t in copy)
-    fp8.quantize_fp8_experts(weight, q, scale, experts, block=_BLOCKS[recipe])
+    fp8.quantize_fp8_experts(weight, q, scale, experts, block=block)
     for e in experts if q_t is not None else ():
         q_t[e], scale_t[e] = q[e].mT, scale[e].mT
 

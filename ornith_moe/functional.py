@@ -6,12 +6,14 @@ Routing is not part of it (`ornith_moe.route`), and neither is the shared expert
 `ornith::moe_mlp` of `ornith_moe.ops`, the same one for every backend.
 """
 
+from typing import Any
+
 import torch
 
 from ornith_moe import ops, transforms
-from ornith_moe.backend.choice import RECIPES, choose_backend
+from ornith_moe.backend.choice import choose_backend
+from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Recipe, recipe_of
 
-_FP8_INNER = 128  # rows of a block of gate_up_proj
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 
 
@@ -38,10 +40,10 @@ def moe_mlp(
             [E, ceil(2I / 128), ceil(H / 128)] or one per row [E, 2I, 1], in float32, bfloat16 or (blocks) UE8M0.
         down_proj: [E, H, I], or its pair.
         activation: "silu".
-        recipe: "bf16": nothing is quantized, GEMMs in the dtype of x, whatever that is; weights have that dtype too, or
-            are pairs and dequantized to it. "fp8", "fp8_full", "fp8_channel": `docs/numerics.md`; the weights are
-            masters in any 16- or 32-bit float, or pairs of the recipe's blocks or rows, and I is a multiple of 128
-            except for fp8_channel.
+        recipe: a row of `ornith_moe.quant.recipes`. "bf16": nothing is quantized, GEMMs in the dtype of x, whatever
+            that is; weights have that dtype too, or are pairs and dequantized to it. "fp8", "fp8_full", "fp8_channel":
+            `docs/numerics.md`; the weights are masters in any 16- or 32-bit float, or pairs of the recipe's blocks or
+            rows, and I is a multiple of 128 except for fp8_channel.
         backend: "triton", "cpu" or "reference"; None chooses by device.
         scale: scales of the blocks that fp8 and fp8_full make of masters, "fp32", or "ue8m0" (powers of two) where the
             rollout engine wants those. Activations are scaled as the weights are.
@@ -73,8 +75,7 @@ def moe_mlp(
     """
     if activation != "silu":
         raise ValueError(f"activation: expected 'silu', got {activation!r}")
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    row = recipe_of(recipe)
     if scale not in ("fp32", "ue8m0"):
         raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
     gate_up_proj, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
@@ -82,23 +83,10 @@ def moe_mlp(
     operands = {"x": x, "indices": indices, "weights": weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
     ops.check_plain(**operands, gate_up_scale=gate_up_scale, down_scale=down_scale)
     _check(**operands)
-    _check_weight("gate_up_proj", gate_up_proj, gate_up_scale, x, recipe)
-    _check_weight("down_proj", down_proj, down_scale, x, recipe)
-    inner = down_proj.shape[2]
-    if recipe in ("fp8", "fp8_full") and inner % _FP8_INNER:
-        raise ValueError(
-            f"recipe: {recipe!r} needs an expert intermediate size in multiples of {_FP8_INNER}, or a block would hold"
-            f" rows of gate and of up, got I = {inner}; use recipe='fp8_channel' or 'bf16'"
-        )
-    name = choose_backend(backend, x.device, recipe)
-    if x.dtype == torch.float64 and (name == "triton" or recipe != "bf16"):
-        what = "the triton backend" if name == "triton" else f"recipe {recipe!r}"
-        raise TypeError(f"x: {what} takes 16- and 32-bit floats, got float64; use backend='reference', recipe='bf16'")
-    if batch_invariant and name != "triton":
-        raise ValueError(
-            f"batch_invariant: the {name} backend cannot promise it, because torch chooses a GEMM by its shape; "
-            "use backend='triton' or batch_invariant=False"
-        )
+    _check_weight("gate_up_proj", gate_up_proj, gate_up_scale, x, row)
+    _check_weight("down_proj", down_proj, down_scale, x, row)
+    row.check(down_proj.shape[2])
+    name = choose_backend(backend, x.device, recipe, dtype=x.dtype, batch_invariant=batch_invariant)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up_proj, down_proj))
     grad = grad or transforms.active()  # whose levels hide whether a tensor requires it
     y, *_ = ops.call(
@@ -108,7 +96,7 @@ def moe_mlp(
     return y
 
 
-def _pair(name, weight):
+def _pair(name: str, weight: object) -> tuple[Any, torch.Tensor | None]:
     if not isinstance(weight, (tuple, list)):
         return weight, None
     if len(weight) != 2 or not all(isinstance(t, torch.Tensor) for t in weight):
@@ -116,7 +104,9 @@ def _pair(name, weight):
     return weight
 
 
-def _check(x, indices, weights, gate_up_proj, down_proj):
+def _check(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+) -> None:
     tensors = {
         "x": (x, 2, "[T, H]"),
         "indices": (indices, 2, "[T, top_k]"),
@@ -151,13 +141,13 @@ def _check(x, indices, weights, gate_up_proj, down_proj):
         )
 
 
-def _check_weight(name, weight, scale, x, recipe):
+def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor, recipe: Recipe) -> None:
     """Dtype of a weight, and what belongs to a pair."""
     if scale is None:
-        if recipe == "bf16" and weight.dtype.itemsize > 1 and weight.dtype != x.dtype:
+        if not recipe.is_fp8 and weight.dtype.itemsize > 1 and weight.dtype != x.dtype:
             raise TypeError(f"{name}: expected the dtype of x ({x.dtype}), got {weight.dtype}; cast one of them")
-        if weight.dtype.itemsize == 1 or (recipe != "bf16" and weight.dtype == torch.float64):
-            sizes = "16-, 32- or 64-bit" if recipe == "bf16" else "16- or 32-bit"
+        if weight.dtype.itemsize == 1 or (recipe.is_fp8 and weight.dtype == torch.float64):
+            sizes = "16- or 32-bit" if recipe.is_fp8 else "16-, 32- or 64-bit"
             raise TypeError(
                 f"{name}: expected a {sizes} floating-point tensor or a pair (q, scale), got {weight.dtype}"
             )
@@ -166,14 +156,18 @@ def _check_weight(name, weight, scale, x, recipe):
         raise TypeError(f"{name}: expected q of a pair in float8_e4m3fn, got {weight.dtype}")
     if scale.dtype not in _SCALE_DTYPES:
         raise TypeError(f"{name}: expected its scale in float32, bfloat16 or float8_e8m0fnu, got {scale.dtype}")
+    if recipe.weights == ROW and scale.dtype == torch.float8_e8m0fnu:
+        raise TypeError(
+            f"{name}: expected scales of rows in float32 or bfloat16, got {scale.dtype}; only blocks have it"
+        )
     if scale.device != weight.device:
         raise ValueError(f"{name}: expected its scale on the device of q ({weight.device}), got {scale.device}")
     experts, n, k = weight.shape
-    blocks, rows = (experts, -(-n // 128), -(-k // 128)), (experts, n, 1)
-    fits = {"bf16": (blocks, rows), "fp8_channel": (rows,)}.get(recipe, (blocks,))
+    blocks, rows = (experts, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), (experts, n, 1)
+    fits = [shape for cast, shape in ((BLOCK, blocks), (ROW, rows)) if recipe.weights in (None, cast)]
     if tuple(scale.shape) not in fits:
         expected = " or ".join(str(list(shape)) for shape in fits)
         raise ValueError(
-            f"{name}: expected its scale in shape {expected} for recipe {recipe!r} and q of shape {[experts, n, k]}, "
-            f"got {list(scale.shape)}"
+            f"{name}: expected its scale in shape {expected} for recipe {recipe.name!r} and q of shape"
+            f" {[experts, n, k]}, got {list(scale.shape)}"
         )

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ornith_moe.backend.choice import NAMES, RECIPES
+from ornith_moe.backend.protocol import NAMES
 from ornith_moe.functional import moe_mlp
+from ornith_moe.quant.recipes import recipe_of
 from ornith_moe.routing import Routing, fold_shared, route
 
 
@@ -69,13 +70,7 @@ class MoEConfig:
             )
         if self.router_logits not in ("float32", "model"):
             raise ValueError(f"router_logits: expected 'float32' or 'model', got {self.router_logits!r}")
-        if self.recipe not in RECIPES:
-            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {self.recipe!r}")
-        if self.recipe in ("fp8", "fp8_full") and self.intermediate_size % 128:
-            raise ValueError(
-                f"intermediate_size: expected a multiple of 128 for recipe {self.recipe!r}, got"
-                f" {self.intermediate_size}; use recipe='fp8_channel' or 'bf16'"
-            )
+        recipe_of(self.recipe).check(self.intermediate_size)
         if self.scale not in ("fp32", "ue8m0"):
             raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {self.scale!r}")
         if self.backend is not None and self.backend not in NAMES:

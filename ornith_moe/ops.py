@@ -11,9 +11,9 @@ again; torch.func and forward mode are `ornith_moe.transforms`.
 The public functions are `ornith_moe.moe_mlp` and `ornith_moe.route`; they check what is passed on here. The weights
 pass through as the objects they are, which is how `ornith_moe.fp8_weights` knows those it quantized.
 
-A gradient that nobody wants is not computed: `wants` says which of x, weights, gate_up_proj and down_proj, from
-autograd's `needs_input_grad`; the others have no elements. x is kept for backward only where gate_up_proj wants its
-gradient.
+A gradient that nobody needs is not computed: `needs_grad` says which of x, weights, gate_up_proj and down_proj, from
+autograd's `needs_input_grad`; the others have no elements. x is kept for backward only where gate_up_proj needs its
+gradient, or where the backend recomputes from it.
 
 Flop counters (torch.utils.flop_counter) see the matrix products of both passes.
 
@@ -24,113 +24,174 @@ gradient of an FP8 weight to FP8; so that one is refused under `torch.compile`.
 Letters: T tokens, E experts, H hidden, I expert intermediate.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ornith_moe import transforms
-from ornith_moe.backend import reference, routing_torch
-from ornith_moe.fp8_weights import FP8Weights, quantized_weights, turned_weights
+from ornith_moe.backend import routing_torch
+from ornith_moe.backend.protocol import Saved, Sizes, load
+from ornith_moe.fp8_weights import quantized_weights
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import recipe_of
 
-_SCHEMAS = {
-    "moe_mlp": """(Tensor x, Tensor indices, Tensor weights, Tensor gate_up_proj, Tensor down_proj,
-        Tensor? gate_up_scale, Tensor? down_scale, str recipe, str scale, bool batch_invariant, str backend, bool save)
-        -> (Tensor y, Tensor pre, Tensor row_to_slot, Tensor offsets, Tensor a_scale)""",
-    "moe_mlp_backward": """(Tensor dy, Tensor? x, Tensor indices, Tensor weights,
-        Tensor gate_up_proj, Tensor down_proj, Tensor? gate_up_scale, Tensor? down_scale,
-        Tensor pre, Tensor row_to_slot, Tensor offsets, Tensor a_scale,
-        str recipe, str scale, bool batch_invariant, str backend, bool[] wants,
-        ScalarType gate_up_dtype, ScalarType down_dtype)
-        -> (Tensor dx, Tensor dweights, Tensor dgate_up_proj, Tensor ddown_proj)""",
-    "route": """(Tensor logits, Tensor? bias, Tensor? replay, int top_k, str score, bool norm_topk_prob,
-        int? n_group, int? topk_group, bool losses, str backend)
-        -> (Tensor weights, Tensor indices, Tensor counts, Tensor? q_sum, Tensor? square_sum)""",
-    "route_backward": """(Tensor logits, Tensor indices, Tensor weights, Tensor dweights, Tensor? dq_sum,
-        Tensor? dsquare_sum, str score, bool norm_topk_prob, str backend) -> Tensor dlogits""",
+
+class _Forward(NamedTuple):
+    """The arguments of `moe_mlp`; a schema is flat, and so is what the dispatcher and autograd hand over."""
+
+    x: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate_up_scale: torch.Tensor | None
+    down_scale: torch.Tensor | None
+    recipe: str
+    scale: str
+    batch_invariant: bool
+    backend: str
+    save: bool
+
+
+class _Backward(NamedTuple):
+    """The arguments of `moe_mlp_backward`."""
+
+    dy: torch.Tensor
+    x: torch.Tensor | None
+    indices: torch.Tensor
+    weights: torch.Tensor
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate_up_scale: torch.Tensor | None
+    down_scale: torch.Tensor | None
+    pre: torch.Tensor
+    row_to_slot: torch.Tensor
+    offsets: torch.Tensor
+    a_scale: torch.Tensor
+    recipe: str
+    scale: str
+    batch_invariant: bool
+    backend: str
+    needs_grad: list[bool]
+    gate_up_dtype: torch.dtype
+    down_dtype: torch.dtype
+
+
+class _Route(NamedTuple):
+    """The arguments of `route`; all but the last are those of `routing_torch.route`."""
+
+    logits: torch.Tensor
+    bias: torch.Tensor | None
+    replay: torch.Tensor | None
+    top_k: int
+    score: str
+    norm_topk_prob: bool
+    n_group: int | None
+    topk_group: int | None
+    losses: bool
+    backend: str
+
+
+class _RouteBackward(NamedTuple):
+    """The arguments of `route_backward`."""
+
+    logits: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    dweights: torch.Tensor
+    dq_sum: torch.Tensor | None
+    dsquare_sum: torch.Tensor | None
+    score: str
+    norm_topk_prob: bool
+    backend: str
+
+
+_TYPES = {  # as a schema spells them
+    "torch.Tensor": "Tensor",
+    "torch.Tensor | None": "Tensor?",
+    "int | None": "int?",
+    "list[bool]": "bool[]",
+    "torch.dtype": "ScalarType",
+}
+_OPERATORS = {
+    "moe_mlp": (_Forward, "(Tensor y, Tensor pre, Tensor row_to_slot, Tensor offsets, Tensor a_scale)"),
+    "moe_mlp_backward": (_Backward, "(Tensor dx, Tensor dweights, Tensor dgate_up_proj, Tensor ddown_proj)"),
+    "route": (_Route, "(Tensor weights, Tensor indices, Tensor counts, Tensor? q_sum, Tensor? square_sum)"),
+    "route_backward": (_RouteBackward, "Tensor dlogits"),
 }
 _library = torch.library.Library("ornith", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + " ".join(_schema.split()), tags=_tags)
+for _name, (_arguments, _results) in _OPERATORS.items():
+    _kinds = {name: kind.__forward_arg__ for name, kind in _arguments.__annotations__.items()}
+    _schema = ", ".join(f"{_TYPES.get(kind, kind)} {name}" for name, kind in _kinds.items())
+    _library.define(f"{_name}({_schema}) -> {_results}", tags=_tags)
 
 
-def _implements(name):
+def _implements(name: str) -> Callable:
     return torch.library.impl(f"ornith::{name}", "default", lib=_library)
 
 
-def _sizes(name):
+def _sizes(name: str) -> Callable:
     return torch.library.register_fake(f"ornith::{name}", lib=_library)
 
 
 @_implements("moe_mlp")
-def _moe_mlp(
-    x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale,
-    recipe, scale, batch_invariant, backend, save,
-):  # fmt: skip
-    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices)
-    pre = row_to_slot = offsets = a_scale = None
-    with torch.autocast(x.device.type, enabled=False):  # the dtypes were chosen by the caller
-        if backend == "triton":
-            from ornith_moe.backend import triton as gpu  # imported where it is used: one needs Triton, one numba
-
-            y, pre, a_scale = gpu.moe_forward(
-                x, indices, weights, *sides, recipe=recipe, save=save, batch_invariant=batch_invariant
-            )
-        elif backend == "cpu":
-            from ornith_moe.backend import cpu
-
-            sides = [cpu.Weights(w.q, w.scale) for w in sides]
-            y, saved = cpu.moe_forward(x, indices, weights, *sides, recipe=recipe, save=save)
-            pre, row_to_slot, offsets = saved or (None,) * 3
-        else:
-            y = reference.moe_forward(x, indices, weights, *[(w.q, w.scale) for w in sides], recipe=recipe)
-    sizes = _saved(x, indices, gate_up_proj, recipe, backend, save)
-    kept = zip((pre, row_to_slot, offsets, a_scale), sizes, strict=True)
+def _moe_mlp(*args) -> tuple[torch.Tensor, ...]:
+    given = _Forward(*args)
+    with torch.autocast(given.x.device.type, enabled=False):  # the dtypes were chosen by the caller
+        y, saved = load(given.backend).moe_forward(
+            given.x, given.indices, given.weights, *_operands(given), recipe=recipe_of(given.recipe), save=given.save,
+            batch_invariant=given.batch_invariant,
+        )  # fmt: skip
+    kept = zip(saved, _empty_saved(given), strict=True)
     y = y.contiguous()  # whatever the strides of x
-    return (y, *(x.new_empty(size, dtype=dtype) if t is None else t for t, (size, dtype) in kept))
+    return (y, *(empty if t is None else t for t, empty in kept))
 
 
 @_sizes("moe_mlp")
-def _(
-    x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale,
-    recipe, scale, batch_invariant, backend, save,
-):  # fmt: skip
-    sizes = _saved(x, indices, gate_up_proj, recipe, backend, save)
-    return (x.new_empty(x.shape), *(x.new_empty(size, dtype=dtype) for size, dtype in sizes))
+def _(*args) -> tuple[torch.Tensor, ...]:
+    given = _Forward(*args)
+    return given.x.new_empty(given.x.shape), *_empty_saved(given)
 
 
-def _saved(x, indices, gate_up_proj, recipe, backend, save):
-    """Size and dtype of pre, row_to_slot, offsets and a_scale; what a backend does not keep has no elements."""
-    slots, (experts, width, _) = indices.shape[0] * indices.shape[1], gate_up_proj.shape
-    rows = slots if save and backend != "reference" else 0
-    return (
-        ((rows, width), x.dtype),
-        ((rows if backend == "cpu" else 0,), torch.int32),
-        ((experts + 1 if save and backend == "cpu" else 0,), torch.int32),
-        ((rows if backend == "triton" and recipe == "fp8_channel" else 0, 1), torch.float32),
-    )
+def _saved_sizes(given: _Forward | _Backward, dtype: torch.dtype) -> Sizes:
+    """{field of Saved: (shape, dtype)} of what the backend keeps, for x of this dtype."""
+    (experts, twice_inner, _), (tokens, top_k) = given.gate_up_proj.shape, given.indices.shape
+    return load(given.backend).saved_sizes(tokens * top_k, experts, twice_inner // 2, recipe_of(given.recipe), dtype)
 
 
-def _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices, backward=False):
-    """FP8Weights of both weights as the recipe multiplies them: given, quantized, or plain without a scale.
+def _empty_saved(given: _Forward) -> list[torch.Tensor]:
+    """Memory of the sizes of Saved; what is not kept has no elements."""
+    sizes = _saved_sizes(given, given.x.dtype) if given.save else {}
+    kept = (sizes.get(name, ((0,), given.x.dtype)) for name in Saved._fields)
+    return [given.x.new_empty(size, dtype=dtype) for size, dtype in kept]
+
+
+def _operands(given: _Forward | _Backward) -> tuple[Operand, Operand]:
+    """Both weights as the recipe multiplies them: given, quantized, or plain without a scale.
 
     Of quantized ones, the experts in `indices` are current: `ornith_moe.fp8_weights`.
     """
-    turned = recipe == "fp8_full" and backend == "triton"  # only its matrix unit wants another copy for the gradient
-    kind = "fp8" if recipe == "fp8_full" and not turned else recipe
-    quantizes = recipe != "bf16" and (gate_up_scale is None or down_scale is None)
-    routed = _routed(indices, gate_up_proj.shape[0]) if quantizes else None
-    sides = []
-    for w, stored in ((gate_up_proj, gate_up_scale), (down_proj, down_scale)):
-        if stored is not None:
-            sides.append(turned_weights(w, stored) if turned and backward else FP8Weights(w, stored))
-        else:
-            sides.append(FP8Weights(w, None) if recipe == "bf16" else quantized_weights(w, kind, scale, routed))
-    return sides
+    recipe = recipe_of(given.recipe)
+    transposed = recipe.input_gradient is not None and load(given.backend).transposes
+    quantizes = recipe.is_fp8 and (given.gate_up_scale is None or given.down_scale is None)
+    routed = _routed(given.indices, given.gate_up_proj.shape[0]) if quantizes else None
+
+    def operand(w: torch.Tensor, stored: torch.Tensor | None) -> Operand:
+        if stored is None and recipe.is_fp8:
+            return quantized_weights(w, recipe.name, given.scale, routed, transposed=transposed)
+        found = Operand(w, stored)  # its transposed copy is made anew: that reads what a check would have to read
+        return found.with_transposed() if transposed and isinstance(given, _Backward) else found
+
+    return operand(given.gate_up_proj, given.gate_up_scale), operand(given.down_proj, given.down_scale)
 
 
-def _routed(indices, experts):
+def _routed(indices: torch.Tensor, experts: int) -> torch.Tensor:
     """[E] bool: the experts that have rows. Sentinels fall into one more, which is cut off; no device waits."""
     ids = indices.detach().flatten().long()
     ids = torch.where((ids >= 0) & (ids < experts), ids, experts)
@@ -138,45 +199,26 @@ def _routed(indices, experts):
 
 
 @_implements("moe_mlp_backward")
-def _moe_mlp_backward(
-    dy, x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, pre, row_to_slot, offsets, a_scale,
-    recipe, scale, batch_invariant, backend, wants, gate_up_dtype, down_dtype,
-):  # fmt: skip
-    sides = _sides(gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale, backend, indices, backward=True)
-    wants, grad_dtypes = tuple(wants), (gate_up_dtype, down_dtype)
+def _moe_mlp_backward(*args) -> tuple[torch.Tensor, ...]:
+    given = _Backward(*args)
+    dy, grad_dtypes = given.dy, (given.gate_up_dtype, given.down_dtype)
+    saved = Saved(**{name: getattr(given, name) for name in _saved_sizes(given, dy.dtype)})
     with torch.autocast(dy.device.type, enabled=False):
-        if backend == "triton":
-            from ornith_moe.backend import triton as gpu
-
-            gradients = gpu.moe_backward(
-                dy, x, indices, weights, pre, a_scale if len(a_scale) else None, *sides, recipe=recipe, wants=wants,
-                grad_dtypes=grad_dtypes, batch_invariant=batch_invariant,
-            )  # fmt: skip
-        elif backend == "cpu":
-            from ornith_moe.backend import cpu
-
-            sides = [cpu.Weights(w.q, w.scale) for w in sides]
-            saved = cpu.Saved(pre, row_to_slot, offsets)
-            gradients = cpu.moe_backward(
-                dy, x, weights, saved, *sides, recipe=recipe, wants=wants, grad_dtypes=grad_dtypes
-            )
-        else:
-            sides = [(w.q, w.scale) for w in sides]
-            gradients = reference.moe_backward(dy, x, indices, weights, *sides, recipe=recipe, wants=wants)
-    dtypes = (dy.dtype, weights.dtype, *grad_dtypes)
-    made = zip(gradients, dtypes, strict=True)
+        gradients = load(given.backend).moe_backward(
+            dy, given.x, given.indices, given.weights, saved, *_operands(given), recipe=recipe_of(given.recipe),
+            needs_grad=tuple(given.needs_grad), grad_dtypes=grad_dtypes, batch_invariant=given.batch_invariant,
+        )  # fmt: skip
+    made = zip(gradients, (dy.dtype, given.weights.dtype, *grad_dtypes), strict=True)
     return tuple(dy.new_empty(0, dtype=d) if g is None else g.to(d).contiguous() for g, d in made)
 
 
 @_sizes("moe_mlp_backward")
-def _(
-    dy, x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, pre, row_to_slot, offsets, a_scale,
-    recipe, scale, batch_invariant, backend, wants, gate_up_dtype, down_dtype,
-):  # fmt: skip
-    like = ((dy, dy.dtype), (weights, weights.dtype), (gate_up_proj, gate_up_dtype), (down_proj, down_dtype))
-    return tuple(
-        t.new_empty(t.shape if wanted else 0, dtype=dtype) for (t, dtype), wanted in zip(like, wants, strict=True)
-    )
+def _(*args) -> tuple[torch.Tensor, ...]:
+    given = _Backward(*args)
+    like = (given.dy, given.weights, given.gate_up_proj, given.down_proj)
+    dtypes = (given.dy.dtype, given.weights.dtype, given.gate_up_dtype, given.down_dtype)
+    each = zip(like, dtypes, given.needs_grad, strict=True)
+    return tuple(t.new_empty(t.shape if needed else 0, dtype=dtype) for t, dtype, needed in each)
 
 
 @register_flop_formula(torch.ops.ornith.moe_mlp)
@@ -185,42 +227,47 @@ def _(x, indices, weights, gate_up_proj, down_proj, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.ornith.moe_mlp_backward)
-def _(dy, x, indices, weights, gate_up_proj, down_proj, *rest, **__) -> int:
-    dx, dweights, dgate_up, ddown = rest[-3]
-    return (2 * (dx or dweights or dgate_up) + 4 * dx + 4 * dgate_up + 2 * ddown) * _slot_products(indices, down_proj)
+def _(*args, **_) -> int:
+    given = _Backward(*args)  # with shapes in the place of tensors
+    dx, dweights, dgate_up, ddown = given.needs_grad
+    products = 2 * (dx or dweights or dgate_up) + 4 * dx + 4 * dgate_up + 2 * ddown
+    return products * _slot_products(given.indices, given.down_proj)
 
 
-def _slot_products(indices, down_proj):
+def _slot_products(indices, down_proj) -> int:
     """T * top_k * H * I, given shapes; sentinel slots count, because their number is not in a shape."""
     return math.prod(indices) * math.prod(down_proj[1:])
 
 
-def _moe_mlp_context(ctx, inputs, output):
-    x, indices, weights, gate_up_proj, down_proj, *scales, recipe, scale, batch_invariant, backend, _ = inputs
+def _moe_mlp_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+    given = _Forward(*inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    wants = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-    named = (("gate_up_proj", gate_up_proj, wants[2]), ("down_proj", down_proj, wants[3]))
-    ctx.options = recipe, scale, batch_invariant, backend, wants, *(_gradient_dtype(*each) for each in named)
-    kept = x if wants[2] or backend == "reference" or transforms.active() else None
-    ctx.save_for_backward(kept, indices, weights, gate_up_proj, down_proj, *scales, *output[1:])
+    needed = _Forward(*ctx.needs_input_grad[: len(inputs)])  # torch may add one of its own
+    ctx.needs_grad = [needed.x, needed.weights, needed.gate_up_proj, needed.down_proj]
+    dtypes = (
+        _gradient_dtype(name, getattr(given, name), getattr(needed, name)) for name in ("gate_up_proj", "down_proj")
+    )
+    ctx.options = (given.recipe, given.scale, given.batch_invariant, given.backend, ctx.needs_grad, *dtypes)
+    keeps_x = needed.gate_up_proj or load(given.backend).recomputes or transforms.active()
+    ctx.save_for_backward(given.x if keeps_x else None, *given[1 : given._fields.index("recipe")], *output[1:])
 
 
-def _moe_mlp_gradient(ctx, dy, *_):
+def _moe_mlp_gradient(ctx: Any, dy: torch.Tensor | None, *_) -> tuple[torch.Tensor | None, ...]:
+    nothing = _Forward(*[None] * len(_Forward._fields))
     if dy is None:
-        return (None,) * 12
+        return tuple(nothing)
     x, *saved = ctx.saved_tensors
     if x is None and torch.is_grad_enabled():  # a second derivative would miss what goes through x
         transforms.once(ctx)
-    wants = ctx.options[4]
     gradients = call("moe_mlp_backward", dy, x, *saved, *ctx.options)
-    dx, dweights, *dsides = (g if wanted else None for g, wanted in zip(gradients, wants, strict=True))
-    return dx, None, dweights, *dsides, *[None] * 7
+    dx, dweights, dgate_up, ddown = (g if needed else None for g, needed in zip(gradients, ctx.needs_grad, strict=True))
+    return tuple(nothing._replace(x=dx, weights=dweights, gate_up_proj=dgate_up, down_proj=ddown))
 
 
-def _gradient_dtype(name, weight, wanted):
+def _gradient_dtype(name: str, weight: torch.Tensor, needed: bool) -> torch.dtype:
     dtype = (weight.grad_dtype or torch.float32) if weight.is_leaf else weight.dtype
-    if wanted and dtype.itemsize == 1:
+    if needed and dtype.itemsize == 1:
         raise ValueError(
             f"{name}: the gradient of an FP8 weight is not an FP8 number; set {name}.grad_dtype = torch.float32 (or"
             " torch.bfloat16) on the leaf, and train it outside of torch.compile, which forgets that"
@@ -229,58 +276,52 @@ def _gradient_dtype(name, weight, wanted):
 
 
 @_implements("route")
-def _route(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, backend):
-    if backend == "triton":
-        from ornith_moe.kernels.routing import route_forward
-    else:
-        route_forward = routing_torch.route_forward
-    options = (logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses)
-    return routing_torch.route(*options, route_forward=route_forward)
+def _route(*args) -> tuple[torch.Tensor | None, ...]:
+    *options, backend = args
+    return routing_torch.route(*options, route_forward=load(backend).route_forward)
 
 
 @_sizes("route")
-def _(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, backend):
-    tokens, experts = logits.shape
+def _(*args) -> tuple[torch.Tensor | None, ...]:
+    given = _Route(*args)
+    logits, (tokens, experts) = given.logits, given.logits.shape
     return (
-        logits.new_empty((tokens, top_k), dtype=torch.float32),
-        logits.new_empty((tokens, top_k), dtype=torch.int32),
+        logits.new_empty((tokens, given.top_k), dtype=torch.float32),
+        logits.new_empty((tokens, given.top_k), dtype=torch.int32),
         logits.new_empty((experts,), dtype=torch.int32),
-        logits.new_empty((experts,), dtype=torch.float32) if losses else None,
-        logits.new_empty((), dtype=torch.float32) if losses else None,
+        logits.new_empty((experts,), dtype=torch.float32) if given.losses else None,
+        logits.new_empty((), dtype=torch.float32) if given.losses else None,
     )
 
 
 @_implements("route_backward")
-def _route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, score, norm_topk_prob, backend):
-    gradients = (logits, indices, weights, dweights, dq_sum, dsquare_sum)
-    if backend == "triton":
-        from ornith_moe.kernels.routing import route_backward
-
-        return route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
-    return routing_torch.route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
+def _route_backward(*args) -> torch.Tensor:
+    *gradients, score, norm_topk_prob, backend = args
+    return load(backend).route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
 
 
 @_sizes("route_backward")
-def _(logits, indices, weights, dweights, dq_sum, dsquare_sum, score, norm_topk_prob, backend):
+def _(logits, *_) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _route_context(ctx, inputs, output):
-    logits, _, _, _, score, norm_topk_prob, _, _, _, backend = inputs
+def _route_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+    given = _Route(*inputs)
     weights, indices, counts, *_ = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(indices, counts)
-    ctx.save_for_backward(logits, indices, weights)
-    ctx.options = score, norm_topk_prob, backend
+    ctx.save_for_backward(given.logits, indices, weights)
+    ctx.options = given.score, given.norm_topk_prob, given.backend
 
 
-def _route_gradient(ctx, dweights, _indices, _counts, dq_sum, dsquare_sum):
+def _route_gradient(ctx: Any, dweights, _indices, _counts, dq_sum, dsquare_sum) -> tuple[torch.Tensor | None, ...]:
+    nothing = _Route(*[None] * len(_Route._fields))
     logits, indices, weights = ctx.saved_tensors
-    if dq_sum is not None or dsquare_sum is not None:  # the kernel wants both
+    if dq_sum is not None or dsquare_sum is not None:  # the kernel takes both or none
         dq_sum = logits.new_zeros(logits.shape[1], dtype=torch.float32) if dq_sum is None else dq_sum
         dsquare_sum = logits.new_zeros((), dtype=torch.float32) if dsquare_sum is None else dsquare_sum
     elif dweights is None:
-        return (None,) * 10
+        return tuple(nothing)
     dweights = torch.zeros_like(weights) if dweights is None else dweights
     gradients = (logits, indices, weights, dweights, dq_sum, dsquare_sum)
     if torch.is_grad_enabled():  # torch code, which has a second derivative
@@ -288,10 +329,10 @@ def _route_gradient(ctx, dweights, _indices, _counts, dq_sum, dsquare_sum):
         dlogits = routing_torch.route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
     else:
         dlogits = torch.ops.ornith.route_backward(*gradients, *ctx.options)
-    return dlogits, *[None] * 9
+    return tuple(nothing._replace(logits=dlogits))
 
 
-def is_opaque(tensor):
+def is_opaque(tensor: torch.Tensor) -> bool:
     """Whether it is a subclass with rules of its own (torchao, DTensor): it has no memory that a kernel could read."""
     kind = type(tensor)
     if kind in (torch.Tensor, torch.nn.Parameter) or kind.__module__.startswith("torch._subclasses"):
@@ -299,7 +340,8 @@ def is_opaque(tensor):
     return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
-def check_plain(**operands):
+def check_plain(**operands: object) -> None:
+    """Refuse a subclass that `is_opaque` among the arguments of a public function, by name."""
     for name, tensor in operands.items():
         if isinstance(tensor, torch.Tensor) and is_opaque(tensor):
             raise TypeError(
@@ -321,7 +363,7 @@ for _name, _gradient, _context in (
         _functions[_name] = transforms.as_function(_operator, _context, _gradient)
 
 
-def call(name, *args):
+def call(name: str, *args) -> tuple[torch.Tensor, ...]:
     """An operator of the experts, where a transform is active in the form that it knows."""
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo cannot trace a function with a jvp
         return torch.compiler.disable(call)(name, *args)

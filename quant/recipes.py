@@ -52,13 +52,17 @@ class Recipe:
         """Dtype of the scales that weights get: of blocks the one asked for, of rows BF16, as in their files."""
         return "bf16" if self.weights == ROW else scale
 
+    def takes(self, inner: int) -> bool:
+        """Whether no block holds rows of gate and of up, with an expert intermediate size of `inner`."""
+        return self.weights is None or inner % self.weights[0] == 0
+
     def check(self, inner: int) -> None:
-        """Refuse an expert intermediate size `inner` whose gate and up rows would share a block.
+        """Refuse an expert intermediate size that the recipe does not take.
 
         Raises:
             ValueError: weights are cast in blocks of rows, and `inner` is no multiple of their height.
         """
-        if self.weights and inner % self.weights[0]:
+        if self.weights and not self.takes(inner):
             raise ValueError(
                 f"recipe: {brief(self.name)} needs an expert intermediate size in multiples of {self.weights[0]}, or a "
                 f"block would hold rows of gate and of up, got I = {inner}; use recipe='fp8_channel' or 'bf16'"

@@ -16,9 +16,10 @@ from torch import nn
 
 import ornith_moe as om
 from ornith_moe import fp8_weights
-from ornith_moe.fp8_weights import forget_quantized_weights, quantized_weights, turned_weights, unchanged
+from ornith_moe.fp8_weights import forget_quantized_weights, quantized_weights, unchanged
 from ornith_moe.kernels.launch import recording
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def test_a_step_of_micro_batches_quantizes_once(calls):
     for step in range(3):
         for _ in range(2):
             quantized = quantized_weights(weight, "fp8_full")
-            (weight * fp8.dequantize_fp8(quantized.q, quantized.scale)).sum().backward()
+            (weight * fp8.dequantize_fp8(quantized.value, quantized.scale)).sum().backward()
         assert len(calls) == step + 1
         optimizer.step()
 
@@ -193,8 +194,8 @@ def test_a_changed_weight_is_quantized_again(change, calls):
     done = len(calls)
     again = quantized_weights(weight, "fp8")
     assert len(calls) == done + 1
-    if again.q.shape == q.shape:  # a bit of the last place may be lost in the code
-        assert change == "one bit" or not (again.q.float().equal(q.float()) and again.scale.equal(scale))
+    if again.value.shape == q.shape:  # a bit of the last place may be lost in the code
+        assert change == "one bit" or not (again.value.float().equal(q.float()) and again.scale.equal(scale))
     for recipe in ("fp8", "fp8_full", "fp8_channel"):
         assert_current(weight, recipe)
 
@@ -249,7 +250,7 @@ def test_the_experts_of_a_call_are_read_and_all_that_changed_written(monkeypatch
         got = quantized_weights(weight, "fp8", experts=mask)
         q, scale = fp8.quantize_fp8_block(weight)
         for e in experts:
-            assert_same_bits("q", got.q[e].view(torch.uint8), q[e].view(torch.uint8))
+            assert_same_bits("q", got.value[e].view(torch.uint8), q[e].view(torch.uint8))
             assert_same_bits("scale", got.scale[e], scale[e])
         return [places.index(place) for place in read], list(made)
 
@@ -342,11 +343,11 @@ def test_a_weight_that_a_compiled_graph_computes():
 def test_the_transposed_copy_of_a_stored_weight_is_never_old():
     q, scale = fp8.quantize_fp8_block(torch.randn(2, 256, 128))
     for write in (lambda: q.view(torch.uint8)[1, 255, 127].bitwise_xor_(1), lambda: scale.data.mul_(2)):
-        turned_weights(q, scale)
+        Operand(q, scale).with_transposed()
         write()
-        got = turned_weights(q, scale)
-        assert torch.equal(got.q_t.view(torch.uint8), q.view(torch.uint8).mT) and torch.equal(got.scale_t, scale.mT)
-        assert got.q is q and got.scale is scale
+        got = Operand(q, scale).with_transposed()
+        assert torch.equal(got.value_t.view(torch.uint8), q.view(torch.uint8).mT) and torch.equal(got.scale_t, scale.mT)
+        assert got.value is q and got.scale is scale
 
 
 class Expert(nn.Module):
@@ -385,7 +386,7 @@ def test_fsdp2_on_one_process(fused):
 @pytest.mark.parametrize("what", ["parameter", "storage", "cache", "storage replaced, then quantized"])
 def test_the_copy_is_freed_at_once_with(what):
     weight = parameter()
-    copy = weakref.ref(quantized_weights(weight, "fp8").q)
+    copy = weakref.ref(quantized_weights(weight, "fp8").value)
     assert copy() is not None
     if what == "parameter":
         del weight
@@ -400,7 +401,7 @@ def test_the_copy_is_freed_at_once_with(what):
 
 def test_the_old_copy_is_freed_before_the_new_one_is_made(monkeypatch):
     weight = parameter()
-    copy = weakref.ref(quantized_weights(weight, "fp8").q)
+    copy = weakref.ref(quantized_weights(weight, "fp8").value)
     alive, real = [], fp8_weights._allocate
     monkeypatch.setattr(fp8_weights, "_allocate", lambda *a: alive.append(copy() is not None) or real(*a))
     quantized_weights(weight, "fp8_full")

@@ -206,6 +206,9 @@ class TestPairs:
             ({"down_proj": (torch.ones(E, H, I).to(torch.float8_e4m3fn), torch.ones(E, H, 1).half())}, TypeError,
              "down_proj: expected its scale in float32, bfloat16 or float8_e8m0fnu, got torch.float16"),
             ({"down_proj": torch.ones(E, H, I).to(torch.float8_e4m3fn)}, TypeError, r"down_proj: .* or a pair \("),
+            ({"recipe": "fp8_channel", "gate_up_proj": (torch.ones(E, 2 * I, H).to(torch.float8_e4m3fn),
+                                                        torch.ones(E, 2 * I, 1).to(torch.float8_e8m0fnu))}, TypeError,
+             "gate_up_proj: expected its scale of rows in float32 or bfloat16, got torch.float8_e8m0fnu"),
         ],
         ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
     )  # fmt: skip

@@ -4,6 +4,10 @@ References: eager for compiled, the plain run for the checkpointed one, bit for 
 what a backend is asked for. Values are test_functional.py's, test_gpu.py's and test_routing.py's. Not covered: GPUs.
 """
 
+import itertools
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from moe_cases import choose
@@ -15,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ornith_moe as om
 from ornith_moe import fp8_weights, ops
-from ornith_moe.backend import cpu, reference
+from ornith_moe.backend.protocol import NAMES, load
+from ornith_moe.quant.recipes import RECIPES
 
 T, E, H, I, TOP_K = 21, 5, 40, 128, 2
 BACKENDS = ("cpu", "reference", "triton")
-RECIPES = ("bf16", "fp8", "fp8_full", "fp8_channel")
 EVERY_CASE = [(backend, recipe) for backend in BACKENDS for recipe in RECIPES]
 
 
@@ -98,14 +102,14 @@ class TestOpcheck:
         tests = all_tests(but="test_schema")  # torch cannot multiply e4m3, as that test does to compare
         opcheck(torch.ops.ornith.moe_mlp.default, operands("cpu", recipe, save, pairs, dtype), test_utils=tests)
 
-    @pytest.mark.parametrize("wants", [(True, True, True, True), (False, True, False, True)], ids=str)
+    @pytest.mark.parametrize("needs_grad", [(True, True, True, True), (False, True, False, True)], ids=str)
     @pytest.mark.parametrize(("backend", "recipe"), EVERY_CASE, ids=str)
-    def test_moe_mlp_backward(self, backend, recipe, wants):
+    def test_moe_mlp_backward(self, backend, recipe, needs_grad):
         needs_triton(backend)
         x, indices, weights, *sides, recipe, scale, invariant, backend, _ = operands(backend, recipe, save=False)
         given = (x, indices, weights, *sides)
         _, *saved = torch.ops.ornith.moe_mlp(*given, recipe, scale, invariant, backend, True)
-        arguments = (torch.randn(T, H), *given, *saved, recipe, scale, invariant, backend, list(wants))
+        arguments = (torch.randn(T, H), *given, *saved, recipe, scale, invariant, backend, list(needs_grad))
         tests = ("test_schema", "test_faketensor") if backend == "triton" else all_tests()
         arguments += (torch.bfloat16, torch.float32)
         opcheck(torch.ops.ornith.moe_mlp_backward.default, arguments, test_utils=tests)
@@ -244,15 +248,15 @@ class TestWeightsAreQuantizedOnce:
         assert not casts
 
 
-class TestOnlyWhatIsWanted:
+class TestOnlyWhatIsNeeded:
     NAMES = ("x", "weights", "gate_up_proj", "down_proj")
 
     @pytest.mark.parametrize("backend", ["cpu", "reference"])
     @pytest.mark.parametrize("mask", range(1, 16))
     def test_every_subset(self, mask, backend, monkeypatch):
-        """The backend is asked for that subset and no more, and gives the bits it gives when all are wanted."""
+        """The backend is asked for that subset and no more, and gives the bits it gives when all are needed."""
         trained = [name for i, name in enumerate(self.NAMES) if mask >> i & 1]
-        home, asked = {"cpu": cpu, "reference": reference}[backend], []
+        home, asked = load(backend), []
         real = home.moe_backward
         monkeypatch.setattr(home, "moe_backward", lambda *a, **k: asked.append((a, k)) or real(*a, **k))
         x, indices, weights, gate_up, down, *_ = operands(backend, "bf16", save=False)
@@ -263,7 +267,7 @@ class TestOnlyWhatIsWanted:
         for name in trained:
             leaves[name].requires_grad_()
         om.moe_mlp(indices=indices, backend=backend, **leaves).backward(dy)
-        assert asked[1][1]["wants"] == tuple(name in trained for name in self.NAMES)
+        assert asked[1][1]["needs_grad"] == tuple(name in trained for name in self.NAMES)
         for name, leaf in leaves.items():
             if name in trained:
                 assert_same_bits(name, leaf.grad, everything[name].grad)
@@ -312,9 +316,9 @@ class TestOnlyWhatIsWanted:
 def test_flop_counters_see_the_products(backend):
     """6 T top_k H I forward; backward, 2 for da', 4 each for dx and dgate_up, 2 for ddown."""
     unit = T * TOP_K * H * I
-    for trained, expected in ((("x",), 6 + 6), (("down_proj",), 6 + 2), (TestOnlyWhatIsWanted.NAMES, 6 + 12)):
+    for trained, expected in ((("x",), 6 + 6), (("down_proj",), 6 + 2), (TestOnlyWhatIsNeeded.NAMES, 6 + 12)):
         x, indices, weights, gate_up, down, *_ = operands(backend, "bf16", save=False)
-        leaves = dict(zip(TestOnlyWhatIsWanted.NAMES, (x, weights, gate_up, down), strict=True))
+        leaves = dict(zip(TestOnlyWhatIsNeeded.NAMES, (x, weights, gate_up, down), strict=True))
         for name in trained:
             leaves[name].requires_grad_()
         with FlopCounterMode(display=False) as counter:
@@ -325,7 +329,19 @@ def test_flop_counters_see_the_products(backend):
 def test_schemas_hold_tensors_and_plain_values():
     """No Python object can hide in a graph; what is public is listed."""
     plain = {"Tensor", "Optional[Tensor]", "int", "Optional[int]", "str", "bool", "List[bool]", "ScalarType"}
-    for name in ops._SCHEMAS:
+    for name in ops._OPERATORS:
         schema = getattr(torch.ops.ornith, name).default._schema
         assert {str(argument.type) for argument in schema.arguments} <= plain, name
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.ornith, name).default.tags
+
+
+def test_the_bytes_of_the_documentation_are_those_that_are_saved():
+    """docs/numerics.md, per token of the 35B: pre and what a backend keeps besides, without the E + 1 offsets."""
+    text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    for backend, recipe in itertools.product(NAMES, RECIPES.values()):
+        sizes = load(backend).saved_sizes(8, 256, 512, recipe, torch.bfloat16)
+        total = 2 * 2048 + sum(
+            math.prod(size) * dtype.itemsize for name, (size, dtype) in sizes.items() if name != "offsets"
+        )
+        rows = [line for line in text.splitlines() if line.startswith(f"| `{backend}`") and f" {total:,} |" in line]
+        assert any(f"`{recipe.name}`" in row or "every recipe" in row for row in rows), (backend, recipe.name, total)

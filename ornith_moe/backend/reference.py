@@ -1,20 +1,16 @@
 """The routed-experts MLP in plain torch: the truth that every backend is compared with.
 
-    y[t] = sum over k of down*[e] @ (weights[t, k] * a*),    e = indices[t, k]
-    a    = silu(gate*[e] @ x*[t]) * (up*[e] @ x*[t])
+    y[t] = sum over k of down'[e] @ (weights[t, k] * a'),    e = indices[t, k]
+    a    = silu(gate'[e] @ x'[t]) * (up'[e] @ x'[t])
 
-A star is what a GEMM sees of a number. With recipe `bf16` that is the number itself. An FP8 recipe quantizes by
-`ornith_moe.quant.fp8` and dequantizes at once:
+A prime is what a GEMM sees of a number. With recipe `bf16` that is the number itself. An FP8 recipe
+(`ornith_moe.quant.recipes`) quantizes by `ornith_moe.quant.fp8` and dequantizes at once: gate_up and down rounded to
+BF16 first, x and a rounded to the dtype of x first, and where the recipe says so a product's gradient as it goes on to
+the product's input.
 
-| recipe | gate_up*, down*, rounded to BF16 first | x*, a*, rounded to the dtype of x first | gradient of a product |
-|---|---|---|---|
-| fp8 | 128x128 blocks | 1x128 groups | as it is |
-| fp8_full | 128x128 blocks | 1x128 groups | in 1x128 groups where it goes on to the product's input |
-| fp8_channel | one BF16 scale per row | one scale per row | as it is |
-
-Every cast passes its gradient through unchanged. So a gradient is that of the starred operands, and a weight in fp32 or
-BF16 receives it as if the cast were not there. Weights given as (q, scale) are starred already, whatever the recipe;
-`bf16` then quantizes weights only. Where the scales of the weights are UE8M0, those of 1x128 groups are too.
+Every cast passes its gradient through unchanged. So a gradient is that of the dequantized operands, and a weight in
+fp32 or BF16 receives it as if the cast were not there. Weights given as (q, scale) are stored already, whatever the
+recipe; `bf16` then quantizes weights only. Where the scales of the weights are UE8M0, those of activations are too.
 
 A loop over experts in float32 (or float64 if any operand is), differentiated by autograd as often as one likes, by
 forward mode and by torch.func, under which every expert computes every token. The backend of this name computes the
@@ -24,10 +20,16 @@ and contribute nothing.
 Letters: T tokens, E experts, H hidden, I expert intermediate, m rows of one expert, top_k slots per token.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from ornith_moe.backend.protocol import Backend, Gradients, Saved, Sizes
+from ornith_moe.backend.routing_torch import route_backward, route_forward
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import Cast, Recipe, recipe_of
 
 
 def moe_mlp_reference(
@@ -46,7 +48,7 @@ def moe_mlp_reference(
     Args:
         x: [T, H]. indices: [T, top_k] integers. weights: [T, top_k].
         gate_up_proj: [E, 2I, H], gate rows first. down_proj: [E, H, I]. Or pairs (q, scale).
-        recipe: "bf16", "fp8", "fp8_full" or "fp8_channel". scale: of blocks, "fp32" or "ue8m0".
+        recipe: a name of `ornith_moe.quant.recipes`. scale: of blocks, "fp32" or "ue8m0".
         dtype: to compute in, float32 or float64; None is float64 if any argument is, else float32.
 
     Returns:
@@ -62,72 +64,106 @@ def moe_mlp_reference(
         >>> moe_mlp_reference(x, torch.tensor([[2]]), torch.tensor([[0.5]]), w13, w2)
         tensor([[7.0464, 7.0464]])
     """
-    compute = dtype or _compute_dtype(x, weights, gate_up_proj, down_proj)
-    stars = [
-        _star(w) if isinstance(w, tuple) else w if recipe == "bf16" else _Star.apply(w, recipe, scale)
-        for w in (gate_up_proj, down_proj)
+    row = recipe_of(recipe)
+    given = [Operand(*w) if isinstance(w, tuple) else Operand(w) for w in (gate_up_proj, down_proj)]
+    compute = dtype or _compute_dtype(x, weights, *(w.value for w in given))
+    kind = given[0].scale_of_activations
+    if given[0].scale is None and row.scale_of_weights(scale) == "ue8m0":
+        kind = "ue8m0"
+    dequantized = [
+        _Stored.apply(w.value, row, scale) if w.scale is None and row.is_fp8 else w.dequantized(torch.float32)
+        for w in given
     ]
-    ue8m0 = _is_ue8m0(gate_up_proj) if isinstance(gate_up_proj, tuple) else recipe != "fp8_channel" and scale == "ue8m0"
-    y = _experts(x, indices, weights, *stars, recipe, ue8m0, compute)
+    y = _experts(x, indices, weights, *dequantized, row, kind, compute)
     return y if dtype else y.to(x.dtype)
 
 
-def moe_forward(x, indices, weights, gate_up, down, *, recipe):
-    """y [T, H] in the dtype of x; `gate_up` and `down` are pairs (value, scale), scale None for plain weights."""
-    compute = _compute_dtype(x, weights, gate_up[0], down[0])
-    stars = _star(gate_up), _star(down)
-    return _experts(x, indices, weights, *stars, recipe, _is_ue8m0(gate_up), compute).to(x.dtype)
+class Reference:
+    """The backend of this name: any device, float32 or float64, and nothing saved but the operands."""
+
+    transposes = False
+    recomputes = True
+    takes_float64 = True
+    is_batch_invariant = False
+    route_forward = staticmethod(route_forward)
+    route_backward = staticmethod(route_backward)
+
+    @staticmethod
+    def moe_forward(
+        x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: Operand, down: Operand, *,
+        recipe: Recipe, save: bool = False, batch_invariant: bool = False,
+    ) -> tuple[torch.Tensor, Saved]:  # fmt: skip
+        compute = _compute_dtype(x, weights, gate_up.value, down.value)
+        dequantized = (w.dequantized(torch.float32) for w in (gate_up, down))
+        y = _experts(x, indices, weights, *dequantized, recipe, gate_up.scale_of_activations, compute)
+        return y.to(x.dtype), Saved()
+
+    @staticmethod
+    def moe_backward(
+        dy: torch.Tensor, x: torch.Tensor | None, indices: torch.Tensor, weights: torch.Tensor, saved: Saved,
+        gate_up: Operand, down: Operand, *, recipe: Recipe,
+        needs_grad: tuple[bool, bool, bool, bool] = (True, True, True, True),
+        grad_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None), batch_invariant: bool = False,
+    ) -> Gradients:  # fmt: skip
+        """Written out, because inside of an operator there is no autograd; the tests hold it against autograd."""
+        assert x is not None  # `recomputes`
+        compute, kind = _compute_dtype(x, weights, gate_up.value, down.value), gate_up.scale_of_activations
+        cast, cast_gradient = (_cast(each, kind, x.dtype) for each in (recipe.activations, recipe.input_gradient))
+        w13, w2 = (w.dequantized(torch.float32).to(compute) for w in (gate_up, down))
+        rows, factors, dy = x.to(compute), weights.to(compute), dy.to(compute)
+        rows, dy_rows = cast(rows), cast_gradient(dy)
+        operands = (rows, factors, w13, w2)
+        gradients = [torch.zeros_like(t) if needed else None for t, needed in zip(operands, needs_grad, strict=True)]
+        dx, dweights, dgate_up, ddown = gradients
+        for expert in range(w13.shape[0]):
+            token, slot = (indices == expert).nonzero(as_tuple=True)
+            gate, up = (rows[token] @ w13[expert].T).chunk(2, dim=-1)  # [m, I] each
+            weight, sigmoid = factors[token, slot].unsqueeze(-1), gate.sigmoid()
+            silu = gate * sigmoid
+            a = cast(silu * up)
+            da = dy_rows[token] @ w2[expert]  # of weight * a
+            if dweights is not None:
+                dweights[token, slot] = (da * a).sum(-1)
+            if ddown is not None:
+                ddown[expert] = dy[token].T @ (weight * a)
+            da = weight * da
+            dpre = torch.cat((da * up * (sigmoid + silu * (1 - sigmoid)), da * silu), dim=-1)
+            if dgate_up is not None:
+                dgate_up[expert] = dpre.T @ rows[token]
+            if dx is not None:
+                dx.index_add_(0, token, cast_gradient(dpre) @ w13[expert])
+        return dx, dweights, dgate_up, ddown
+
+    @staticmethod
+    def saved_sizes(slots: int, experts: int, inner: int, recipe: Recipe, dtype: torch.dtype) -> Sizes:
+        return {}
 
 
-def moe_backward(dy, x, indices, weights, gate_up, down, *, recipe, wants):
-    """The gradients that `wants` asks for, of x, weights, gate_up and down, None for the others.
-
-    Written out, because inside of an operator there is no autograd; the tests hold it against autograd of the above.
-    """
-    compute = _compute_dtype(x, weights, gate_up[0], down[0])
-    options = _cast_options(x, recipe, _is_ue8m0(gate_up))
-    cast = (lambda rows: rows) if recipe == "bf16" else lambda rows: _Cast.apply(rows, *options)
-    cast_gradient = cast if recipe == "fp8_full" else lambda rows: rows
-    rows, weights, gate_up, down, dy = (t.to(compute) for t in (x, weights, _star(gate_up), _star(down), dy))
-    rows, dy_rows = cast(rows), cast_gradient(dy)
-    operands = (rows, weights, gate_up, down)
-    gradients = [torch.zeros_like(t) if wanted else None for t, wanted in zip(operands, wants, strict=True)]
-    dx, dweights, dgate_up, ddown = gradients
-    for expert in range(gate_up.shape[0]):
-        token, slot = (indices == expert).nonzero(as_tuple=True)
-        gate, up = (rows[token] @ gate_up[expert].T).chunk(2, dim=-1)  # [m, I] each
-        weight, sigmoid = weights[token, slot].unsqueeze(-1), gate.sigmoid()
-        silu = gate * sigmoid
-        a = cast(silu * up)
-        da = dy_rows[token] @ down[expert]  # of weight * a
-        if dweights is not None:
-            dweights[token, slot] = (da * a).sum(-1)
-        if ddown is not None:
-            ddown[expert] = dy[token].T @ (weight * a)
-        da = weight * da
-        dpre = torch.cat((da * up * (sigmoid + silu * (1 - sigmoid)), da * silu), dim=-1)
-        if dgate_up is not None:
-            dgate_up[expert] = dpre.T @ rows[token]
-        if dx is not None:
-            dx.index_add_(0, token, cast_gradient(dpre) @ gate_up[expert])
-    return gradients
+BACKEND: Backend = Reference()
 
 
-def _experts(x, indices, weights, gate_up, down, recipe, ue8m0, compute):
-    """y [T, H] in `compute`, differentiable; the weights are starred already."""
-    options = _cast_options(x, recipe, ue8m0)
-    linear = _LinearFP8Gradient.apply if recipe == "fp8_full" else lambda rows, w, *_: F.linear(rows, w)
+def _experts(
+    x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    recipe: Recipe, kind: str, compute: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """y [T, H] in `compute`, differentiable, of dequantized weights; `kind`: of the scales of activations."""
+    cast = _cast(recipe.activations, kind, x.dtype)
+
+    def linear(rows: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if recipe.input_gradient is None:
+            return F.linear(rows, w)
+        return _LinearFP8Gradient.apply(rows, w, recipe.input_gradient[1], kind, x.dtype)
+
     rows, weights, gate_up, down = (t.to(compute) for t in (x, weights, gate_up, down))
     y = torch.zeros_like(rows) + 0 * rows
-    rows = rows if recipe == "bf16" else _Cast.apply(rows, *options)
+    rows = cast(rows)
     # unbind, not indexing: its backward stacks the gradients once instead of adding a full-size zero tensor per expert
     for expert, (w13, w2) in enumerate(zip(gate_up.unbind(0), down.unbind(0), strict=True)):
         token, weight = _rows_of(expert, indices, weights)
-        gate, up = linear(rows[token], w13, *options).chunk(2, dim=-1)  # [m, I] each
-        a = gate * gate.sigmoid() * up  # silu; F.silu's gradient has no forward mode
-        a = a if recipe == "bf16" else _Cast.apply(a, *options)
+        gate, up = linear(rows[token], w13).chunk(2, dim=-1)  # [m, I] each
+        a = cast(gate * gate.sigmoid() * up)  # silu; F.silu's gradient has no forward mode
         # the weight goes before the product: what comes back to the product then is dy, as the recipe quantizes it
-        y = y.index_add(0, token, linear(weight.unsqueeze(-1) * a, w2, *options))
+        y = y.index_add(0, token, linear(weight.unsqueeze(-1) * a, w2))
     return y
 
 
@@ -146,7 +182,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.options = len(inputs) - 1
-        ctx.dtype, ctx.star_dtype = inputs[0].dtype, output.dtype
+        ctx.dtype, ctx.output_dtype = inputs[0].dtype, output.dtype
 
     @staticmethod
     def backward(ctx, gradient):
@@ -154,7 +190,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return tangent.to(ctx.star_dtype)
+        return tangent.to(ctx.output_dtype)
 
     @classmethod
     def vmap(cls, info, in_dims, tensor, *options):
@@ -162,7 +198,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Cast(_StraightThrough):
-    """rows* of rows: rounded to `dtype`, quantized per token and group, dequantized."""
+    """Rows, rounded to `dtype`, quantized per token and group, dequantized."""
 
     @staticmethod
     def forward(rows, group, scale, dtype):
@@ -171,12 +207,12 @@ class _Cast(_StraightThrough):
         return fp8.dequantize_fp8(q, s, block=(1, group), dtype=torch.float32).to(rows.dtype)
 
 
-class _Star(_StraightThrough):
+class _Stored(_StraightThrough):
     """A weight as `recipe` stores and then reads it."""
 
     @staticmethod
     def forward(w, recipe, scale):
-        return _star(_quantize(w, recipe, scale))
+        return Operand.quantized(w, recipe, scale).dequantized(torch.float32)
 
 
 class _LinearFP8Gradient(torch.autograd.Function):
@@ -205,27 +241,11 @@ class _LinearFP8Gradient(torch.autograd.Function):
         return F.linear(drows, w) + F.linear(rows, dw)
 
 
-def _quantize(w, recipe, scale):
-    """(value, scale) of a weight as `recipe` stores it."""
-    if recipe == "bf16":
-        return w, None
-    return fp8.quantize_fp8_channel(w) if recipe == "fp8_channel" else fp8.quantize_fp8_block(w, scale=scale)
+def _cast(cast: Cast | None, kind: str, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `cast` makes of rows of activations or gradients."""
+    return (lambda rows: _Cast.apply(rows, cast[1], kind, dtype)) if cast else (lambda rows: rows)
 
 
-def _cast_options(x, recipe, ue8m0):
-    """Group, scale and dtype of `_Cast`."""
-    return None if recipe == "fp8_channel" else 128, "ue8m0" if ue8m0 else "fp32", x.dtype
-
-
-def _star(pair):
-    value, scale = pair
-    return value if scale is None else fp8.dequantize_fp8(value, scale, dtype=torch.float32)
-
-
-def _is_ue8m0(pair):
-    return pair[1] is not None and pair[1].dtype == torch.float8_e8m0fnu
-
-
-def _compute_dtype(*operands):
-    dtypes = {t.dtype for t in operands if isinstance(t, torch.Tensor)}
+def _compute_dtype(*operands: torch.Tensor) -> torch.dtype:
+    dtypes = {t.dtype for t in operands}
     return torch.float64 if torch.float64 in dtypes else torch.float32

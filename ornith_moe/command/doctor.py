@@ -41,10 +41,11 @@ def examine() -> dict[str, dict[str, Any]]:
     """Machine, libraries, clients, MoE backends and recipes, formats that can be written; {name: what} each."""
     import torch
 
-    from ornith_moe.backend.choice import RECIPES, backends
+    from ornith_moe.backend.choice import backends
     from ornith_moe.backend.cpu import describe
     from ornith_moe.gpu_encoders import choose_device
     from ornith_moe.quant.builds.build import BUILDS
+    from ornith_moe.quant.recipes import RECIPES
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     where, why = choose_device()

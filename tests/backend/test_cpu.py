@@ -14,21 +14,14 @@ import torch
 import torch.nn.functional as F
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference
 
-from ornith_moe.backend.cpu import (
-    Saved,
-    Weights,
-    describe,
-    loop,
-    machine,
-    memory,
-    moe_backward,
-    moe_forward,
-    native,
-)
+from ornith_moe.backend.cpu import BACKEND, describe, loop, machine, memory, native
 from ornith_moe.backend.cpu.register_tiles import BF16_DOT, BF16_WIDE, HAS_BF16_DOT, VECTOR_BYTES
 from ornith_moe.backend.cpu.routed import group_by_expert
+from ornith_moe.backend.protocol import Saved
 from ornith_moe.backend.reference import moe_mlp_reference
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import recipe_of
 
 OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
 SHAPES = [  # T, E, H, I, top_k: nothing divides, one token, whole vectors, odd, many rows
@@ -49,22 +42,29 @@ class Layer:
         self.weights = torch.rand(tokens, top_k)
 
     def plain(self):
-        return Weights(self.gate_up), Weights(self.down)
+        return Operand(self.gate_up), Operand(self.down)
 
     def quantized(self, recipe, scale="fp32"):
-        if recipe == "fp8_channel":
-            return [Weights(*fp8.quantize_fp8_channel(w)) for w in (self.gate_up, self.down)]
-        return [Weights(*fp8.quantize_fp8_block(w, scale=scale)) for w in (self.gate_up, self.down)]
+        if scale == "bf16":
+            return [Operand(*fp8.quantize_fp8_block(w, scale=scale)) for w in (self.gate_up, self.down)]
+        return [Operand.quantized(w, recipe_of(recipe), scale) for w in (self.gate_up, self.down)]
+
+    def forward(self, experts=None, recipe="bf16", save=False):
+        operands = (self.x, self.indices, self.weights, *(experts or self.plain()))
+        return BACKEND.moe_forward(*operands, recipe=recipe_of(recipe), save=save)
+
+    def backward(self, saved, experts=None, recipe="bf16", with_x=True, **options):
+        operands = (self.x if with_x else None, self.indices, self.weights, saved, *(experts or self.plain()))
+        return BACKEND.moe_backward(self.dy, *operands, recipe=recipe_of(recipe), **options)
 
     def run(self, experts=None, recipe="bf16", **options):
         experts = experts or self.plain()
-        y, saved = moe_forward(self.x, self.indices, self.weights, *experts, recipe=recipe, save=True)
-        gradients = moe_backward(self.dy, self.x, self.weights, saved, *experts, recipe=recipe, **options)
-        return dict(zip(OUTPUTS, (y, *gradients), strict=True))
+        y, saved = self.forward(experts, recipe, save=True)
+        return dict(zip(OUTPUTS, (y, *self.backward(saved, experts, recipe, **options)), strict=True))
 
     def expected(self, experts=None, group="none", scale="fp32"):
         """In float64; `group` None or 128: activations pass through FP8, and the gradient straight through the cast."""
-        value = [dequantized(w, self.x.dtype) for w in experts or self.plain()]
+        value = [w.dequantized(self.x.dtype) for w in experts or self.plain()]
         leaves = [t.double().requires_grad_() for t in (self.x, self.weights, *value)]
         if group == "none":
             y = moe_mlp_reference(leaves[0], self.indices, *leaves[1:])
@@ -81,12 +81,6 @@ class Layer:
                 gate, up = (rows[token] @ gate_up[e].T).chunk(2, -1)
                 y = y.index_add(0, token, cast(F.silu(gate) * up) @ down[e].T * weights[token, slot, None])
         return dict(zip(OUTPUTS, (y.detach(), *torch.autograd.grad(y, leaves, self.dy.double())), strict=True))
-
-
-def dequantized(weight, dtype):
-    if weight.scale is None:
-        return weight.value
-    return fp8.dequantize_fp8(weight.value, weight.scale, dtype=dtype)
 
 
 @pytest.fixture(params=["dot", "wide"])
@@ -139,11 +133,8 @@ def test_fp8_weights_with_plain_activations(scale, dtype):
     layer = Layer(50, 4, 200, 72, 2, dtype=dtype)
     recipe = "fp8_channel" if scale == "channel" else "fp8"
     experts = layer.quantized(recipe, "fp32" if scale == "whole" else scale)
-    if scale == "ue8m0":  # as raw bytes
-        experts = [Weights(w.value, w.scale.view(torch.uint8)) for w in experts]
-        expected = layer.expected([Weights(w.value, w.scale.view(torch.float8_e8m0fnu)) for w in experts])
-    elif scale == "whole":  # one scale per matrix, such that weights have their usual size
-        experts = [Weights(w.value, torch.full((4, 1, 1), 2.0**-10)) for w in experts]
+    if scale == "whole":  # one scale per matrix, such that weights have their usual size
+        experts = [Operand(w.value, torch.full((4, 1, 1), 2.0**-10)) for w in experts]
         plain, values = Layer.__new__(Layer), [2.0**-10 * w.value.to(dtype) for w in experts]
         vars(plain).update(vars(layer), gate_up=values[0], down=values[1])
         expected = plain.expected()
@@ -172,9 +163,10 @@ def test_every_code_decodes_as_torch_does():
     hidden = torch.zeros(1, 2 * len(finite), 1).to(torch.float8_e4m3fn)
     hidden[0, len(finite) :, 0] = finite
     hidden[0, : len(finite), 0] = 1.0
-    up = Weights(hidden, torch.full((1, 2 * len(finite), 1), 0.5))
+    up = Operand(hidden, torch.full((1, 2 * len(finite), 1), 0.5))
     x, indices = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64)
-    _, saved = moe_forward(x, indices, torch.ones(1, 1), up, Weights(torch.eye(len(finite))[None]), save=True)
+    operands = (x, indices, torch.ones(1, 1), up, Operand(torch.eye(len(finite))[None]))
+    _, saved = BACKEND.moe_forward(*operands, recipe=recipe_of("bf16"), save=True)
     assert_same_bits("pre", saved.pre[0, len(finite) :], finite.float() * 0.5)
 
 
@@ -207,7 +199,7 @@ def test_bf16_of_many_rows_is_summed_in_panels(save, bf16_kind, monkeypatch):
     expected, before = layer.expected()["y"], torch.get_num_threads()
 
     def forward():
-        return moe_forward(layer.x, layer.indices, layer.weights, *layer.plain(), save=save)
+        return layer.forward(save=save)
 
     y, saved = forward()
     assert_close("y", y, expected, TOLERANCE[torch.bfloat16])
@@ -239,16 +231,15 @@ def test_many_threads_at_once():
         assert_same_bits(name, result[name], whole[name])
 
 
-@pytest.mark.parametrize("wants", list(itertools.product((True, False), repeat=4))[:-1], ids=str)
-def test_a_subset_of_gradients_has_the_bits_of_all(wants):
+@pytest.mark.parametrize("needs_grad", list(itertools.product((True, False), repeat=4))[:-1], ids=str)
+def test_a_subset_of_gradients_has_the_bits_of_all(needs_grad):
     layer = Layer(40, 5, 64, 40, 2)
     whole = layer.run()
-    _, saved = moe_forward(layer.x, layer.indices, layer.weights, *layer.plain(), save=True)
-    x = layer.x if wants[2] else None
-    part = moe_backward(layer.dy, x, layer.weights, saved, *layer.plain(), wants=wants)
-    for name, wanted, value in zip(OUTPUTS[1:], wants, part, strict=True):
-        assert (value is not None) == wanted, name
-        if wanted:
+    _, saved = layer.forward(save=True)
+    part = layer.backward(saved, with_x=needs_grad[2], needs_grad=needs_grad)
+    for name, needed, value in zip(OUTPUTS[1:], needs_grad, part, strict=True):
+        assert (value is not None) == needed, name
+        if needed:
             assert_same_bits(name, value, whole[name])
 
 
@@ -256,10 +247,10 @@ def test_only_ddown_needs_no_product_with_the_weights(monkeypatch):
     """down is never read: it may as well be NaN."""
     layer = Layer(40, 5, 64, 40, 2)
     whole = layer.run()["ddown"]
-    _, saved = moe_forward(layer.x, layer.indices, layer.weights, *layer.plain(), save=True)
-    nothing = Weights(torch.full_like(layer.down, torch.nan))
-    got = moe_backward(layer.dy, None, layer.weights, saved, nothing, nothing, wants=(False, False, False, True))[3]
-    assert_same_bits("ddown", got, whole)
+    _, saved = layer.forward(save=True)
+    nothing = Operand(torch.full_like(layer.down, torch.nan))
+    got = layer.backward(saved, [nothing] * 2, with_x=False, needs_grad=(False, False, False, True))
+    assert_same_bits("ddown", got[3], whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -309,10 +300,11 @@ def test_the_sort_of_the_docstring():
 def test_saved_has_the_sizes_that_shapes_give():
     layer = Layer(9, 4, 64, 40, 2)
     layer.indices[::2] = -1
-    _, saved = moe_forward(layer.x, layer.indices, layer.weights, *layer.plain(), save=True)
-    assert isinstance(saved, Saved) and [tuple(t.shape) for t in saved] == [(18, 80), (18,), (5,)]
-    assert saved.pre.dtype == torch.float32 and saved.row_to_slot.dtype == saved.offsets.dtype == torch.int32
-    assert moe_forward(layer.x, layer.indices, layer.weights, *layer.plain())[1] is None
+    _, saved = layer.forward(save=True)
+    sizes = BACKEND.saved_sizes(18, 4, 40, recipe_of("bf16"), torch.float32)
+    assert sizes == {name: (tuple(t.shape), t.dtype) for name, t in saved._asdict().items() if t is not None}
+    assert sizes["pre"] == ((18, 80), torch.float32) and saved.a_scale is None
+    assert layer.forward()[1] == Saved()
 
 
 def test_memory_of_idle_experts_is_never_touched():
@@ -356,7 +348,7 @@ def test_refuses_in_one_sentence(recipe, inner, quantized, says):
     layer = Layer(5, 3, 128, inner, 2)
     experts = layer.quantized("fp8") if quantized else layer.plain()
     with pytest.raises(ValueError, match=says):
-        moe_forward(layer.x, layer.indices, layer.weights, *experts, recipe=recipe)
+        layer.forward(experts, recipe)
 
 
 def test_describe_names_the_way_that_is_used():

@@ -84,8 +84,7 @@ def _wide(t):
 def _expert(weight, e, dtype):
     if weight.scale is None:
         return weight.value[e].to(dtype)
-    scale = weight.scale[e].view(torch.float8_e8m0fnu) if weight.scale.dtype == torch.uint8 else weight.scale[e]
-    value = weight.value[e]
+    value, scale = weight.value[e], weight.scale[e]
     return dequantize_fp8(value, scale, block=scale_block(value.shape, scale.shape), dtype=torch.float32).to(dtype)
 
 

@@ -107,11 +107,12 @@ def describe() -> str:
 def bf16_rates() -> Rates:
     from ornith_moe.backend.cpu import native  # which needs `run`
     from ornith_moe.backend.cpu.routed import group_by_expert
+    from ornith_moe.quant.operand import Operand
 
     m, k, n = 128, 1024, 1024
     x, w = (torch.ones(size, k, dtype=torch.bfloat16, device="cpu") for size in (m, n))
     rows = group_by_expert(torch.zeros(m, 1, dtype=torch.int64, device="cpu"), 1)
-    weight = native.Weights(w[None])
+    weight = Operand(w[None])
 
     def rate(product):
         product()

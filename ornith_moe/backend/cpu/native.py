@@ -1,13 +1,11 @@
 """The five steps of the routed experts by our own kernels (`forward`, `backward`): float32 and BF16.
 
 Each function allocates, states how work is cut into tasks, and runs one kernel on all threads. `loop` has the same five
-functions in torch. `rows` is a `RoutedRows`, a weight is (value [E, N, K], scale or None), R = T * top_k; rows of a
+functions in torch. `rows` is a `RoutedRows`, a weight is an `Operand`, R = T * top_k; rows of a
 result past the last routed one are not written.
 
 Letters: T tokens, E experts, H hidden, I expert intermediate, R slots.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +21,6 @@ _STRIP = 64  # columns of I, and two of these of H, that one task computes: 512 
 _BLOCK = -(-256 // PANEL) * PANEL  # rows of a weight gradient that one task computes ...
 _BLOCK_WORDS = 512  # ... and words of the contraction that it packs at a time
 _MANY_ROWS = 256  # per expert, from which transposing them into panels pays
-
-
-class Weights(NamedTuple):
-    """One weight of all experts: [E, N, K] in the dtype of the activations, or e4m3fn with scales.
-
-    scale: [E, ceil(N / 128), ceil(K / 128)] or [E, N, 1] (or any other even cut), float32, bfloat16, float8_e8m0fnu or
-    its uint8 bits.
-    """
-
-    value: torch.Tensor
-    scale: torch.Tensor | None = None
 
 
 def gate_up(x, rows, weight, save, kind=None):
@@ -179,12 +166,12 @@ def _whole_vectors(x, multiple):
 
 def _matrix(weight):
     """(the weight as the kernels take it, the tensors that hold its memory)."""
-    value, scale = weight
+    value, scale = weight.value, weight.scale
     value = value if value.stride(2) == 1 else value.contiguous()
     size = value.element_size()
     strides = value.data_ptr(), value.stride(0) * size, value.stride(1) * size
     if scale is None:
         return Matrix(*strides, 0, 0, 0, 1, 1), (value,)
-    scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float().contiguous()
+    scale = scale.float().contiguous()
     block = scale_block(value.shape[1:], scale.shape[1:])
     return Matrix(*strides, scale.data_ptr(), *scale.shape[1:], *block), (value, scale)
