@@ -1,11 +1,14 @@
-"""transformers adapter: `import ornith_moe.hf`, then `experts_implementation="ornith"` or `"ornith_fp8"`.
+"""transformers adapter: `import ornith_moe.hf`, then `experts_implementation="ornith"`, `"ornith_fp8"`, ...
 
 transformers calls a registered *experts function* on every forward of an experts module: (module, tokens [T, H], ids
-[T, top_k], weights [T, top_k]) -> [T, H]. Importing this file registers two names in both of its registries:
+[T, top_k], weights [T, top_k]) -> [T, H]. Importing this file registers a word for each row of
+`ornith_moe.quant.recipes` in both of its registries:
 
-                    ALL_EXPERTS_FUNCTIONS           ALL_FP8_EXPERTS_FUNCTIONS, weights stored as (q, scale)
-    "ornith"        recipe bf16                     weight-only: dequantized, activations as they are
-    "ornith_fp8"    recipe fp8, from masters        recipe fp8 on the stored q and scale, activations quantized
+                          ALL_EXPERTS_FUNCTIONS           ALL_FP8_EXPERTS_FUNCTIONS, weights stored as (q, scale)
+    "ornith"              recipe bf16                     weight-only: dequantized, activations as they are
+    "ornith_fp8"          recipe fp8, from masters        recipe fp8 on the stored q and scale per 128 x 128 block
+    "ornith_fp8_full"     recipe fp8_full, from masters   recipe fp8_full on the same
+    "ornith_fp8_channel"  recipe fp8_channel, masters     recipe fp8_channel on the stored q and scale per row
 
 Select one with `from_pretrained(..., experts_implementation=...)`, `model.set_experts_implementation(...)` or, where
 only the config can be reached, with the attribute `config._experts_implementation`. transformers does not save the
@@ -16,8 +19,9 @@ that does no more. Transposed weights are read through a view. The rest still ru
 
     tensor subclasses, "ornith" the module's own loop, its `eager`: torchao and others know how to multiply themselves
     unquantized, "ornith"       transformers' own `grouped_mm`, or its `batched_mm` for a few tokens on an accelerator
-    FP8                         a loop over experts around the module's own gate or activation
-    unquantized, "ornith_fp8"   an error, since another path would train with other numbers than was asked for
+    stored FP8                  a loop over experts around the module's own gate or activation
+    other scales, or FP8 of unquantized experts
+                                an error, since another path would train with other numbers than was asked for
 
 Expert parallelism: the module then holds only its local experts, and ids >= that count are sentinels. They reach no
 GEMM, add nothing to the output and get a zero gradient. T = 0 works and keeps every trained parameter in the graph.
@@ -27,8 +31,11 @@ FP8 weights are frozen until `weight_gradients` asks for gradients or `master_we
 Letters: T tokens, E experts of this module, H hidden, I expert intermediate, R valid slots.
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -40,50 +47,44 @@ from ornith_moe.backend.choice import choose_backend
 from ornith_moe.functional import moe_mlp
 from ornith_moe.ops import is_opaque
 from ornith_moe.quant.fp8 import dequantize_fp8, roundtrip_fp8_tokens
+from ornith_moe.quant.recipes import BLOCK, RECIPES, ROW, Cast, Recipe
 
-_RECIPES = {"ornith": "bf16", "ornith_fp8": "fp8"}
-_BLOCK = 128
+WORDS = {f"ornith_{recipe.name}" if recipe.is_fp8 else "ornith": recipe for recipe in RECIPES.values()}
 _DECODE_TOKENS = 64  # at most this many go to `batched_mm`, which copies the weights of every slot
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def ornith_experts(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts function registered as `ornith`, for unquantized and for FP8 experts.
+def experts_function(word: str) -> Callable[..., torch.Tensor]:
+    """The experts function registered as `word`, one of WORDS, for unquantized and for FP8 experts.
 
-    Args:
+    Its arguments:
         self: an experts module decorated by transformers' `use_experts_implementation`; FP8Experts among them, with
             `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] in float8_e4m3fn and `*_scale_inv` [E, rows, columns]
-            in float32, bfloat16 or UE8M0: per block, or one per matrix.
+            in float32, bfloat16 or UE8M0: per block, per row, or one per matrix.
         hidden_states: [T, H]. top_k_index: [T, top_k] integers. top_k_weights: [T, top_k].
 
-    Returns:
-        [T, H] in the dtype of hidden_states. Unquantized experts compute in the dtype of their weights, as in
-        transformers' `grouped_mm`, so a float32 input under autocast is cast first.
+    It returns:
+        [T, H] in the dtype of hidden_states. Under "ornith" unquantized experts compute in the dtype of their weights,
+        as in transformers' `grouped_mm`, so a float32 input under autocast is cast first. Under an FP8 word weights in
+        float32 or BF16 are masters: rounded to BF16 and quantized once per optimizer step, trained by gradients of
+        their own dtype; stored FP8 weights are used as they are.
 
-    Raises:
-        ValueError: FP4-packed experts, or scales whose shape does not tile the weight.
+    It raises:
+        ValueError: FP4-packed experts, or scales whose shape does not tile the weight. Under an FP8 word also: experts
+            that are neither plain SwiGLU nor stored in FP8, an I that the recipe does not take, static activation
+            scales, or scales that do not reach as far as the recipe's.
 
-    Numerics: those of `moe_mlp`; deterministic, so gradient checkpointing recomputes the same bits.
+    Numerics: those of `moe_mlp` with the recipe; deterministic, so gradient checkpointing recomputes the same bits.
     """
-    return _experts(self, hidden_states, top_k_index, top_k_weights, "ornith")
 
+    def experts(
+        self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return _experts(self, hidden_states, top_k_index, top_k_weights, word)
 
-def ornith_fp8_experts(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """The experts function registered as `ornith_fp8`: block FP8 forward, backward on the dequantized operands.
-
-    Arguments and result as in `ornith_experts`. Weights in float32 or BF16 are masters: rounded to BF16 and quantized
-    once per optimizer step, trained by gradients of their own dtype. Stored FP8 weights are used as they are.
-
-    Raises:
-        ValueError: experts that are neither plain SwiGLU nor stored in FP8, I no multiple of 128 for masters, or stored
-            weights with static activation scales or other blocks than 128 x 128.
-    """
-    return _experts(self, hidden_states, top_k_index, top_k_weights, "ornith_fp8")
+    experts.__name__ = experts.__qualname__ = f"{word}_experts"
+    return experts
 
 
 def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
@@ -91,7 +92,7 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
     "refused: ...", or "replaced: ..." where another library has put its own function in the place of ours.
 
     Args:
-        experts: the module. implementation: "ornith" or "ornith_fp8"; None for the one its config has chosen.
+        experts: the module. implementation: one of WORDS; None for the one its config has chosen.
     Raises:
         TypeError: not an experts module of transformers. ValueError: it has chosen another implementation.
     Example:
@@ -103,8 +104,8 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
     if not hasattr(experts, "is_transposed") or not hasattr(experts, "down_proj"):
         raise TypeError(f"experts: expected an experts module of transformers, got {type(experts).__name__}")
     name = implementation or experts.config._experts_implementation
-    if name not in _RECIPES:
-        raise ValueError(f"implementation: expected one of {', '.join(_RECIPES)}, got {name!r}; select it first")
+    if name not in WORDS:
+        raise ValueError(f"implementation: expected one of {', '.join(WORDS)}, got {name!r}; select it first")
     path, reason = _path(experts, name, gathered=True)
     other = _replaced_by(experts, name)
     if other:
@@ -113,7 +114,7 @@ def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
         reason += ", shapes only: the weights are on meta"
     elif path == "fused":
         try:
-            reason += f", {choose_backend(None, experts.down_proj.device, _RECIPES[name])} backend"
+            reason += f", {choose_backend(None, experts.down_proj.device, WORDS[name].name)} backend"
         except ValueError as error:
             path, reason = "refused", str(error)
     return f"{path}: {reason}"
@@ -136,7 +137,7 @@ def explain(model: torch.nn.Module) -> dict[str, str]:
                 found[name] = f"replaced: {_name(_forward(module))} runs instead"
             continue
         chosen = module.config._experts_implementation
-        found[name] = why(module) if chosen in _RECIPES else f"not ours: {chosen}"
+        found[name] = why(module) if chosen in WORDS else f"not ours: {chosen}"
         block = modules[name.rpartition(".")[0]] if name else module
         runs = _forward(block)
         if _is_foreign(runs, type(block)) and not found[name].startswith("replaced"):
@@ -194,9 +195,12 @@ def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -
     return masters
 
 
-def _experts(module, hidden_states, top_k_index, top_k_weights, name):
+def _experts(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    name: str,
+) -> torch.Tensor:  # fmt: skip
     path, reason = _path(module, name)
-    operands = hidden_states, top_k_index, top_k_weights
+    operands, recipe = (hidden_states, top_k_index, top_k_weights), WORDS[name]
     if path == "refused":
         raise ValueError(f"{type(module).__name__}: experts_implementation={name!r} cannot compute {reason}")
     if path != "fused":
@@ -204,7 +208,7 @@ def _experts(module, hidden_states, top_k_index, top_k_weights, name):
     if path == "eager":
         return _forward(module).__wrapped__(module, *operands)
     if path == "loop":
-        return _loop_over_experts(module, *operands, quantize_rows=name == "ornith_fp8")
+        return _loop_over_experts(module, *operands, recipe.activations)
     if path != "fused":
         decode = len(hidden_states) <= _DECODE_TOKENS and not torch.is_grad_enabled()
         few = decode and hidden_states.device.type != "cpu"
@@ -213,51 +217,60 @@ def _experts(module, hidden_states, top_k_index, top_k_weights, name):
     gate_up, down = module.gate_up_proj, module.down_proj
     x = hidden_states
     if gate_up.element_size() == 1:
-        gate_up, down = ((_wanted(w), s) for w, s in zip((gate_up, down), _scales(module), strict=True))
+        gate_up, down = ((_trained(w), s) for w, s in zip((gate_up, down), _scales(module), strict=True))
     else:
         if module.is_transposed:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        if name == "ornith":
+        if not recipe.is_fp8:
             x = x.to(gate_up.dtype)
-    y = moe_mlp(x, top_k_index, top_k_weights, gate_up, down, recipe=_RECIPES[name])
+    y = moe_mlp(x, top_k_index, top_k_weights, gate_up, down, recipe=recipe.name)
     return y.to(hidden_states.dtype)
 
 
-def _path(module, name, gathered=False):
+def _path(module: torch.nn.Module, name: str, gathered: bool = False) -> tuple[str, str]:
     """("fused", "eager", "grouped_mm", "loop" or "refused", why); `gathered`: as it is when FSDP2 calls the module."""
-    obstacle, recipe = _obstacle(module), _RECIPES[name]
+    obstacle, recipe = _obstacle(module), WORDS[name]
     kinds = {type(w) for w in (getattr(module, p) for p in _projections(module)) if is_opaque(w)}
     if any(kind.__module__.startswith("torch.distributed") for kind in kinds):  # DTensor
         if not gathered:
             return "refused", "DTensor weights; shard the module by fully_shard, which gathers them, or use to_local()"
     elif kinds:
         subclass = f"weights of the subclass {_name(kinds.pop())}"
-        if name == "ornith_fp8":
+        if recipe.is_fp8:
             return "refused", f"{subclass}; choose 'ornith', which lets them compute, or dequantize them"
         return "eager", subclass
-    if module.down_proj.element_size() > 1:
-        if not obstacle and name == "ornith_fp8" and _inner(module) % _BLOCK:
-            obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {_BLOCK}"
-        if not obstacle:
-            return "fused", f"plain SwiGLU, recipe {recipe}"
-        if name == "ornith_fp8":
-            return "refused", f"{obstacle}; choose 'ornith' for unquantized experts"
-        return "grouped_mm", obstacle
+    if not obstacle and not recipe.takes(_inner(module)):
+        obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {recipe.weights[0]}"
+    if module.down_proj.element_size() == 1:
+        return _path_of_stored(module, recipe, obstacle)
+    if not obstacle:
+        return "fused", f"plain SwiGLU, recipe {recipe.name}"
+    if recipe.is_fp8:
+        return "refused", f"{obstacle}; choose 'ornith' for unquantized experts"
+    return "grouped_mm", obstacle
+
+
+def _path_of_stored(module: torch.nn.Module, recipe: Recipe, obstacle: str | None) -> tuple[str, str]:
+    """`_path` of experts whose weights are (q, scale)."""
     if module.down_proj.dtype != torch.float8_e4m3fn:
         return "refused", f"{module.down_proj.dtype} weights (FP4); choose 'grouped_mm'"
-    whole_blocks = _in_whole_blocks(module)
-    if name == "ornith_fp8":
-        if module.activation_scheme == "static":
-            return "refused", "static activation scales; choose 'ornith' for weight-only"
-        if module.block_size is None or tuple(module.block_size) != (_BLOCK, _BLOCK):
-            return "refused", f"scales per {module.block_size or 'matrix'}, not per 128 x 128; choose 'ornith'"
-        if not obstacle and _inner(module) % _BLOCK:
-            obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {_BLOCK}"
-    if not obstacle and not whole_blocks:
+    reach = _reach(module)
+    if recipe.is_fp8 and module.activation_scheme == "static":
+        return "refused", "static activation scales; choose 'ornith' for weight-only"
+    if recipe.weights == BLOCK and tuple(module.block_size or ()) != BLOCK:
+        return "refused", f"scales per {module.block_size or 'matrix'}, not per 128 x 128; choose 'ornith'"
+    if recipe.weights == ROW and reach != ROW:
+        return "refused", f"scales per {module.block_size or 'matrix'}, not per row; choose 'ornith' for weight-only"
+    if recipe.weights == ROW and module.down_proj_scale_inv.dtype == torch.float8_e8m0fnu:
+        return "refused", "UE8M0 scales per row; choose 'ornith' for weight-only"
+    if not obstacle and reach not in ((recipe.weights,) if recipe.weights else (BLOCK, ROW)):
         obstacle = "scales that are not one per 128 x 128 block"
-    if obstacle:
-        return "loop", obstacle
-    return "fused", f"plain SwiGLU, stored FP8, {'weight-only' if recipe == 'bf16' else 'recipe ' + recipe}"
+    if not obstacle:
+        numbers = f"recipe {recipe.name}" if recipe.is_fp8 else "weight-only"
+        return "fused", f"plain SwiGLU, stored FP8, {numbers}"
+    if recipe.input_gradient:  # which the loop does not cast
+        return "refused", f"{obstacle}; choose 'ornith' for weight-only"
+    return "loop", obstacle
 
 
 def _obstacle(module):
@@ -305,7 +318,7 @@ def _replaced_by(module, name):
         return _name(runs)
     registry = inspect.getclosurevars(runs).nonlocals["experts_interface"]
     entry = registry.get(name)
-    return None if entry in (ornith_experts, ornith_fp8_experts) else f"{_name(entry)}, registered as {name!r},"
+    return None if entry in _FUNCTIONS.values() else f"{_name(entry)}, registered as {name!r},"
 
 
 def _is_foreign(runs, owner):
@@ -346,27 +359,32 @@ def _scales(module):
     return module.gate_up_proj_scale_inv.detach(), module.down_proj_scale_inv.detach()
 
 
-def _in_whole_blocks(module):
-    return all(
-        tuple(getattr(module, f"{name}_scale_inv").shape[1:])
-        == tuple(-(-size // _BLOCK) for size in getattr(module, name).shape[1:])
-        for name in _projections(module)
-    )
+def _reach(module: torch.nn.Module) -> Cast | None:
+    """Over what a scale of both stored weights reaches: BLOCK, ROW, or something else."""
+    for rows, columns in (BLOCK, ROW):
+        fits = (
+            tuple(getattr(module, f"{name}_scale_inv").shape[1:]) == (-(-n // rows), -(-k // (columns or k)))
+            for name in _projections(module)
+            for n, k in (getattr(module, name).shape[1:],)
+        )
+        if all(fits):
+            return rows, columns
+    return None
 
 
-def _wanted(weight):
+def _trained(weight: torch.Tensor) -> torch.Tensor:
     """The weight, or without its gradient where that would be an FP8 number: transformers sets requires_grad on it."""
-    return weight if _wants_gradient(weight) else weight.detach()
+    return weight if _is_trained(weight) else weight.detach()
 
 
-def _wants_gradient(weight):
+def _is_trained(weight: torch.Tensor) -> bool:
     return weight.requires_grad and getattr(weight, "grad_dtype", weight.dtype) != weight.dtype
 
 
 def _stored(module, name):
     """(weight [E, N, K], scale [E, ., .], block): block is the (rows, columns) of the weight that share a scale."""
     weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv").detach()
-    if _wants_gradient(weight):
+    if _is_trained(weight):
         raise ValueError(f"{name}: the gradient of a stored FP8 weight needs fused experts; use master_weights")
     block = []
     declared_block = module.block_size or (None, None)
@@ -376,13 +394,16 @@ def _stored(module, name):
     return weight.detach(), scale, tuple(block)
 
 
-def _loop_over_experts(module, hidden_states, top_k_index, top_k_weights, quantize_rows):
+def _loop_over_experts(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    activations: Cast | None,
+) -> torch.Tensor:  # fmt: skip
     """y[t] = sum over k, in order, of weights[t, k] * expert(x[t]) with FP8 weights and the module's own activation."""
     up_name, down_name = _projections(module)
     up, down = _stored(module, up_name), _stored(module, down_name)
 
     def linear(rows, expert, weight, scale, block):
-        return _FrozenFP8Linear.apply(rows, weight[expert], scale[expert], block, quantize_rows)
+        return _FrozenFP8Linear.apply(rows, weight[expert], scale[expert], block, activations)
 
     (tokens, top_k), experts = top_k_index.shape, module.down_proj.shape[0]
     ids = top_k_index.reshape(-1)
@@ -410,10 +431,10 @@ class _FrozenFP8Linear(torch.autograd.Function):
     """x @ dequantize(q, scale)^T; keeps q, not the dequantized weight, for the gradient of x."""
 
     @staticmethod
-    def forward(x, q, scale, block, quantize_rows):
-        if quantize_rows:
+    def forward(x, q, scale, block, activations):
+        if activations:
             ue8m0 = scale.dtype == torch.float8_e8m0fnu
-            x = roundtrip_fp8_tokens(x, scale="ue8m0" if ue8m0 else "fp32")
+            x = roundtrip_fp8_tokens(x, group=activations[1], scale="ue8m0" if ue8m0 else "fp32")
         return x @ dequantize_fp8(q, scale, block=block, dtype=x.dtype).T
 
     @staticmethod
@@ -433,6 +454,7 @@ class _FrozenFP8Linear(torch.autograd.Function):
         return dx @ dequantize_fp8(q, scale, block=ctx.block, dtype=dx.dtype).T
 
 
+_FUNCTIONS = {word: experts_function(word) for word in WORDS}
 for _registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
-    _registry.register("ornith", ornith_experts)
-    _registry.register("ornith_fp8", ornith_fp8_experts)
+    for _word, _function in _FUNCTIONS.items():
+        _registry.register(_word, _function)

@@ -7,6 +7,7 @@ test_hf_fp8, expert parallelism and FSDP2 over processes in test_parallel. Not c
 
 import copy
 import doctest
+import itertools
 import logging
 
 import hf_models
@@ -22,6 +23,8 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExper
 
 import ornith_moe as om
 import ornith_moe.hf
+from ornith_moe.backend.reference import moe_mlp_reference
+from ornith_moe.quant.recipes import RECIPES
 
 
 @pytest.fixture
@@ -118,9 +121,33 @@ class TestSelection:
         with torch.no_grad():
             assert relative_rms(clone(input_ids=IDS).logits, model(input_ids=IDS).logits) == 0
 
-    def test_both_names_are_in_both_registries(self):
-        for registry in (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
-            assert "ornith" in registry and "ornith_fp8" in registry
+    def test_a_word_for_each_recipe_is_in_both_registries(self):
+        assert [*ornith_moe.hf.WORDS] == ["ornith", "ornith_fp8", "ornith_fp8_full", "ornith_fp8_channel"]
+        assert [recipe.name for recipe in ornith_moe.hf.WORDS.values()] == [*RECIPES]
+        for registry, word in itertools.product(
+            (ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS), ornith_moe.hf.WORDS
+        ):
+            assert registry[word].__name__ == f"{word}_experts"
+
+    @pytest.mark.parametrize("word", ornith_moe.hf.WORDS)
+    def test_every_word_trains_by_its_recipe(self, word):
+        """Loss and all gradients of a model, against the same model around the reference of the recipe."""
+        model = hf_models.model("qwen3_moe", word, hidden_size=128, moe_intermediate_size=128)
+        recipe = ornith_moe.hf.WORDS[word].name
+        assert set(ornith_moe.hf.explain(model).values()) == {f"fused: plain SwiGLU, recipe {recipe}, cpu backend"}
+        loss, gradients = loss_and_gradients(model)
+
+        def reference(self, x, indices, weights):
+            return moe_mlp_reference(x, indices, weights, self.gate_up_proj, self.down_proj, recipe=recipe)
+
+        try:
+            ALL_EXPERTS_FUNCTIONS.register("reference", reference)
+            expected_loss, expected = loss_and_gradients(model, "reference")
+        finally:
+            ALL_EXPERTS_FUNCTIONS._global_mapping.pop("reference")
+        assert abs(loss - expected_loss) < 1e-5 * expected_loss
+        error, worst = hf_models.gradient_error(gradients, expected)
+        assert error < (1e-4 if recipe == "bf16" else 2e-2), worst  # a cast may round one value the other way
 
 
 def experts_module(implementation="ornith", **changes):
@@ -371,7 +398,9 @@ class TestReasons:
     def test_of_something_else(self):
         with pytest.raises(TypeError, match="expected an experts module of transformers, got Linear"):
             ornith_moe.hf.why(torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="expected one of ornith, ornith_fp8, got 'eager'"):
+        with pytest.raises(
+            ValueError, match="expected one of ornith, ornith_fp8, ornith_fp8_full, ornith_fp8_channel, got 'eager'"
+        ):
             ornith_moe.hf.why(experts_module("eager"))
 
 

@@ -1,4 +1,4 @@
-"""Experts stored in FP8 (transformers' FP8Experts) under `ornith` and `ornith_fp8`.
+"""Experts stored in FP8 (transformers' FP8Experts) under `ornith`, `ornith_fp8` and the other words.
 
 References: `ornith_moe.backend.reference` on the same q and scale, and plain torch on weights dequantized beforehand.
 transformers itself computes FP8 experts on GPUs only, so its result is no reference here; modules are its own class,
@@ -6,19 +6,24 @@ and the model of the training test is made by its own replacement of experts. No
 which transformers does on GPUs only.
 """
 
+import fixtures
 import hf_models
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import assert_close, assert_same_bits, relative_rms
-from transformers import FineGrainedFP8Config
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts, replace_with_fp8_linear
 from transformers.integrations.moe import use_experts_implementation
 
 import ornith_moe as om
 import ornith_moe.hf
 from ornith_moe.backend.reference import moe_mlp_reference
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block
+from ornith_moe.quant.recipes import ROW
+from ornith_moe.quant.source.hub import open_any
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 
@@ -210,6 +215,79 @@ class TestAsServed:
             module(*inputs())
 
 
+ROWS = {"block_size": (1, 256)}  # wide enough for a scale per row of both weights
+
+
+class TestEveryWord:
+    @pytest.mark.parametrize("scale", ["fp32", "bf16"])
+    @pytest.mark.parametrize("word", ornith_moe.hf.WORDS)
+    def test_computes_its_recipe_on_what_is_stored(self, word, scale):
+        """Forward and gradients, those of the stored weights among them, against the reference of the recipe."""
+        recipe = ornith_moe.hf.WORDS[word]
+        module, dense = fp8_module(word, scale=scale, **(ROWS if recipe.weights == ROW else {}))
+        numbers = f"recipe {recipe.name}" if recipe.is_fp8 else "weight-only"
+        assert ornith_moe.hf.why(module) == f"fused: plain SwiGLU, stored FP8, {numbers}, cpu backend"
+        ornith_moe.hf.weight_gradients(module)
+        operands = inputs()
+        mine = run(module, *operands)
+        stored = [(q.requires_grad_(), s) for q, s in pairs(module)]
+        for q, _ in stored:
+            q.grad_dtype = torch.float32
+        options = {"recipe": recipe.name, "backend": "reference"}
+        assert_all_close(mine, run(lambda x, i, w: om.moe_mlp(x, i, w, *stored, **options), *operands), 1e-3)
+        for name, (q, _) in zip(WEIGHTS, stored, strict=True):
+            assert_close(name, getattr(module, name).grad, q.grad, 1e-3)
+        weight_only = run(lambda x, i, w: moe_mlp_reference(x, i, w, *dense), *operands)[0]
+        assert (relative_rms(mine[0], weight_only) > 1e-3) == recipe.is_fp8
+
+    def test_rows_under_the_words_of_blocks_and_blocks_under_that_of_rows(self):
+        rows, dense = fp8_module(**ROWS)
+        blocks, _ = fp8_module()
+        assert ornith_moe.hf.why(rows, "ornith") == "fused: plain SwiGLU, stored FP8, weight-only, cpu backend"
+        operands = inputs()
+        expected = run(lambda x, i, w: moe_mlp_reference(x, i, w, *dense), *operands)
+        assert_all_close(run(rows, *operands), expected, 1e-5)
+        for word in ("ornith_fp8", "ornith_fp8_full"):
+            expected = "refused: scales per (1, 256), not per 128 x 128; choose 'ornith'"
+            assert ornith_moe.hf.why(rows, word) == expected
+        expected = "refused: scales per (128, 128), not per row; choose 'ornith' for weight-only"
+        assert ornith_moe.hf.why(blocks, "ornith_fp8_channel") == expected
+        ue8m0, _ = fp8_module("ornith_fp8_channel", scale="ue8m0", **ROWS)
+        with pytest.raises(ValueError, match="cannot compute UE8M0 scales per row; choose 'ornith' for weight-only"):
+            ue8m0(*inputs())
+
+    def test_the_loop_casts_whole_rows_and_no_gradient(self):
+        module, (w13, w2) = fp8_module("ornith_fp8_channel", hidden_act="gelu", **ROWS)
+        assert ornith_moe.hf.why(module) == "loop: the activation GELUActivation"
+
+        def seen(rows):
+            scale = rows.abs().amax(-1, keepdim=True) / 448
+            return rows + ((rows / scale).to(torch.float8_e4m3fn).to(rows.dtype) * scale - rows).detach()
+
+        def recipe(x, indices, weights):
+            y = torch.zeros_like(x)
+            for expert in range(7):
+                token, slot = (indices == expert).nonzero(as_tuple=True)
+                rows = seen(module._apply_gate(seen(x[token]) @ w13[expert].T)) @ w2[expert].T
+                y = y.index_add(0, token, rows * weights[token, slot].unsqueeze(-1))
+            return y
+
+        operands = inputs()
+        assert_all_close(run(module, *operands), run(recipe, *operands), 1e-5)
+        reason = "refused: the activation GELUActivation; choose 'ornith' for weight-only"
+        blocks, _ = fp8_module(hidden_act="gelu")
+        assert ornith_moe.hf.why(blocks, "ornith_fp8_full") == reason
+
+    def test_masters_of_rows_give_back_the_stored_numbers(self):
+        module, _ = fp8_module("ornith_fp8_channel", scale="bf16", **ROWS)
+        stored = pairs(module)
+        for master, (q, s) in zip(ornith_moe.hf.master_weights(module), stored, strict=True):
+            again, s_again = om.quantize_fp8_channel(master.detach())
+            assert_same_bits("q", again.view(torch.uint8), q.view(torch.uint8))
+            assert ((s_again.float() / s.float() - 1).abs() <= 2**-7).all()
+        assert ornith_moe.hf.why(module) == "fused: plain SwiGLU, recipe fp8_channel, cpu backend"
+
+
 @pytest.mark.parametrize("implementation", ["ornith", "ornith_fp8"])
 def test_fp4_is_refused(implementation):
     module, _ = fp8_module(implementation)
@@ -304,3 +382,27 @@ class TestMasterWeights:
             losses.append(loss.item())
         assert losses[0] == pytest.approx(served.item(), rel=1e-2)
         assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_build_of_compressed_tensors_trains_under_the_word_of_its_numbers(tmp_path):
+    """transformers gives plain weights; the recipe makes of them the codes that the build stores."""
+    source = fixtures.qwen35moe(tmp_path / "tiny", experts=4, top_k=2)
+    convert(open_any(str(source)), tmp_path / "out", ["fp8-channel"], jobs=1)
+    (build,) = (tmp_path / "out").iterdir()
+    model = AutoModelForCausalLM.from_pretrained(build, experts_implementation="ornith_fp8_channel")
+    explained = ornith_moe.hf.explain(model)
+    assert set(explained.values()) == {"fused: plain SwiGLU, recipe fp8_channel, cpu backend"}
+    experts = model.get_submodule("model.layers.2.mlp.experts")
+    stored = {}
+    for shard in build.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            stored |= {name: file.get_tensor(name) for name in file.keys() if ".layers.2.mlp.experts." in name}
+    prefix = next(iter(stored)).partition(".experts.")[0]
+    names = [(f"{prefix}.experts.{e}.gate_proj", f"{prefix}.experts.{e}.up_proj") for e in range(4)]
+    codes = torch.stack([torch.cat([stored[f"{name}.weight"] for name in pair]) for pair in names])
+    again, scale = om.quantize_fp8_channel(experts.gate_up_proj.detach())
+    assert_same_bits("q", again.view(torch.uint8), codes.view(torch.uint8))
+    scales = torch.stack([torch.cat([stored[f"{name}.weight_scale"] for name in pair]) for pair in names])
+    assert ((scale.float() / scales.float() - 1).abs() <= 2**-7).all()
+    model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None]).loss.backward()
+    assert experts.gate_up_proj.grad.isfinite().all() and experts.gate_up_proj.grad.any()
