@@ -35,16 +35,8 @@ from nano import Settings, _is_heldout, _read_library, heldout_tokens, make_nano
 from rich.console import Console
 from rich.table import Table
 
-from ornith_moe.compare import (
-    LlamaCpp,
-    default_positions,
-    held_out_windows,
-    kl_divergence,
-    log_probs,
-    open_client,
-    perplexity,
-    top1_agreement,
-)
+from ornith_moe.clients import LlamaCpp, open_client
+from ornith_moe.compare import default_positions, held_out_windows, kl_divergence, log_probs, perplexity, top1_agreement
 from ornith_moe.quant.conversion.convert import PARTIAL
 from ornith_moe.quant.errors import OrnithError
 from ornith_moe.quant.source.weights import open_source

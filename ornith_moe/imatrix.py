@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ornith_moe.compare import _one_line, _quiet_transformers, _require, encode, failures_told, read_text
+from ornith_moe.clients import encode, failures_told, one_line, quiet_transformers, require
+from ornith_moe.compare import read_text
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
 from ornith_moe.quant.conversion.stream import Unit, read_unit
@@ -87,7 +88,7 @@ def make_imatrix(
     Numerics: fp32 layers, fp64 sums; equal up to summation order to what hooks in the whole model see.
     """
     output, began = Path(output), time.monotonic()
-    _require("transformers", "hf")
+    require("transformers", "hf")
     checkpoint = source.checkpoint
     if checkpoint is None:
         raise PlanError(f"{source.name}: is a config without weights; an importance matrix needs the checkpoint folder")
@@ -96,7 +97,7 @@ def make_imatrix(
     if not output.absolute().parent.is_dir():
         raise PlanError(f"{output}: expected its folder to exist")
     ids = _chunks(source, checkpoint.folder, Path(text), chunks, ctx)
-    with _quiet_transformers(), torch.inference_mode():
+    with quiet_transformers(), torch.inference_mode():
         refuse_stray_links(checkpoint.folder)
         model = _Model(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
         entries = [(name, matrices, columns) for members in model.entries for name, matrices, columns in members]
@@ -166,7 +167,7 @@ class _Model:
                     config.get_text_config(decoder=True), dtype=torch.float32, trust_remote_code=False
                 )
         except Exception as error:  # whatever its reader of configs raises
-            raise CheckpointError(f"{source.folder}: transformers refuses it: {_one_line(error)}") from None
+            raise CheckpointError(f"{source.folder}: transformers refuses it: {one_line(error)}") from None
         self.text = whole.get_decoder()
         self.text.rotary_emb = type(self.text.rotary_emb)(self.text.config)  # its frequencies are computed, not stored
         self.layers = list(self.text.layers)

@@ -14,17 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ornith_moe.clients import LlamaCpp, Transformers, encode, open_client
 from ornith_moe.compare import (
     Comparison,
-    LlamaCpp,
-    Transformers,
     compare,
     default_positions,
-    encode,
     held_out_windows,
     kl_divergence,
     log_probs,
-    open_client,
     perplexity,
     read_text,
     top1_agreement,

@@ -18,7 +18,7 @@ from test_cli import ornith_moe
 from transformers import AutoModelForCausalLM
 
 from ornith_moe import imatrix as module
-from ornith_moe.compare import encode
+from ornith_moe.clients import encode
 from ornith_moe.imatrix import make_imatrix
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError

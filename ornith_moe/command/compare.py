@@ -25,8 +25,9 @@ def compare(
     """KL divergence, top-1 agreement and perplexity of B against A, each run by its own client."""
     from dataclasses import asdict
 
+    from ornith_moe.clients import encode, open_client
     from ornith_moe.compare import compare as run
-    from ornith_moe.compare import encode, held_out_windows, open_client, read_text
+    from ornith_moe.compare import held_out_windows, read_text
 
     folder = next((path for path in (a, b) if Path(path).is_dir()), None)
     if folder is None:

@@ -28,7 +28,7 @@ ALLOWED = {  # (file, call): why it need not go through files.py
     ("ornith_moe/command/terminal.py", "os.open"): "/dev/null",
     ("ornith_moe/imatrix.py", "np.memmap"): "of an open file",
     ("ornith_moe/imatrix.py", "AutoConfig.from_pretrained"): "a foreign client; links of the folder are checked before",
-    ("ornith_moe/compare.py", "AutoModelForCausalLM.from_pretrained"): "a foreign client, likewise",
+    ("ornith_moe/clients.py", "AutoModelForCausalLM.from_pretrained"): "a foreign client, likewise",
 }
 
 

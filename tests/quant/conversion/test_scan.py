@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
-from ornith_moe.compare import open_client
+from ornith_moe.clients import open_client
 from ornith_moe.quant.builds import gguf as gguf_build
 from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert

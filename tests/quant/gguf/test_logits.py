@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ornith_moe.compare import compare, log_probs, open_client
+from ornith_moe.clients import open_client
+from ornith_moe.compare import compare, log_probs
 from ornith_moe.imatrix import make_imatrix
 from ornith_moe.quant.codecs.gguf import ENCODERS
 from ornith_moe.quant.conversion.convert import convert
