@@ -156,10 +156,6 @@ def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x
         raise TypeError(f"{name}: expected q of a pair in float8_e4m3fn, got {weight.dtype}")
     if scale.dtype not in _SCALE_DTYPES:
         raise TypeError(f"{name}: expected its scale in float32, bfloat16 or float8_e8m0fnu, got {scale.dtype}")
-    if recipe.weights == ROW and scale.dtype == torch.float8_e8m0fnu:
-        raise TypeError(
-            f"{name}: expected scales of rows in float32 or bfloat16, got {scale.dtype}; only blocks have it"
-        )
     if scale.device != weight.device:
         raise ValueError(f"{name}: expected its scale on the device of q ({weight.device}), got {scale.device}")
     experts, n, k = weight.shape
@@ -171,3 +167,5 @@ def _check_weight(name: str, weight: torch.Tensor, scale: torch.Tensor | None, x
             f"{name}: expected its scale in shape {expected} for recipe {recipe.name!r} and q of shape"
             f" {[experts, n, k]}, got {list(scale.shape)}"
         )
+    if recipe.weights == ROW and scale.dtype == torch.float8_e8m0fnu:
+        raise TypeError(f"{name}: expected its scale of rows in float32 or bfloat16, got {scale.dtype}")
