@@ -23,6 +23,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +48,7 @@ def open_file(
     limit: int | None = None,
     named: bool = False,
     error: type[OrnithError] = CheckpointError,
-) -> BinaryIO:
+) -> BufferedReader:
     """The regular file `path`, opened for reading.
 
     Args:

@@ -56,7 +56,6 @@ class Build(ABC):
 
     name: str
     storages: tuple[type[Storage], ...]  # that its weights may have, the more particular first
-    is_written = True  # False: this version plans it and lacks an encoder
 
     def plan(self, source: Source, options: Options) -> BuildPlan:
         """Tensors, storages and names of this build of `source`, from headers alone; see `plan_build`."""
@@ -105,6 +104,11 @@ class Build(ABC):
     @abstractmethod
     def recognize(self, found: StoredBuild) -> bool:
         """Whether what lies there is this build, by its own description."""
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this version has the encoders; it plans the build all the same."""
+        return True
 
     def side_files(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, bytes]:
         """{name: bytes} of what lies beside its tensors."""

@@ -158,7 +158,7 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
     for index, weight in enumerate(source.weights):
         for place in places[index]:
             storage = storages[types[place.name]]
-            if place.name in covered:
+            if imatrix and place.name in covered:
                 row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
                 storage = Gguf(storage.name, row)
             parts = storage.parts(weight.shape, source.dtype(index))

@@ -45,4 +45,4 @@ def max_tensor_parallel(source: Source, in_blocks: Collection[int] = ()) -> int:
 def whole_blocks(source: Source, weight: Weight) -> bool:
     """Whether a matrix, and each part an engine takes of it, is whole 128 x 128 blocks."""
     cut = source.architecture.cut(weight)
-    return not any(n % FP8_BLOCK for n in (*weight.shape, *(cut.per_rank(1) if cut else ())))
+    return not any(n % FP8_BLOCK for n in (*weight.shape, *((cut.per_rank(1) or ()) if cut else ())))

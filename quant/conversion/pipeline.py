@@ -96,10 +96,10 @@ def reserved(placed: Sequence[PlacedBuild], *, fresh: bool) -> Iterator[list[int
                         os.posix_fallocate(descriptor, 0, file.size)  # a full disk fails here, not hours later
                     os.ftruncate(descriptor, file.size)
                 os.pwrite(descriptor, file.header, 0)
-            for tensor, (file, offset) in zip(build.plan.tensors, build.layout.places, strict=True):
+            for tensor, (number, offset) in zip(build.plan.tensors, build.layout.places, strict=True):
                 if tensor.constant:
                     payload = np.array(tensor.constant, "<f4").tobytes()
-                    os.pwrite(descriptors[build.first_file + file], payload, offset)
+                    os.pwrite(descriptors[build.first_file + number], payload, offset)
         yield descriptors
     finally:
         for descriptor in descriptors:
@@ -302,7 +302,7 @@ class Pass:
             payload = np.ascontiguousarray(encoded[run.part][run.rows])
             file, offset = build.layout.places[step.tensors[run.part]]
             file, offset = build.first_file + file, offset + run.target * part.row_bytes
-            view = memoryview(payload).cast("B")
+            view = payload.data.cast("B")
             assert len(view) == run.count * part.row_bytes
             _write_all(self.files[file], view, offset)
             extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))

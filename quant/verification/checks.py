@@ -19,8 +19,8 @@ def check_manifest(stored: StoredBuild, manifest: dict[str, Any], result: Verifi
     """Every file has the size and sha256 of the manifest, and no file is beside it."""
     path = stored.path
     files = manifest.get("files")
-    listed = isinstance(files, dict) and all(_is_file_entry(*item) for item in files.items())
-    if not listed or not isinstance(manifest.get("build"), str):
+    sound = isinstance(files, dict) and all(_is_file_entry(*item) for item in files.items())
+    if not isinstance(files, dict) or not sound or not isinstance(manifest.get("build"), str):
         result.problem(f"{path.name}: the manifest does not name a build with bytes and sha256 of its files")
         return
     held = [p.name for p in path.iterdir() if p.suffix == ".safetensors"] if stored.is_folder else [path.name]

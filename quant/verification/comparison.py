@@ -42,8 +42,8 @@ def compare(stored: StoredBuild, source: Source, result: Verification, progress:
     errors = [Error() for _ in plan.steps]
     with ThreadPoolExecutor() as pool:
         measured = pool.map(lambda one: _unit_error(source, plan, plan.steps[one[1]], one[0], found), work)
-        for done, ((_, number), error) in enumerate(zip(work, measured, strict=True), 1):
-            errors[number].add(error)
+        for done, ((_, number), found_error) in enumerate(zip(work, measured, strict=True), 1):
+            errors[number].add(found_error)
             progress("compare", done, len(work))
     _judge(source, plan, errors, result)
 

@@ -62,7 +62,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def _config_summary(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    section = config.get("text_config")
+    text: dict[str, Any] = section if isinstance(section, dict) else config
     summary = {key: text[key] for key in CONFIG_KEYS if key in text}
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):

@@ -68,6 +68,7 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
         small = _small(step, slab)
         if small is not None:
             scales, judged = step.storage.scales, small == 0
+            assert scales is not None  # or no block would be below their range
             within = judged | (np.abs(difference) <= 2 * small + scales.reach * scales.step)
             total.judged_signal = float(signal[judged].sum())
             total.judged_noise = float(noise[judged].sum()) if within.all() else math.inf

@@ -24,7 +24,7 @@ FLOOR_DB |= dict.fromkeys(("Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS"), 10.0) | dict.fro
 FLOOR_DB |= {"IQ3_S": 6.0, "IQ3_XXS": 6.0, "IQ2_S": 3.0, "IQ2_XS": 3.0, "IQ2_XXS": 3.0}
 LEAST_FLOOR_DB = 4.0  # Q2_K and below
 HALF, E8M0, UE4M3 = 2.0**-24, 2.0**-128, 2.0**-10
-SCALES = {  # type: (step, reach)
+SCALES = {  # (step, reach) of each type
     "F16": (HALF, 6), "Q8_0": (HALF, 127), "Q4_0": (HALF, 8), "Q4_1": (HALF, 16), "Q5_0": (HALF, 16),
     "Q5_1": (HALF, 32), "Q2_K": (HALF, 15 * 3), "Q3_K": (HALF, 32 * 4), "Q4_K": (HALF, 63 * 15),
     "Q5_K": (HALF, 63 * 31), "Q6_K": (HALF, 128 * 32), "IQ4_NL": (HALF, 127), "IQ4_XS": (HALF, 32 * 127),
