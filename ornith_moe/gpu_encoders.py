@@ -24,12 +24,13 @@ import numpy as np
 from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
 from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.storages.storage import Storage
-from ornith_moe.quant.conversion.pipeline import Encoders
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.source.slab import Slab
 
 if TYPE_CHECKING:  # a conversion on the CPU needs no torch, whose import takes longer than a small one
     import torch
+
+    from ornith_moe.quant.conversion.pipeline import Encoders  # nor does `doctor` need a conversion
 
 
 def choose_device(request: str = "auto") -> tuple[str, str]:
