@@ -42,7 +42,7 @@ from ornith_moe.quant.gguf.imatrix import Coverage, write_imatrix
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD
 from ornith_moe.quant.source.architectures.weight import GgufPlace
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 BATCH_TOKENS = 2048  # run at once
 SLAB_ROWS = 4096  # of the embedding, read at once
@@ -89,16 +89,14 @@ def make_imatrix(
     """
     output, began = Path(output), time.monotonic()
     require("transformers", "hf")
-    checkpoint = source.checkpoint
-    if checkpoint is None:
-        raise PlanError(f"{source.name}: is a config without weights; an importance matrix needs the checkpoint folder")
+    source.require("an importance matrix")
     if os.path.lexists(output):
         raise PlanError(f"{output}: exists already; move it away or name another with --output")
     if not output.absolute().parent.is_dir():
         raise PlanError(f"{output}: expected its folder to exist")
-    ids = _chunks(source, checkpoint.folder, Path(text), chunks, ctx)
+    ids = _chunks(source, Path(text), chunks, ctx)
     with quiet_transformers(), torch.inference_mode():
-        refuse_stray_links(checkpoint.folder)
+        refuse_stray_links(source.folder)
         model = _Model(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
         entries = [(name, matrices, columns) for members in model.entries for name, matrices, columns in members]
         with published(output) as file:
@@ -122,8 +120,9 @@ def make_imatrix(
     )
 
 
-def _chunks(source: Source, folder: Path, text: Path, chunks: int | None, ctx: int) -> np.ndarray:
+def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndarray:
     """int64 [chunks, ctx]."""
+    folder = source.folder
     ids = encode(folder, read_text(text))
     whole = len(ids) // ctx
     if not whole:

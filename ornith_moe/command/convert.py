@@ -37,7 +37,7 @@ from ornith_moe.quant.fallbacks import by_kind
 
 if TYPE_CHECKING:
     from ornith_moe.quant.conversion.convert import ConversionReport
-    from ornith_moe.quant.source.weights import Source
+    from ornith_moe.quant.source.source import Source
 
 
 def convert(

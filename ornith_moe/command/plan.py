@@ -29,7 +29,7 @@ from ornith_moe.quant.fallbacks import by_kind
 
 if TYPE_CHECKING:
     from ornith_moe.quant.builds.plan import BuildPlan
-    from ornith_moe.quant.source.weights import Source
+    from ornith_moe.quant.source.source import Source
 
 
 def plan(

@@ -10,7 +10,7 @@ from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.plain import ToBF16
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 class BF16(SafetensorsBuild):

@@ -24,7 +24,7 @@ from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.gguf.tensor_types import Recipe
 from ornith_moe.quant.names import did_you_mean, plain_name
 from ornith_moe.quant.source.accounts import LeftOut
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 T = TypeVar("T")
 

@@ -19,18 +19,9 @@ from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import json_bytes
-from ornith_moe.quant.source.architectures.weight import Weight
-from ornith_moe.quant.source.weights import DROPPED_MTP, Source
+from ornith_moe.quant.source.source import Source
+from ornith_moe.quant.source.weights import DROPPED_MTP
 
-FUSED = {  # linear layers that engines concatenate at load -> the name of their group
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-    "in_proj_qkv": "qkvz",
-    "in_proj_z": "qkvz",
-}
 SKIP_LISTS = ("ignore", "modules_to_not_convert")  # keys of a quantization_config that name unquantized modules
 
 
@@ -67,7 +58,7 @@ class SafetensorsBuild(Build):
         sides = copied_files(source)
         config = self.config(json.loads(json.dumps(source.config)), plan)
         if any(entry.reason == DROPPED_MTP for entry in source.left_out):
-            config.get("text_config", config)["mtp_num_hidden_layers"] = 0  # do not announce it
+            config.get("text_config", config)[source.architecture.MTP_LAYERS_KEY] = 0  # do not announce it
         sides["config.json"] = json_bytes(config)
         index = safetensors_index(plan, layout)
         if index:
@@ -107,20 +98,7 @@ def add_step(plan: BuildPlan, source: Source, index: int, storage: Storage) -> N
     """Plan weight `index` in `storage`, its parts being tensors of their own, named after the weight."""
     weight = source.weights[index]
     parts = storage.parts(weight.shape, source.dtype(index))
-    first, group = len(plan.tensors), fused_group(weight) if storage.needs else ""
+    first, group = len(plan.tensors), source.architecture.fused_group(weight) if storage.needs else ""
     for part in parts:
         plan.tensors.append(OutputTensor(weight.name + part.suffix, part.dtype, part.shape, part.nbytes))
     plan.steps.append(Step(index, storage, parts, tuple(range(first, len(plan.tensors))), group=group))
-
-
-def module(weight: Weight) -> str:
-    """The module that a weight belongs to, as configs name it."""
-    return weight.name.removesuffix(".weight").removesuffix(".bias")
-
-
-def fused_group(weight: Weight) -> str:
-    """The fused group of a linear layer: all experts of a layer, or its own name when it is fused with nothing."""
-    parent, _, leaf = module(weight).rpartition(".")
-    if weight.expert is not None:
-        return parent.rpartition(".")[0]
-    return f"{parent}.{FUSED.get(leaf, leaf)}"

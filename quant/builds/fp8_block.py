@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ornith_moe.quant.builds.build import Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step, fused_group, module
+from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.fp8 import FP8Block
 from ornith_moe.quant.builds.storages.plain import Keep
@@ -11,7 +11,7 @@ from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel, whole_b
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.recipes import FP8_BLOCK
 from ornith_moe.quant.source.architectures.weight import Weight
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 class FP8BlockBuild(SafetensorsBuild):
@@ -24,23 +24,25 @@ class FP8BlockBuild(SafetensorsBuild):
         model, plan = source.architecture, BuildPlan(self)
 
         def wanted(weight: Weight) -> bool:
-            leaf = module(weight).rsplit(".", 1)[-1]
+            leaf = weight.owner.rsplit(".", 1)[-1]
             return weight.is_linear and weight.role != "vision" and leaf not in model.BLOCK_SKIP
 
         partial = {  # fused groups with a member that is not whole blocks
-            fused_group(weight) for weight in source.weights if wanted(weight) and not whole_blocks(source, weight)
+            model.fused_group(weight)
+            for weight in source.weights
+            if wanted(weight) and not whole_blocks(source, weight)
         }
-        groups = partial | {fused_group(source.weights[index]) for index in options.kept}
+        groups = partial | {model.fused_group(source.weights[index]) for index in options.kept}
         skipped: dict[str, None] = {}
         for index, weight in enumerate(source.weights):
-            quantize = wanted(weight) and fused_group(weight) not in groups
-            if wanted(weight) and fused_group(weight) in partial:
+            quantize = wanted(weight) and model.fused_group(weight) not in groups
+            if wanted(weight) and model.fused_group(weight) in partial:
                 shape = "x".join(map(str, weight.shape))
                 kind = f"{shape}, it or its fused group is not whole 128x128 blocks, kept"
                 plan.fallbacks.append(Fallback(weight.name, kind))
             if not quantize:
-                name = module(weight)
-                experts = [fused_group(weight)] if weight.expert is not None else []
+                name = weight.owner
+                experts = [model.fused_group(weight)] if weight.expert is not None else []
                 skipped |= dict.fromkeys([*experts, name, *model.block_skip_aliases(name)])
             add_step(plan, source, index, FP8Block() if quantize else Keep())
         blocks = {step.weight for step in plan.steps if len(step.parts) > 1}

@@ -6,12 +6,12 @@ import re
 from typing import Any
 
 from ornith_moe.quant.builds.build import Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step, fused_group, module
+from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.fp8 import FP8Channel
 from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 class FP8ChannelBuild(SafetensorsBuild):
@@ -22,18 +22,18 @@ class FP8ChannelBuild(SafetensorsBuild):
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         model = source.architecture
-        ignore = [*model.CHANNEL_IGNORE, *([model.CHANNEL_IGNORE_MTP] if source.has_mtp else [])]
+        ignore = [*model.CHANNEL_IGNORE, *(model.CHANNEL_IGNORE_MTP if source.has_mtp else ())]
         patterns = [re.compile(item[3:]) for item in ignore if item.startswith("re:")]
         names = {item for item in ignore if not item.startswith("re:")}
         plan = BuildPlan(self, max_tensor_parallel=max_tensor_parallel(source))
-        groups = {fused_group(source.weights[index]) for index in options.kept}
+        groups = {model.fused_group(source.weights[index]) for index in options.kept}
         skipped: dict[str, None] = {}
         for index, weight in enumerate(source.weights):
-            name = module(weight)
+            name = weight.owner
             quantize = weight.is_linear and name not in names and not any(p.match(name) for p in patterns)
-            if quantize and fused_group(weight) in groups:
+            if quantize and model.fused_group(weight) in groups:
                 quantize = False
-                skipped[name if weight.expert is None else rf"re:^{re.escape(fused_group(weight))}\..*"] = None
+                skipped[name if weight.expert is None else rf"re:^{re.escape(model.fused_group(weight))}\..*"] = None
             add_step(plan, source, index, FP8Channel() if quantize else Keep())
         plan.config = compressed_tensors_config([*ignore, *skipped])
         return plan

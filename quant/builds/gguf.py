@@ -28,8 +28,8 @@ from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
 from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
 from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.slab import matrix_shape
+from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.tokenizer_files import read_tokenizer
-from ornith_moe.quant.source.weights import Source
 
 VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
 TYPE_OPTIONS = {EMBEDDING: "--token-embedding-type", HEAD: "--output-tensor-type"}
@@ -95,8 +95,7 @@ class GgufBuild(Build):
         return type(number) is int and number == self.kind.id
 
     def left_out(self, source: Source) -> list[LeftOut]:
-        parts = zip(source.weights, source.rows, strict=True)
-        tower = [info.name for weight, (info, _) in parts if weight.role == "vision"]
+        tower = [source.tensor_of(index) for index, weight in enumerate(source.weights) if weight.role == "vision"]
         return [LeftOut(VISION, tuple(tower))] if tower else []
 
     def instead(self, source: Source) -> str:
@@ -261,9 +260,10 @@ def _check_encoders(plan: BuildPlan) -> None:
 
 def _tokenizer(source: Source, pre: str | None) -> tuple[list[Entry], tuple[str, ...]]:
     """Keys of the tokenizer, the same for every GGUF, and what is to be said of it."""
-    rows = source.architecture.vocabulary
-    files = read_tokenizer(source.folder, rows)
-    return tokenizer_entries(files, source.config, rows, pre=pre), files.notes
+    model = source.architecture
+    files = read_tokenizer(source.folder, model.vocabulary)
+    entries = tokenizer_entries(files, source.config, model.vocabulary, pre=pre, fallback=model.BYTE_FALLBACK)
+    return entries, files.notes
 
 
 def _pattern(names: list[str]) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
+from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
-from ornith_moe.quant.source.weights import Source
 
 if TYPE_CHECKING:
     from ornith_moe.quant.builds.build import Build

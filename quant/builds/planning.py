@@ -9,7 +9,7 @@ from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.gguf.tensor_types import Recipe
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 @budgeted

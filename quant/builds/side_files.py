@@ -7,7 +7,7 @@ from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import is_utf8, read_bytes
 from ornith_moe.quant.source.chat_templates import FOLDER as TEMPLATES
 from ornith_moe.quant.source.chat_templates import MAX_TEMPLATE_BYTES, named_templates
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 SIDE_FILES = (
     "*token*.json", "vocab.json", "merges.txt", "*.model", "generation_config.json", "chat_template.*",
@@ -25,9 +25,8 @@ def copied_files(source: Source) -> dict[str, bytes]:
             too large.
     """
     sides, copied = {}, Budget(MAX_SIDE_FILES_BYTES)
-    for path in sorted(source.folder.iterdir()):
-        wanted = any(path.match(pattern) for pattern in SIDE_FILES) and path.suffix.lower() not in WEIGHTS
-        if wanted and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
+    for path in source.files(SIDE_FILES):
+        if path.suffix.lower() not in WEIGHTS and path.is_file() and path.stat().st_size <= MAX_SIDE_FILE_BYTES:
             if not is_utf8(path.name):
                 raise CheckpointError(f"{path}: its name is not UTF-8, which no manifest can hold; rename it")
             copied.take(path.stat().st_size, f"{path}: one of the side files that a build copies")

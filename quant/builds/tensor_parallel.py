@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 from ornith_moe.quant.recipes import FP8_BLOCK
 from ornith_moe.quant.source.architectures.weight import Cut, Weight
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 MOST_RANKS = 1 << 12
 

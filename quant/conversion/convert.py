@@ -49,7 +49,7 @@ from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
 from ornith_moe.quant.gguf.tensor_types import Recipe
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 PARTIAL = ".ornith-partial"
 NON_FINITE = ("error", "keep-bf16")
@@ -126,8 +126,7 @@ def convert(  # every option of the command line, by name: users need no object 
     Numerics: a weight's bytes depend on nothing but the weight and the build.
     """
     out, names = Path(out), [find_build(build).name for build in builds]
-    if source.checkpoint is None:
-        raise PlanError(f"{source.name}: is a config without weights; a conversion needs the checkpoint folder")
+    source.require("a conversion")
     if len(set(names)) != len(names) or not names:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
     if non_finite not in NON_FINITE:
@@ -201,7 +200,7 @@ class Conversion:
         with journal or Journal(self.staging) as journal:
             if head is None:
                 digests = {name: self.digests[name] for name in todo}
-                head = Head(self.source.checkpoint.fingerprint, digests, self.workers.slab_bytes)
+                head = Head(self.source.fingerprint, digests, self.workers.slab_bytes)
                 journal.begin(head)
             self.resumed_units = len(journal.extents)
             if not journal.checked:
@@ -221,7 +220,7 @@ class Conversion:
             run.write()
             sha256 = run.check()
             self.bytes_read = run.bytes_read
-        if self.source.checkpoint.changed():
+        if self.source.changed():
             raise ConversionError(
                 f"{self.source.folder}: changed while it was converted; run the command again with --restart"
             )

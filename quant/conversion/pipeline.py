@@ -36,7 +36,7 @@ from ornith_moe.quant.files import open_output, own_folder
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.slab import Slab
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
 # phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time

@@ -13,7 +13,7 @@ from ornith_moe.quant.conversion.pipeline import PlacedBuild
 from ornith_moe.quant.conversion.stream import SLAB_ROWS
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build

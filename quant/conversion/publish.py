@@ -17,7 +17,7 @@ from ornith_moe.quant.builds.stored import MANIFEST
 from ornith_moe.quant.conversion.pipeline import PlacedBuild
 from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import json_bytes, own_folder, read_json, sync_folder, write_file
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 def finish(source: Source, placed: PlacedBuild, sha256: Sequence[str], more: Mapping[str, Any]) -> None:

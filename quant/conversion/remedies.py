@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.conversion.journal import Failure
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 
 
 def why_failed(source: Source, plans: Sequence[BuildPlan], failures: Iterable[Failure]) -> dict[str, str]:

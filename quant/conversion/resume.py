@@ -25,7 +25,7 @@ from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 ENCODING = 2  # raised when a storage gives other bytes, so that two versions never share a conversion
 SAMPLED_WEIGHTS, SAMPLE_BYTES = 4096, 4096
@@ -36,11 +36,10 @@ def sample(source: Source) -> str:
     digest = xxhash.xxh3_128(json.dumps(source.config, sort_keys=True).encode())
     step = -(-len(source.weights) // SAMPLED_WEIGHTS)
     for index in range(0, len(source.weights), step):
-        tensor, first = source.rows[index]
-        rows, columns = weight_matrix(source.weights[index])
-        wanted = max(SAMPLE_BYTES // max(columns * ITEM_BYTES[tensor.dtype], 1), 1)
-        digest.update(f"{source.weights[index].name}\0{tensor.dtype}\0".encode())
-        digest.update(source.checkpoint.read_rows(tensor, first, min(wanted, rows)))
+        dtype, (rows, columns) = source.dtype(index), weight_matrix(source.weights[index])
+        wanted = max(SAMPLE_BYTES // max(columns * ITEM_BYTES[dtype], 1), 1)
+        digest.update(f"{source.weights[index].name}\0{dtype}\0".encode())
+        digest.update(source.read(index, 0, min(wanted, rows)).raw)
     return digest.hexdigest()
 
 
@@ -60,8 +59,7 @@ def is_finished(source: Source, build: PlacedBuild, digest: str) -> bool:
         return False
     try:
         made = read_json(manifest)
-        newest = max(path.stat().st_mtime_ns for path in (source.folder / "config.json", *source.checkpoint.files))
-        if made.get("made_from") != digest or newest > manifest.stat().st_mtime_ns:
+        if made.get("made_from") != digest or source.modified_ns() > manifest.stat().st_mtime_ns:
             return False
         return all((manifest.parent / name).stat().st_size == entry["bytes"] for name, entry in made["files"].items())
     except (OrnithError, OSError, AttributeError, KeyError, TypeError):
@@ -87,7 +85,7 @@ def goes_on(head: Head, source: Source, digests: Mapping[str, str], finished: se
     Raises:
         PlanError: it was begun for something else.
     """
-    if head.source != source.checkpoint.fingerprint:
+    if head.source != source.fingerprint:
         what = "from another source, or before this one was changed,"
     elif head.builds.keys() - digests.keys() or digests.keys() - head.builds.keys() - finished:
         what = f"for other builds ({', '.join(head.builds)})"

@@ -16,7 +16,7 @@ from ornith_moe.quant.conversion.pipeline import PlacedBuild, Workers, unit_byte
 from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.stream import Unit, read_unit, units
 from ornith_moe.quant.source.slab import Slab
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 R = TypeVar("R")
 

@@ -19,7 +19,7 @@ import numpy as np
 from ornith_moe.quant.builds.plan import Step
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.slab import Slab
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 SLAB_ROWS = 128  # the least group of rows that a unit is cut in
 
@@ -54,11 +54,8 @@ def units(source: Source, slab_bytes: int, group: int = SLAB_ROWS) -> list[Unit]
     Args:
         group: rows of a unit are a multiple of it, but for the last of a weight.
     """
-    order = range(len(source.weights))
-    if source.rows:
-        order = sorted(order, key=lambda i: (source.rows[i][0].path.name, source.rows[i][0].offset, source.rows[i][1]))
     work = []
-    for index in order:
+    for index in sorted(range(len(source.weights)), key=source.position):
         rows, columns = weight_matrix(source.weights[index])
         row_bytes = max(columns * ITEM_BYTES[source.dtype(index)], 1)
         slab = max(slab_bytes // row_bytes // group, 1) * group
@@ -67,8 +64,7 @@ def units(source: Source, slab_bytes: int, group: int = SLAB_ROWS) -> list[Unit]
 
 
 def read_unit(source: Source, unit: Unit) -> Slab:
-    tensor, first = source.rows[unit.weight]
-    return Slab(source.checkpoint.read_rows(tensor, first + unit.start, unit.rows), tensor.dtype)
+    return source.read(unit.weight, unit.start, unit.rows)
 
 
 def runs(step: Step, unit: Unit, weight_rows: int) -> Iterator[Run]:

@@ -29,14 +29,11 @@ import gguf
 from gguf import GGUFValueType as Type
 from gguf import Keys
 
-from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.gguf.header import Entry
 from ornith_moe.quant.source.architectures import architecture
-from ornith_moe.quant.source.architectures.weight import Settings, text_settings
 from ornith_moe.quant.source.tokenizer_files import read_optional
 
 QUANTIZATION_VERSION = 2  # of ggml's block formats
-MROPE_SECTIONS = (11, 11, 10)  # transformers' default for Qwen3.5: rotary pairs for time, height, width
 # generation_config.json key -> GGUF key and type
 _SAMPLING = (
     ("sequence", Keys.General.SAMPLING_SEQUENCE, Type.STRING),
@@ -88,16 +85,15 @@ def gguf_metadata(
         >>> [entry.value for entry in entries if entry.key == "general.architecture"]  # doctest: +SKIP
         ['qwen35moe']
     """
-    shape = architecture(config)
-    text = text_settings(config)
-    hyperparameters = _gemma4(shape, text) if shape.gguf_architecture == "gemma4" else _qwen35(shape, text, mtp_layers)
-    values = [*hyperparameters[0], (Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *hyperparameters[1]]
+    model = architecture(config)
+    before, after = model.gguf_keys(mtp_layers)
+    values = [*before, (Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *after]
     return [
-        Entry(Keys.General.ARCHITECTURE, shape.gguf_architecture, Type.STRING),
+        Entry(Keys.General.ARCHITECTURE, model.gguf_architecture, Type.STRING),
         Entry(Keys.General.TYPE, "model", Type.STRING),
         *(_sampling(folder) if folder else ()),
         *_identity(name, shapes),
-        *(Entry(key.format(arch=shape.gguf_architecture), value, *types) for key, value, *types in values),
+        *(Entry(key.format(arch=model.gguf_architecture), value, *types) for key, value, *types in values),
         Entry(Keys.General.QUANTIZATION_VERSION, QUANTIZATION_VERSION, Type.UINT32),
         *tokenizer,
     ]
@@ -119,132 +115,6 @@ def _identity(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
         (Keys.General.SIZE_LABEL, found.size_label or size),
     )
     return [Entry(key, value, Type.STRING) for key, value in values if value]
-
-
-def _common(shape, text: Settings, kv_heads: tuple) -> list[tuple]:
-    inner = text.values.get("intermediate_size") and text.integer("intermediate_size")  # idle in an MoE, if it is there
-    return [
-        (Keys.LLM.CONTEXT_LENGTH, text.integer("max_position_embeddings", high=1 << 31), Type.UINT32),
-        (Keys.LLM.EMBEDDING_LENGTH, shape.hidden, Type.UINT32),
-        *([(Keys.LLM.FEED_FORWARD_LENGTH, inner, Type.UINT32)] if inner else []),
-        (Keys.Attention.HEAD_COUNT, shape.heads, Type.UINT32),
-        (Keys.Attention.HEAD_COUNT_KV, *kv_heads),
-    ]
-
-
-def _qwen35(shape, text: Settings, mtp_layers: int) -> tuple[list[tuple], list[tuple]]:
-    """The keys before and after `general.file_type`, where llama.cpp's converter writes it."""
-    rope = _rope(text, text.section("rope_parameters") or text.section("rope_scaling"), "default")
-    rotary_factor = rope.fraction("partial_rotary_factor", text.fraction("partial_rotary_factor", 0.25))
-    theta = _number(rope, "rope_theta", text.values.get("rope_theta", 10_000_000))
-    if shape.key_head_dim != shape.value_head_dim:
-        raise PlanError(
-            f"config.json: linear_key_head_dim {shape.key_head_dim} and linear_value_head_dim {shape.value_head_dim} "
-            "differ; llama.cpp knows one state size for both"
-        )
-    recurrent = [mixer == "linear_attention" for mixer in shape.mixers] + [False] * mtp_layers
-    first = [
-        (Keys.LLM.BLOCK_COUNT, shape.layers + mtp_layers, Type.UINT32),
-        *_common(shape, text, (shape.kv_heads, Type.UINT32)),
-        (Keys.Rope.DIMENSION_SECTIONS, _mrope_sections(shape, rope), Type.ARRAY, Type.INT32),
-        (Keys.Rope.FREQ_BASE, theta, Type.FLOAT32),
-        (Keys.Attention.LAYERNORM_RMS_EPS, _number(text, "rms_norm_eps", 1e-6), Type.FLOAT32),
-    ]
-    if shape.moe:
-        used = text.integer("num_experts_per_tok", high=shape.experts)
-        first += [(Keys.LLM.EXPERT_COUNT, shape.experts, Type.UINT32), (Keys.LLM.EXPERT_USED_COUNT, used, Type.UINT32)]
-    first += [
-        (Keys.Attention.KEY_LENGTH, shape.head_dim, Type.UINT32),
-        (Keys.Attention.VALUE_LENGTH, shape.head_dim, Type.UINT32),
-    ]
-    after = [
-        (Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, shape.intermediate, Type.UINT32),
-        (Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, shape.shared_intermediate, Type.UINT32),
-    ] if shape.moe else []  # fmt: skip
-    if mtp_layers:
-        after.append((Keys.LLM.NEXTN_PREDICT_LAYERS, mtp_layers, Type.UINT32))
-    after += [
-        (Keys.SSM.CONV_KERNEL, shape.conv_kernel, Type.UINT32),
-        (Keys.SSM.STATE_SIZE, shape.key_head_dim, Type.UINT32),
-        (Keys.SSM.GROUP_COUNT, shape.key_heads, Type.UINT32),
-        (Keys.SSM.TIME_STEP_RANK, shape.value_heads, Type.UINT32),
-        (Keys.SSM.INNER_SIZE, shape.value_heads * shape.value_head_dim, Type.UINT32),
-        # Which blocks are recurrent, twice: the list is exact, the interval is what readers before autumn 2026 know.
-        ("{arch}.attention.recurrent_layers", recurrent, Type.ARRAY, Type.BOOL),
-        (Keys.LLM.FULL_ATTENTION_INTERVAL, _interval(shape.mixers), Type.UINT32),
-        (Keys.Rope.DIMENSION_COUNT, int(shape.head_dim * rotary_factor), Type.UINT32),
-    ]
-    return first, after
-
-
-def _mrope_sections(shape, rope: Settings) -> list[int]:
-    sections = rope.values.get("mrope_section") or list(MROPE_SECTIONS)
-    pairs = range(shape.head_dim // 2 + 1)
-    if not (
-        isinstance(sections, list) and len(sections) in (3, 4) and all(type(n) is int and n in pairs for n in sections)
-    ):
-        raise CheckpointError(
-            f"{rope.where}: expected mrope_section to be three integers from 0 to {pairs[-1]}, got {brief(sections)}"
-        )
-    return [*sections, 0][:4]  # the fourth is for a position axis that text and images do not have
-
-
-def _gemma4(shape, text: Settings) -> tuple[list[tuple], list[tuple]]:
-    """The keys before and after `general.file_type`, where llama.cpp's converter writes it."""
-    rope = text.section("rope_parameters") or Settings({}, f"{text.where}.rope_parameters")
-    everywhere = _rope(text, rope.section("full_attention"), "proportional")
-    sliding = _rope(text, rope.section("sliding_attention"), "default")
-    is_sliding = [attention == "sliding_attention" for attention in shape.attentions]
-    kv_heads = [shape.kv_heads if slides else shape.global_kv_heads for slides in is_sliding]
-    heads = (kv_heads, Type.ARRAY, Type.INT32) if set(kv_heads) != {shape.kv_heads} else (shape.kv_heads, Type.UINT32)
-    first = [
-        (Keys.LLM.BLOCK_COUNT, shape.layers, Type.UINT32),
-        *_common(shape, text, heads),
-        (Keys.Rope.FREQ_BASE, _number(everywhere, "rope_theta", 1e6), Type.FLOAT32),
-        (Keys.Rope.FREQ_BASE_SWA, _number(sliding, "rope_theta", 1e4), Type.FLOAT32),
-        (Keys.Attention.LAYERNORM_RMS_EPS, _number(text, "rms_norm_eps", 1e-6), Type.FLOAT32),
-        (Keys.Attention.KEY_LENGTH, shape.global_head_dim, Type.UINT32),
-        (Keys.Attention.VALUE_LENGTH, shape.global_head_dim, Type.UINT32),
-    ]
-    after = []
-    if text.values.get("final_logit_softcapping") is not None:
-        softcap = _number(text, "final_logit_softcapping", None)
-        after.append((Keys.LLM.FINAL_LOGIT_SOFTCAPPING, softcap, Type.FLOAT32))
-    after += [
-        (Keys.Attention.SLIDING_WINDOW, text.integer("sliding_window"), Type.UINT32),
-        (Keys.Attention.SHARED_KV_LAYERS, 0, Type.UINT32),
-        (Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, 0, Type.UINT32),
-        (Keys.Attention.SLIDING_WINDOW_PATTERN, is_sliding, Type.ARRAY, Type.BOOL),
-        (Keys.Attention.KEY_LENGTH_SWA, shape.head_dim, Type.UINT32),
-        (Keys.Attention.VALUE_LENGTH_SWA, shape.head_dim, Type.UINT32),
-        (Keys.Rope.DIMENSION_COUNT, shape.global_head_dim, Type.UINT32),  # rope_freqs stops the pairs that rest
-        (Keys.Rope.DIMENSION_COUNT_SWA, shape.head_dim, Type.UINT32),
-    ]
-    return first, after
-
-
-def _interval(mixers: list[str]) -> int:
-    """Every how many layers attention is full. Layers that follow no interval are described by the list alone."""
-    full = [layer for layer, mixer in enumerate(mixers) if mixer == "full_attention"]
-    return full[0] + 1 if full else len(mixers) + 1
-
-
-def _rope(text: Settings, rope: Settings | None, expected: str) -> Settings:
-    rope = rope or Settings({}, f"{text.where}.rope_parameters")
-    kind = rope.values.get("rope_type", rope.values.get("type", expected))  # older configs say `type`
-    if kind != expected and (kind, expected) != ("mrope", "default"):
-        raise PlanError(
-            f"{rope.where}: rope_type {brief(kind)} is not written to a GGUF, only {brief(expected)}; convert with "
-            "the original rope_parameters and give llama.cpp the scaling when it runs"
-        )
-    return rope
-
-
-def _number(settings: Settings, key: str, default: Any) -> float:
-    value = settings.values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise CheckpointError(f"{settings.where}: expected {key} to be a positive number, got {brief(value)}")
-    return float(value)
 
 
 def _sampling(folder: Path) -> list[Entry]:

@@ -26,6 +26,7 @@ from gguf import Keys, TokenType
 from ornith_moe.quant.errors import BRIEF, CheckpointError, PlanError, brief
 from ornith_moe.quant.gguf.header import Entry
 from ornith_moe.quant.gguf.special_tokens import special_entries
+from ornith_moe.quant.source.architectures.architecture import FallbackTokenizer
 from ornith_moe.quant.source.chat_templates import DEFAULT
 from ornith_moe.quant.source.tokenizer_files import TokenizerFiles
 
@@ -36,17 +37,19 @@ PRE_BY_PATTERN = {  # split pattern in tokenizer.json -> llama.cpp's name for it
     _HEAD + r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+" + _TAIL: "qwen2",
     _HEAD + r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+" + _TAIL: "llama-bpe",
 }
-_GEMMA_SHOWN = frozenset(  # control tokens that a chat parser must see in the text
-    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
-)
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _LOOK_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _LOOK_SPECIAL_AROUND = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-_GEMMA_SCORE = -1000.0  # the loader wants scores and does not use them: merges have ranks
+_SCORE = -1000.0  # the loader wants scores and does not use them: merges have ranks
 
 
 def tokenizer_entries(
-    files: TokenizerFiles, config: dict[str, Any], rows: int, *, pre: str | None = None
+    files: TokenizerFiles,
+    config: dict[str, Any],
+    rows: int,
+    *,
+    pre: str | None = None,
+    fallback: FallbackTokenizer | None = None,
 ) -> list[Entry]:
     """The `tokenizer.*` keys of a GGUF.
 
@@ -55,30 +58,31 @@ def tokenizer_entries(
         config: parsed config.json, asked for token ids that the tokenizer's own files leave open.
         rows: of the embedding; rows without a token get a `[PADn]`.
         pre: overrides the name of the pre-tokenizer.
+        fallback: what the architecture says of a tokenizer that falls back to bytes.
 
     Raises:
         CheckpointError: a value that is damaged or at odds with another.
         PlanError: neither byte-level nor falling back to bytes, an unknown pre-tokenizer and no `pre`, no merges.
     """
     texts = [files.tokens.get(index, f"[PAD{index}]") for index in range(rows)]
-    if any(step.get("type") == "ByteLevel" for step in files.steps("pre_tokenizer", "pretokenizers")):
+    byte_level = any(step.get("type") == "ByteLevel" for step in files.steps("pre_tokenizer", "pretokenizers"))
+    if byte_level:
         begin = [
             Entry(Keys.Tokenizer.MODEL, "gpt2", Type.STRING),
             Entry(Keys.Tokenizer.PRE, pre or _pre_name(files), Type.STRING),
         ]
-        types, scores, gemma = _byte_level_types(files, rows), [], False
-    elif files.model.get("byte_fallback"):
-        begin = [Entry(Keys.Tokenizer.MODEL, "gemma4", Type.STRING)]
+        types, scores, always_bos = _byte_level_types(files, rows), [], False
+        for index in files.added:
+            if types[index] == TokenType.USER_DEFINED:
+                texts[index] = texts[index].replace("▁", " ")
+    elif files.model.get("byte_fallback") and fallback:
+        begin = [Entry(Keys.Tokenizer.MODEL, fallback.model, Type.STRING)]
         begin += [Entry(Keys.Tokenizer.PRE, pre, Type.STRING)] if pre else []
-        types, gemma = _fallback_types(files, rows), True
-        scores = [Entry(Keys.Tokenizer.SCORES, [_GEMMA_SCORE] * rows, Type.ARRAY, Type.FLOAT32)]
+        types, always_bos = _fallback_types(files, rows, fallback.shown), fallback.always_bos
+        scores = [Entry(Keys.Tokenizer.SCORES, [_SCORE] * rows, Type.ARRAY, Type.FLOAT32)]
     else:
-        raise PlanError(
-            f"{files.path}: expected a BPE that is byte-level or falls back to bytes, got one that is neither"
-        )
-    for index in () if gemma else files.added:
-        if types[index] == TokenType.USER_DEFINED:
-            texts[index] = texts[index].replace("▁", " ")
+        expected = "byte-level or falls back to bytes" if fallback else "byte-level, as the architecture has"
+        raise PlanError(f"{files.path}: expected a BPE that is {expected}, got one that is not")
     if len(set(texts)) != rows:
         raise CheckpointError(f"{files.path}: two ids have the same text; the file is damaged")
     return [
@@ -87,9 +91,9 @@ def tokenizer_entries(
         *scores,
         Entry(Keys.Tokenizer.TOKEN_TYPE, types, Type.ARRAY, Type.INT32),
         Entry(Keys.Tokenizer.MERGES, _merges(files), Type.ARRAY, Type.STRING),
-        *special_entries(files, config, rows, always_bos=gemma),
+        *special_entries(files, config, rows, always_bos=always_bos),
         *_chat_templates(files.templates),
-        *([Entry(Keys.Tokenizer.ADD_PREFIX, False, Type.BOOL)] if gemma else []),
+        *([] if byte_level else [Entry(Keys.Tokenizer.ADD_PREFIX, False, Type.BOOL)]),
     ]
 
 
@@ -106,7 +110,7 @@ def _byte_level_types(files: TokenizerFiles, rows: int) -> list[int]:
     return types
 
 
-def _fallback_types(files: TokenizerFiles, rows: int) -> list[int]:
+def _fallback_types(files: TokenizerFiles, rows: int, shown: frozenset[str]) -> list[int]:
     base = len(files.model["vocab"])
     types = [int(TokenType.NORMAL if index in files.tokens else TokenType.UNUSED) for index in range(rows)]
     for index, token in files.added.items():
@@ -115,7 +119,7 @@ def _fallback_types(files: TokenizerFiles, rows: int) -> list[int]:
     for index, text in files.tokens.items():
         if text.startswith("<0x") and _BYTE.fullmatch(text):
             types[index] = int(TokenType.BYTE)
-        elif text in _GEMMA_SHOWN:
+        elif text in shown:
             types[index] = int(TokenType.USER_DEFINED)
     return types
 

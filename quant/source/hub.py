@@ -18,16 +18,12 @@ from typing import Any
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
+from ornith_moe.quant.source.architectures import architecture
 from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
 from ornith_moe.quant.source.reconcile import HEAD
 from ornith_moe.quant.source.shards import INDEX
-from ornith_moe.quant.source.weights import (
-    Source,
-    checked_name,
-    open_source,
-    source_from_checkpoint,
-    source_from_config,
-)
+from ornith_moe.quant.source.source import Source
+from ornith_moe.quant.source.weights import checked_name, open_source, source_from_checkpoint, source_from_config
 
 ANSWER_SECONDS = 2.0  # for each of connecting and answering
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -99,7 +95,7 @@ def _from_names(path: Path, config: dict[str, Any], names: Iterable[str] | None,
     """The source of a config and, if there is an index, of its names: those of scales tell quantized weights."""
     table = None if names is None else {tensor: TensorInfo(tensor, "BF16", (), path, 0) for tensor in names}
     config, notes = without_stale_quantization(config, path, table)
-    known = None if names is None else "keep" if any(tensor.startswith("mtp.") for tensor in names) else "drop"
+    known = None if names is None else "keep" if any(map(architecture(config).is_mtp, names)) else "drop"
     found = source_from_config(config, name=name, mtp=mtp or known)
     if found.architecture.tied and names is not None and HEAD in names:
         notes += (f"the config ties the head and {HEAD} is there: it counts if its values are not the embedding's",)

@@ -15,7 +15,7 @@ import numpy as np
 
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source.accounts import LeftOut, bare, some
-from ornith_moe.quant.source.architectures import Gemma4, Qwen35
+from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES, Checkpoint, TensorInfo
 from ornith_moe.quant.source.slab import matrix_shape, to_float32
 from ornith_moe.quant.source.tensor_names import canonical_names, is_adapter
@@ -25,7 +25,7 @@ COMPARED_BYTES = 8 << 20  # of head and embedding at a time
 REPEATED_HEAD = "it repeats the embedding, to which config.json ties the head"
 
 
-def named_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list[str]) -> dict[str, TensorInfo]:
+def named_tensors(checkpoint: Checkpoint, model: Architecture, notes: list[str]) -> dict[str, TensorInfo]:
     """{canonical name: tensor}; a tensor keeps the name that its file gives it.
 
     Raises:
@@ -37,9 +37,9 @@ def named_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list
             f"{checkpoint.folder}: {some('tensor', adapter)}, of an adapter (LoRA or its like) that was not merged; "
             "load the model with peft, merge_and_unload(), save_pretrained(), and convert that folder"
         )
-    names = canonical_names(tensors, text_prefix(tensors))
+    names = canonical_names(tensors, model.prefix_of(tensors))
     if any(name != canonical for name, canonical in names.items()):
-        names = canonical_names(tensors, "model.language_model." if "text_config" in config else "model.")
+        names = canonical_names(tensors, model.prefix)
         other = [name for name, canonical in names.items() if name != canonical]
         if other:
             first = bare(names[other[0]])
@@ -47,29 +47,27 @@ def named_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list
     return {names[name]: info for name, info in tensors.items()}
 
 
-def text_prefix(tensors: Mapping[str, TensorInfo]) -> str:
-    return "model.language_model." if any(n.startswith("model.language_model.") for n in tensors) else "model."
-
-
-def mtp_of(table: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+def mtp_of(
+    model: Architecture, table: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
     """{canonical name: tensor} of the MTP tensors in a file beside the model; none if it repeats part of the model."""
     try:
-        names = canonical_names(table, text_prefix(tensors))
+        names = canonical_names(table, model.prefix_of(tensors))
     except CheckpointError:
         return {}
     if any(canonical in tensors for canonical in names.values()):
         return {}
-    return {canonical: table[name] for name, canonical in names.items() if canonical.startswith("mtp.")}
+    return {canonical: table[name] for name, canonical in names.items() if model.is_mtp(canonical)}
 
 
 def mtp_beside(
-    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], notes: list[str]
+    checkpoint: Checkpoint, model: Architecture, tensors: Mapping[str, TensorInfo], notes: list[str]
 ) -> tuple[Checkpoint, dict[str, TensorInfo]]:
     """The checkpoint with the MTP tensors of the files beside it, and these by their canonical names."""
     found: dict[str, TensorInfo] = {}
     used: dict[str, dict[str, TensorInfo]] = {}
     for file, table in checkpoint.others.items():
-        mtp = mtp_of(table, tensors)
+        mtp = mtp_of(model, table, tensors)
         if both := found.keys() & mtp.keys():
             holder = found[min(both)].path.name
             raise CheckpointError(
@@ -84,26 +82,31 @@ def mtp_beside(
 
 
 def check_parts(
-    folder: Path, model: Qwen35 | Gemma4, tensors: Mapping[str, TensorInfo], has_mtp: bool, mtp: str | None
+    folder: Path, model: Architecture, tensors: Mapping[str, TensorInfo], has_mtp: bool, mtp: str | None
 ) -> None:
     """Refuse parts of a model that its config does not announce, or that were insisted on and are not there."""
     if mtp == "keep" and not has_mtp:
-        raise CheckpointError(f"{folder}: --mtp keep, but no tensor named mtp.* is here; leave the option out")
+        raise CheckpointError(
+            f"{folder}: --mtp keep, but no tensor named {model.MTP_PREFIX}* is here; leave the option out"
+        )
     if has_mtp and not model.mtp_layers:
         raise CheckpointError(
-            f"{folder}: holds mtp.* tensors, but config.json says mtp_num_hidden_layers 0; --mtp drop leaves them out"
+            f"{folder}: holds {model.MTP_PREFIX}* tensors, but config.json says {model.MTP_LAYERS_KEY} 0; --mtp drop "
+            "leaves them out"
         )
-    if model.vision is None and any(key.startswith(model.VISION_PREFIX) for key in tensors):
+    if model.vision is None and any(map(model.is_vision, tensors)):
         raise CheckpointError(f"{folder}: holds vision tensors, but config.json has no vision_config")
 
 
 def absent_parts(
-    model: Qwen35 | Gemma4, tensors: Mapping[str, TensorInfo], has_mtp: bool, vision: bool, *, dropped: bool
+    model: Architecture, tensors: Mapping[str, TensorInfo], has_mtp: bool, vision: bool, *, dropped: bool
 ) -> list[str]:
     """Notes of what the config announces and the checkpoint does not hold."""
     notes = []
     if model.mtp_layers and not has_mtp and not dropped:
-        notes.append("the config announces an MTP layer, but no mtp.* tensor exists: a GGUF will not announce it")
+        notes.append(
+            f"the config announces an MTP layer, but no {model.MTP_PREFIX}* tensor exists: a GGUF will not announce it"
+        )
     if model.vision is not None and not vision:
         notes.append("the config describes a vision tower, but no tensor of it is here: builds are text only")
     return notes
@@ -112,7 +115,7 @@ def absent_parts(
 def settle_head(
     checkpoint: Checkpoint,
     config: dict[str, Any],
-    model: Qwen35 | Gemma4,
+    model: Architecture,
     tensors: dict[str, TensorInfo],
     embedding: str,
     notes: list[str],

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable
 
 from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.source.architectures import mtp_segments, top_level
 
 # Computed by the model itself, or bookkeeping: what other programs, or older ones, saved beside the weights.
 _BUFFER = re.compile(
@@ -36,11 +37,6 @@ _WRAPPERS = frozenset(
      "base_layer"}
 )  # fmt: skip
 _ROOTS = frozenset({"model", "base_model", "language_model"})
-# First segment below the roots -> what stands before it; None: the prefix of the text model.
-_PLACES = {
-    "layers": None, "embed_tokens": None, "norm": None, "lm_head": "", "mtp": "",
-    "visual": "model.", "vision_tower": "model.", "embed_vision": "model.",
-}  # fmt: skip
 
 
 def is_buffer(name: str) -> bool:
@@ -50,7 +46,7 @@ def is_buffer(name: str) -> bool:
 
 def is_mtp(name: str) -> bool:
     """Whether it belongs to multi-token prediction, under whatever wrapper."""
-    return next((part for part in name.split(".") if part not in _WRAPPERS | _ROOTS), None) == "mtp"
+    return next((part for part in name.split(".") if part not in _WRAPPERS | _ROOTS), None) in mtp_segments()
 
 
 def is_spare(name: str) -> bool:
@@ -77,15 +73,16 @@ def canonical_names(names: Iterable[str], prefix: str) -> dict[str, str]:
     Raises:
         CheckpointError: two tensors would have one name.
     """
+    places = top_level()
     split = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in names}
     shared = _shared(list(split.values()))
     canonical: dict[str, str] = {}
     holder: dict[str, str] = {}
     for name, parts in split.items():
-        known = [part in _PLACES for part in parts]
+        known = [part in places for part in parts]
         start = known.index(True) if True in known else len(parts)
         recognized = start < len(parts) and all(part in _ROOTS for part in parts[min(shared, start) : start])
-        before = _PLACES[parts[start]] if recognized else None
+        before = places[parts[start]] if recognized else None
         target = (prefix if before is None else before) + ".".join(parts[start:]) if recognized else name
         if target in holder:
             raise CheckpointError(

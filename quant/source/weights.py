@@ -1,4 +1,4 @@
-"""What there is to convert: an architecture's weights, each tied to the rows of the file that hold it.
+"""Opening what there is to convert: an architecture's weights, each tied to the rows of the file that hold it.
 
     config.json -> architecture -> weights (experts one by one) -> rows of the checkpoint's tensors
 
@@ -10,21 +10,17 @@ may be announced and absent, as in every Ornith-1.0 checkpoint; the vision tower
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.names import did_you_mean
 from ornith_moe.quant.source.accounts import LeftOut, bare, some
-from ornith_moe.quant.source.architectures import Gemma4, Qwen35, architecture
+from ornith_moe.quant.source.architectures import Architecture, architecture
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import (
     ITEM_BYTES,
@@ -33,6 +29,7 @@ from ornith_moe.quant.source.checkpoint import (
     open_checkpoint,
     without_stale_quantization,
 )
+from ornith_moe.quant.source.preset import preset_names, read_preset
 from ornith_moe.quant.source.reconcile import (
     HEAD,
     absent_parts,
@@ -41,22 +38,11 @@ from ornith_moe.quant.source.reconcile import (
     mtp_of,
     named_tensors,
     settle_head,
-    text_prefix,
 )
 from ornith_moe.quant.source.shards import MTP_ADVICE
-from ornith_moe.quant.source.slab import matrix_shape
+from ornith_moe.quant.source.source import CheckpointSource, ConfigSource, Source
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization
 
-# What a config cannot say: whether the MTP layer it announces was published. Ornith-1.0 has none, Qwen3.5 has.
-PRESET_HAS_MTP = {
-    "ornith-1.0-9b": False,
-    "ornith-1.0-35b": False,
-    "ornith-1.0-397b": False,
-    "qwen3.5-9b": True,
-    "qwen3.5-35b-a3b": True,
-    "qwen3.5-397b-a17b": True,
-    "gemma-4-31b": False,
-}
 MTP_CHOICES = (None, "keep", "drop")
 LONGEST_NAME = 200  # bytes; a file's name may have 255
 QUANTIZED_ADVICE = "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
@@ -64,39 +50,11 @@ BUFFERS = "buffers that every model computes for itself"
 DROPPED_MTP = "multi-token prediction, dropped as asked"
 
 
-@dataclass(frozen=True)
-class Source:
-    """Weights of one model and, unless it was made from a config alone, the rows that hold them."""
-
-    name: str
-    config: dict[str, Any]
-    architecture: Qwen35 | Gemma4
-    weights: tuple[Weight, ...]
-    has_mtp: bool
-    notes: tuple[str, ...]
-    checkpoint: Checkpoint | None = None
-    rows: tuple[tuple[TensorInfo, int], ...] = ()  # per weight: its tensor and first row there
-    left_out: tuple[LeftOut, ...] = ()  # what the folder holds and no build will, as `notes` say too
-
-    def dtype(self, index: int) -> str:
-        return self.rows[index][0].dtype if self.rows else "BF16"
-
-    @property
-    def folder(self) -> Path | None:
-        return self.checkpoint.folder if self.checkpoint else None
-
-    @cached_property
-    def layers(self) -> int:
-        """Blocks of the model, MTP included."""
-        return self.architecture.layers + (self.architecture.mtp_layers if self.has_mtp else 0)
-
-
-@budgeted
 def open_source(source: str | Path, *, mtp: str | None = None, name: str | None = None) -> Source:
     """A checkpoint folder, a config JSON, or the name of a preset.
 
     Args:
-        source: folder; path of a `.json`; or one of `PRESET_HAS_MTP`.
+        source: folder; path of a `.json`; or one of `preset_names()`.
         mtp: "keep" insists on the MTP tensors, "drop" leaves them out, None takes what is there. For a config alone
             None means what is known of a preset of that name, and otherwise no MTP.
         name: of the model, in file names and metadata; default `model_name` of the folder, or the config's stem.
@@ -106,9 +64,8 @@ def open_source(source: str | Path, *, mtp: str | None = None, name: str | None 
     if mtp not in MTP_CHOICES:
         raise ValueError(f"mtp: expected keep or drop, got {brief(mtp)}")
     path = Path(source)
-    if str(source) in PRESET_HAS_MTP and not path.exists():
-        preset = resources.files("ornith_moe.quant.source").joinpath(f"presets/{source}.json")
-        opened = source_from_config(json.loads(preset.read_bytes()), name=str(source), mtp=mtp)
+    if str(source) in preset_names() and not path.exists():
+        opened = source_from_config(read_preset(str(source))[0], name=str(source), mtp=mtp)
     elif path.is_dir():
         return source_from_checkpoint(open_checkpoint(path, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
     elif path.suffix == ".json" and path.is_file():
@@ -116,8 +73,8 @@ def open_source(source: str | Path, *, mtp: str | None = None, name: str | None 
         opened = source_from_config(config, name=path.stem, mtp=mtp)
     else:
         raise CheckpointError(
-            f"{source}: expected a checkpoint folder, a config .json or one of the presets {', '.join(PRESET_HAS_MTP)}"
-            f"{did_you_mean(str(source), PRESET_HAS_MTP)}"
+            f"{source}: expected a checkpoint folder, a config .json or one of the presets {', '.join(preset_names())}"
+            f"{did_you_mean(str(source), preset_names())}"
         )
     return opened if name is None else replace(opened, name=checked_name(name))
 
@@ -147,21 +104,25 @@ def checked_name(name: str) -> str:
     return name
 
 
-def source_from_config(config: dict[str, Any], *, name: str, mtp: str | None = None) -> Source:
+def source_from_config(config: dict[str, Any], *, name: str, mtp: str | None = None) -> ConfigSource:
     """The weights a checkpoint of this config would hold, in BF16."""
     model = architecture(config)
     notes = []
-    has_mtp = bool(model.mtp_layers) and (PRESET_HAS_MTP.get(name, False) if mtp is None else mtp == "keep")
+    published = read_preset(name)[1] if name in preset_names() else None
+    has_mtp = bool(model.mtp_layers) and (bool(published) if mtp is None else mtp == "keep")
     if mtp == "keep" and not model.mtp_layers:
         raise CheckpointError(f"{name}: --mtp keep, but the config announces no MTP layer; leave the option out")
-    if model.mtp_layers and mtp is None and name not in PRESET_HAS_MTP:
+    if model.mtp_layers and mtp is None and published is None:
         notes.append("the config announces an MTP layer, whose tensors may not exist: left out, --mtp keep counts them")
-    prefix = "model.language_model." if "text_config" in config else "model."
-    weights = tuple(model.weights(prefix, vision=model.vision is not None, mtp=has_mtp))
-    return Source(name, config, model, weights, has_mtp, tuple(notes))
+    weights = tuple(model.weights(model.prefix, vision=model.vision is not None, mtp=has_mtp))
+    return ConfigSource(
+        name=name, config=config, architecture=model, weights=weights, has_mtp=has_mtp, notes=tuple(notes)
+    )
 
 
-def source_from_checkpoint(checkpoint: Checkpoint, *, name: str | None = None, mtp: str | None = None) -> Source:
+def source_from_checkpoint(
+    checkpoint: Checkpoint, *, name: str | None = None, mtp: str | None = None
+) -> CheckpointSource:
     """Tie every weight of the checkpoint's architecture to its rows, and account for every tensor.
 
     Args:
@@ -173,36 +134,48 @@ def source_from_checkpoint(checkpoint: Checkpoint, *, name: str | None = None, m
     folder, config = checkpoint.folder, checkpoint.config
     model = architecture(config)
     notes, left_out = list(checkpoint.notes), []
-    tensors = named_tensors(checkpoint, config, notes)
+    tensors = named_tensors(checkpoint, model, notes)
     if buffers := [key for key in tensors if is_buffer(key)]:
         left_out.append(LeftOut(BUFFERS, tuple(tensors.pop(key).name for key in buffers)))
     if mtp == "keep":
-        checkpoint, more = mtp_beside(checkpoint, tensors, notes)
+        checkpoint, more = mtp_beside(checkpoint, model, tensors, notes)
         tensors |= more
-    has_mtp = any(key.startswith("mtp.") for key in tensors)
+    has_mtp = any(map(model.is_mtp, tensors))
     if has_mtp and mtp == "drop":
-        dropped = [key for key in tensors if key.startswith("mtp.")]
+        dropped = list(filter(model.is_mtp, tensors))
         left_out.append(LeftOut(DROPPED_MTP, tuple(tensors.pop(key).name for key in dropped)))
         has_mtp = False
     check_parts(folder, model, tensors, has_mtp, mtp)
-    vision = any(key.startswith(model.VISION_PREFIX) for key in tensors)
+    vision = any(map(model.is_vision, tensors))
     notes += absent_parts(model, tensors, has_mtp, vision, dropped=mtp == "drop")
 
-    prefix = text_prefix(tensors)
+    prefix = model.prefix_of(tensors)
     config, repeated = settle_head(checkpoint, config, model, tensors, f"{prefix}embed_tokens.weight", notes)
     left_out += repeated
     model = architecture(config)
     weights = tuple(model.weights(prefix, vision=vision, mtp=has_mtp))
-    rows = _locate_all(checkpoint, weights, tensors)
+    rows = _locate_all(checkpoint, model, weights, tensors)
     left_out += checkpoint.left_out
     notes += [str(entry) for entry in left_out]
-    if offered := [file for file, table in checkpoint.others.items() if mtp_of(table, tensors)]:
-        notes.append(f"--mtp keep takes the mtp.* tensors of {some('file', offered)}")
-    return Source(name, config, model, weights, has_mtp, tuple(notes), checkpoint, rows, tuple(left_out))
+    offered = [file for file, table in checkpoint.others.items() if mtp_of(model, table, tensors)]
+    if offered:
+        notes.append(f"--mtp keep takes the {model.MTP_PREFIX}* tensors of {some('file', offered)}")
+    return CheckpointSource(
+        name=name,
+        config=config,
+        architecture=model,
+        weights=weights,
+        has_mtp=has_mtp,
+        offers_mtp=bool(offered),
+        notes=tuple(notes),
+        left_out=tuple(left_out),
+        checkpoint=checkpoint,
+        rows=rows,
+    )
 
 
 def _locate_all(
-    checkpoint: Checkpoint, weights: tuple[Weight, ...], tensors: Mapping[str, TensorInfo]
+    checkpoint: Checkpoint, model: Architecture, weights: tuple[Weight, ...], tensors: Mapping[str, TensorInfo]
 ) -> tuple[tuple[TensorInfo, int], ...]:
     """The rows of every weight.
 
@@ -214,7 +187,7 @@ def _locate_all(
     missing = [weight for weight, row in zip(weights, rows, strict=True) if row is None]
     unknown = sorted(tensors.keys() - used)
     if missing or unknown:
-        raise CheckpointError(_mismatch(checkpoint, weights, missing, [tensors[key].name for key in unknown]))
+        raise CheckpointError(_mismatch(checkpoint, model, weights, missing, [tensors[key].name for key in unknown]))
     return tuple(rows)
 
 
@@ -244,10 +217,16 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
     return info, weight.packed.row if row is None else row
 
 
-def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list[Weight], unknown: list[str]) -> str:
+def _mismatch(
+    checkpoint: Checkpoint,
+    model: Architecture,
+    weights: tuple[Weight, ...],
+    missing: list[Weight],
+    unknown: list[str],
+) -> str:
     """Why the tensors of a folder are not the weights of its config, and what to do."""
     folder, kind = checkpoint.folder, checkpoint.config.get("model_type")
-    is_mtp = all(weight.role == "mtp" for weight in missing) and all("mtp." in name for name in unknown)
+    is_mtp = all(weight.role == "mtp" for weight in missing) and all(model.MTP_PREFIX in name for name in unknown)
     if quantized := next((name for name in unknown if is_quantization(name)), None):
         return f"{folder}: the source is already quantized (tensor {bare(quantized)}); convert from its BF16 original"
     count = f"{len(unknown):,} tensors are" if len(unknown) > 1 else "a tensor is"
@@ -282,8 +261,3 @@ def _mismatch(checkpoint: Checkpoint, weights: tuple[Weight, ...], missing: list
             "that are not of the model"
         )
     return f"{folder}: {lost}; no file of the folder holds it: the checkpoint was saved or copied incomplete"
-
-
-def weight_matrix(weight: Weight) -> tuple[int, int]:
-    """Rows and columns of a weight as the stream sees it."""
-    return matrix_shape(weight.shape)

@@ -5,12 +5,11 @@ values in the build + values left out for a reason = values of the folder's tens
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.source.accounts import LeftOut
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 
 
 def account(source: Source, plan: BuildPlan) -> tuple[list[LeftOut], list[str]]:
@@ -23,9 +22,8 @@ def account(source: Source, plan: BuildPlan) -> tuple[list[LeftOut], list[str]]:
     for step in plan.steps:
         rows, columns = weight_matrix(source.weights[step.weight])
         taken = rows if step.transform.rows is None else len(step.transform.rows.source_index(rows))
-        values[source.rows[step.weight][0].name] += taken * columns
+        values[source.tensor_of(step.weight)] += taken * columns
     left_out = [*source.left_out, *plan.build.left_out(source)]
     known = {name for entry in left_out if entry.what == "tensor" for name in entry.names}
-    tensors = source.checkpoint.tensors.items()
-    lost = [name for name, info in tensors if name not in known and values[name] != math.prod(info.shape)]
+    lost = [name for name, size in source.tensor_sizes().items() if name not in known and values[name] != size]
     return left_out, lost

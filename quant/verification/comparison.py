@@ -13,7 +13,7 @@ from ornith_moe.quant.builds.stored import SLAB_BYTES, FoundTensor, StoredBuild
 from ornith_moe.quant.conversion.stream import Unit, group_rows, read_unit, runs, units
 from ornith_moe.quant.errors import OrnithError
 from ornith_moe.quant.source.accounts import bare, some
-from ornith_moe.quant.source.weights import Source, weight_matrix
+from ornith_moe.quant.source.source import Source, weight_matrix
 from ornith_moe.quant.verification.accounts import account
 from ornith_moe.quant.verification.measure import Error, unit_error
 from ornith_moe.quant.verification.result import Progress, Verification

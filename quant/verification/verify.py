@@ -25,9 +25,9 @@ from ornith_moe.quant.builds.build import recognize
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import OrnithError
 from ornith_moe.quant.files import read_json
+from ornith_moe.quant.source.architectures import holds_mtp
 from ornith_moe.quant.source.hub import open_any
-from ornith_moe.quant.source.reconcile import mtp_of
-from ornith_moe.quant.source.weights import Source
+from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.verification.checks import allowed_non_finite, check_manifest, check_values, note_underflow
 from ornith_moe.quant.verification.comparison import compare
 from ornith_moe.quant.verification.result import Progress, Verification
@@ -45,8 +45,10 @@ def verify(build: str | Path, source: Source | None = None, *, progress: Progres
     Returns:
         Verification: `ok`, number of tensors, per role `sqnr_db` (None when exact) and `max_abs_error`, problems found.
     Raises:
-        CheckpointError: there is no build at that path.
+        CheckpointError: there is no build at that path. PlanError: `source` is a config without weights.
     """
+    if source is not None:
+        source.require("a comparison")
     stored, progress = StoredBuild(Path(build)), progress or (lambda phase, done, total: None)
     manifest = _manifest(stored)
     named = (manifest or {}).get("build")
@@ -79,7 +81,7 @@ def build_has_mtp(build: str | Path) -> bool:
         names = StoredBuild(Path(build)).tensors
     except OrnithError:
         return True
-    return any(name.startswith("mtp.") or ".nextn." in name for name in names)
+    return holds_mtp(names)
 
 
 @budgeted
@@ -89,9 +91,7 @@ def open_against(build: str | Path, against: str | Path) -> Source:
     if not build_has_mtp(build) and manifest.get("mtp") is not True:
         return open_any(against, mtp="drop")
     opened = open_any(against)
-    beside = opened.checkpoint.others.values() if opened.checkpoint and not opened.has_mtp else ()
-    kept = any(mtp_of(table, opened.checkpoint.tensors) for table in beside)
-    return open_any(against, mtp="keep") if kept else opened
+    return open_any(against, mtp="keep") if opened.offers_mtp and not opened.has_mtp else opened
 
 
 def _manifest(stored: StoredBuild) -> dict[str, Any] | None:

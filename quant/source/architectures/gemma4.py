@@ -13,9 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ornith_moe.quant.errors import CheckpointError, brief
-from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Settings, Weight, text_settings
+from gguf import GGUFValueType as Type
+from gguf import Keys
 
+from ornith_moe.quant.errors import CheckpointError, brief
+from ornith_moe.quant.source.architectures.architecture import Architecture, FallbackTokenizer, Key
+from ornith_moe.quant.source.architectures.weight import Cut, Settings, Weight
+
+_SHOWN = frozenset(  # control tokens that a chat parser must see in the text
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 ATTENTIONS = ("sliding_attention", "full_attention")
 # Keys whose unusual value changes the model; refused until somebody needs them.
 _PLAIN = {
@@ -42,32 +49,29 @@ _GGUF_NAMES = {
 }
 
 
-class Gemma4:
-    """Shape model of one dense Gemma 4 config."""
+class Gemma4(Architecture):
+    """One dense Gemma 4 config."""
 
     MODEL_TYPES = ("gemma4", "gemma4_text")
+    TOP_LEVEL = Architecture.TOP_LEVEL | {"vision_tower": "model.", "embed_vision": "model."}
     VISION_PREFIX = "model.vision_tower."
-    CHANNEL_IGNORE = ("lm_head", r"re:.*embed_tokens.*", r"re:.*vision_tower.*", r"re:.*embed_vision.*")
-    CHANNEL_IGNORE_MTP = ""
-    BLOCK_SKIP = ("lm_head", "embed_tokens")
+    TIED = True
+    CHANNEL_IGNORE = (*Architecture.CHANNEL_IGNORE, r"re:.*vision_tower.*", r"re:.*embed_vision.*")
+    GGUF_NAMES = _GGUF_NAMES
+    BYTE_FALLBACK = FallbackTokenizer("gemma4", _SHOWN, always_bos=True)
     gguf_architecture = "gemma4"
-    moe, experts, mtp_layers = False, 0, 0
 
     def __init__(self, config: dict[str, Any]):
-        text = text_settings(config)
+        super().__init__(config)
+        text = self.text
         for key, plain in _PLAIN.items():
             if text.values.get(key) not in plain:
                 raise CheckpointError(
                     f"config.json: {key} is {brief(text.values[key])}; only dense Gemma 4 with {brief(plain[0])} is "
                     "supported"
                 )
-        self.hidden = text.integer("hidden_size")
-        self.layers = text.integer("num_hidden_layers", high=4096)
-        self.vocabulary = text.integer("vocab_size")
         self.intermediate = text.integer("intermediate_size")
         self.attentions = text.strings("layer_types", self.layers, ATTENTIONS)
-        self.heads = text.integer("num_attention_heads")
-        self.kv_heads = text.integer("num_key_value_heads")
         self.head_dim = text.integer("head_dim")
         self.k_eq_v = bool(text.values.get("attention_k_eq_v"))
         everywhere = _full_attention(text, self.attentions)
@@ -76,23 +80,9 @@ class Gemma4:
         rope = text.section("rope_parameters")
         full = rope.section("full_attention") if rope else None
         self.rotary_factor = full.fraction("partial_rotary_factor", 1.0) if full else 1.0
-        self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", True)))
-        self.vision = Settings(config, "config.json").section("vision_config")
 
-    def weights(self, prefix: str, *, vision: bool, mtp: bool) -> Iterator[Weight]:
-        """Every weight of the checkpoint in reading order; text names start with `prefix`."""
-        yield Weight(f"{prefix}embed_tokens.weight", (self.vocabulary, self.hidden), "embedding")
-        for layer, attention in enumerate(self.attentions):
-            yield from self._layer(f"{prefix}layers.{layer}.", layer, attention)
-        yield Weight(f"{prefix}norm.weight", (self.hidden,), "norm")
-        if not self.tied:
-            yield Weight("lm_head.weight", (self.vocabulary, self.hidden), "head")
-        if vision:
-            for name, shape in self._vision():
-                yield Weight(name, shape, "vision")
-
-    def _layer(self, prefix: str, layer: int, attention: str) -> Iterator[Weight]:
-        everywhere = attention == "full_attention"
+    def layer_weights(self, prefix: str, layer: int) -> Iterator[Weight]:
+        everywhere = self.attentions[layer] == "full_attention"
         head_dim = self.global_head_dim if everywhere else self.head_dim
         queries = self.heads * head_dim
         keys = (self.global_kv_heads if everywhere else self.kv_heads) * head_dim
@@ -114,8 +104,8 @@ class Gemma4:
         yield weight("mlp.up_proj.weight", (self.intermediate, self.hidden), "mlp")
         yield weight("mlp.down_proj.weight", (self.hidden, self.intermediate), "mlp")
 
-    def _vision(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        vision, tower = self.vision, self.VISION_PREFIX
+    def vision_weights(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
+        tower = self.VISION_PREFIX
         if vision.values.get("use_clipped_linears"):
             raise CheckpointError("config.json: vision_config.use_clipped_linears is true; only false is supported")
         hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
@@ -150,7 +140,6 @@ class Gemma4:
     # Engines
 
     def cut(self, weight: Weight) -> Cut | None:
-        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
         if weight.layer is None:
             return None
         everywhere = self.attentions[weight.layer] == "full_attention"
@@ -164,33 +153,47 @@ class Gemma4:
             "gate_proj": Cut(((self.intermediate, 1),)),
             "up_proj": Cut(((self.intermediate, 1),)),
             "down_proj": Cut(((self.intermediate, 1),), by_columns=True),
-        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
-
-    # FP8 builds
-
-    def block_skip_aliases(self, module: str) -> list[str]:
-        """Other names under which an engine may ask for a module that stays BF16."""
-        return ["model.embed_tokens"] if module.endswith("language_model.embed_tokens") else []
+        }.get(weight.leaf)
 
     # GGUF
 
-    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
-        """Where `weight` goes in a text GGUF; nowhere for the vision tower, which belongs in an mmproj file."""
-        if weight.role == "vision":
-            return ()
-        if weight.layer is None:
-            name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
-                weight.role
-            ]
-            return (GgufPlace(name, weight.shape),)
-        module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
-        return (GgufPlace(f"blk.{weight.layer}.{_GGUF_NAMES[module]}", weight.shape),)
-
     def gguf_constants(self) -> dict[str, list[float]]:
-        """Tensors a GGUF needs that no checkpoint holds: {name: values}, stored as F32."""
         pairs = self.global_head_dim // 2
         rotated = int(self.rotary_factor * pairs)
         return {"rope_freqs.weight": [1.0] * rotated + [1e30] * (pairs - rotated)}
+
+    def gguf_keys(self, mtp_layers: int) -> tuple[list[Key], list[Key]]:
+        text = self.text
+        rope = text.section("rope_parameters") or Settings({}, f"{text.where}.rope_parameters")
+        everywhere = self.gguf_rope(rope.section("full_attention"), "proportional")
+        sliding = self.gguf_rope(rope.section("sliding_attention"), "default")
+        is_sliding = [attention == "sliding_attention" for attention in self.attentions]
+        kv_heads = [self.kv_heads if slides else self.global_kv_heads for slides in is_sliding]
+        heads = (kv_heads, Type.ARRAY, Type.INT32) if set(kv_heads) != {self.kv_heads} else (self.kv_heads, Type.UINT32)
+        first = [
+            (Keys.LLM.BLOCK_COUNT, self.layers, Type.UINT32),
+            *self.gguf_common_keys(heads),
+            (Keys.Rope.FREQ_BASE, everywhere.number("rope_theta", 1e6), Type.FLOAT32),
+            (Keys.Rope.FREQ_BASE_SWA, sliding.number("rope_theta", 1e4), Type.FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, text.number("rms_norm_eps", 1e-6), Type.FLOAT32),
+            (Keys.Attention.KEY_LENGTH, self.global_head_dim, Type.UINT32),
+            (Keys.Attention.VALUE_LENGTH, self.global_head_dim, Type.UINT32),
+        ]
+        after = []
+        if text.values.get("final_logit_softcapping") is not None:
+            softcap = text.number("final_logit_softcapping", None)
+            after.append((Keys.LLM.FINAL_LOGIT_SOFTCAPPING, softcap, Type.FLOAT32))
+        after += [
+            (Keys.Attention.SLIDING_WINDOW, text.integer("sliding_window"), Type.UINT32),
+            (Keys.Attention.SHARED_KV_LAYERS, 0, Type.UINT32),
+            (Keys.LLM.EMBD_LENGTH_PER_LAYER_INP, 0, Type.UINT32),
+            (Keys.Attention.SLIDING_WINDOW_PATTERN, is_sliding, Type.ARRAY, Type.BOOL),
+            (Keys.Attention.KEY_LENGTH_SWA, self.head_dim, Type.UINT32),
+            (Keys.Attention.VALUE_LENGTH_SWA, self.head_dim, Type.UINT32),
+            (Keys.Rope.DIMENSION_COUNT, self.global_head_dim, Type.UINT32),  # rope_freqs stops the pairs that rest
+            (Keys.Rope.DIMENSION_COUNT_SWA, self.head_dim, Type.UINT32),
+        ]
+        return first, after
 
 
 def _full_attention(text: Settings, attentions: list[str]) -> Settings:

@@ -1,4 +1,4 @@
-"""Qwen3.5 checkpoints, dense and MoE, of which Ornith-1.0 is made: weights, FP8 skip lists, place in a GGUF.
+"""Qwen3.5 checkpoints, dense and MoE, of which Ornith-1.0 is made: weights, FP8 skip lists, places in a GGUF.
 
     layer = x + mixer(norm(x)), x + mlp(norm(x));   mixer = gated DeltaNet three times, then attention, and so on
 
@@ -16,21 +16,21 @@ Letters: E experts, H hidden, I expert intermediate; KD, VD summed widths of key
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from ornith_moe.quant.errors import CheckpointError, PlanError
-from ornith_moe.quant.source.architectures.weight import (
-    Cut,
-    GgufPlace,
-    Packed,
-    Settings,
-    Weight,
-    text_settings,
-)
+from gguf import GGUFValueType as Type
+from gguf import Keys
+
+from ornith_moe.quant.errors import CheckpointError, PlanError, brief
+from ornith_moe.quant.source.architectures.architecture import Architecture, Key
+from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Packed, Settings, Weight
 from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
 
 MAX_EXPERTS = 1 << 16  # of all layers; the 397B has 30,720
+MROPE_SECTIONS = (11, 11, 10)  # transformers' default: rotary pairs for time, height, width
 _PLUS_ONE = Transform(AddOne())
+_NORMS = ("norm.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight")  # how names of norms end
 MIXERS = ("linear_attention", "full_attention")
 
 # Module names below a layer -> GGUF names below a block.
@@ -69,38 +69,36 @@ _GGUF_MTP_NAMES = {
 }
 
 
-class Qwen35:
-    """Shape model of one Qwen3.5 config."""
+class Qwen35(Architecture):
+    """One Qwen3.5 config."""
 
     MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+    TOP_LEVEL = Architecture.TOP_LEVEL | {"mtp": "", "visual": "model."}
     VISION_PREFIX = "model.visual."
+    FUSED = Architecture.FUSED | {"in_proj_qkv": "qkvz", "in_proj_z": "qkvz"}
     # Skip lists of the official builds. Channel: Ornith-1.0-*-FP8; MTP stays BF16 there and must be named (vllm#41994).
     CHANNEL_IGNORE = (
-        "lm_head",
-        r"re:.*embed_tokens.*",
+        *Architecture.CHANNEL_IGNORE,
         r"re:.*\.mlp\.gate$",
         r"re:.*shared_expert_gate$",
         r"re:.*linear_attn.*",
         r"re:model\.visual\..*",
     )
-    CHANNEL_IGNORE_MTP = r"re:^mtp\..*"
+    CHANNEL_IGNORE_MTP = (r"re:^mtp\..*",)
     # Block: Qwen3.5-*-FP8. b and a have fewer rows than a block; vLLM fuses them into in_proj_ba at load.
-    BLOCK_SKIP = ("in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc", "conv1d", "lm_head", "embed_tokens")
+    BLOCK_SKIP = (*Architecture.BLOCK_SKIP, "in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc", "conv1d")
+    GGUF_NAMES = _GGUF_NAMES
 
     def __init__(self, config: dict[str, Any]):
-        text = text_settings(config)
+        super().__init__(config)
+        text = self.text
         self.moe = "moe" in str(config.get("model_type"))
         self.gguf_architecture = "qwen35moe" if self.moe else "qwen35"
-        self.hidden = text.integer("hidden_size")
-        self.layers = text.integer("num_hidden_layers", high=4096)
-        self.vocabulary = text.integer("vocab_size")
         interval = text.integer("full_attention_interval", 4, high=4096)
         if text.values.get("layer_types") is None:
             self.mixers = [MIXERS[(i + 1) % interval == 0] for i in range(self.layers)]
         else:
             self.mixers = text.strings("layer_types", self.layers, MIXERS)
-        self.heads = text.integer("num_attention_heads")
-        self.kv_heads = text.integer("num_key_value_heads")
         self.head_dim = text.integer("head_dim", 256)
         self.key_heads = text.integer("linear_num_key_heads", 16)
         self.value_heads = text.integer("linear_num_value_heads", 32)
@@ -124,28 +122,10 @@ class Qwen35:
             self.shared_intermediate = text.integer("shared_expert_intermediate_size")
         else:
             self.experts, self.intermediate = 0, text.integer("intermediate_size")
-        self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", False)))
-        self.vision = Settings(config, "config.json").section("vision_config")
 
-    def weights(self, prefix: str, *, vision: bool, mtp: bool) -> Iterator[Weight]:
-        """Every weight of the checkpoint in reading order; text names start with `prefix`."""
-        yield Weight(f"{prefix}embed_tokens.weight", (self.vocabulary, self.hidden), "embedding")
-        for layer, mixer in enumerate(self.mixers):
-            yield from self._layer(f"{prefix}layers.{layer}.", layer, mixer)
-        yield Weight(f"{prefix}norm.weight", (self.hidden,), "norm")
-        if not self.tied:
-            yield Weight("lm_head.weight", (self.vocabulary, self.hidden), "head")
-        if vision:
-            for name, shape in self._vision():
-                yield Weight(self.VISION_PREFIX + name, shape, "vision")
-        if mtp:
-            for name, shape in self._mtp():
-                yield Weight(name, shape, "mtp", self.layers)
-            for layer in range(self.mtp_layers):
-                for weight in self._layer(f"mtp.layers.{layer}.", self.layers + layer, "full_attention"):
-                    yield Weight(weight.name, weight.shape, "mtp", weight.layer, weight.expert, weight.packed)
-
-    def _layer(self, prefix: str, layer: int, mixer: str) -> Iterator[Weight]:
+    def layer_weights(self, prefix: str, layer: int) -> Iterator[Weight]:
+        """Layers beyond the last are of multi-token prediction and have full attention."""
+        mixer = self.mixers[layer] if layer < self.layers else "full_attention"
         hidden = self.hidden
         key, value = self.key_heads * self.key_head_dim, self.value_heads * self.value_head_dim
 
@@ -194,14 +174,23 @@ class Qwen35:
                     f"{base}{expert}.{name}.weight", shape, "expert", layer, expert, Packed(packed, packed_shape, row)
                 )
 
-    def _mtp(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield "mtp.fc.weight", (self.hidden, 2 * self.hidden)
-        yield "mtp.pre_fc_norm_embedding.weight", (self.hidden,)
-        yield "mtp.pre_fc_norm_hidden.weight", (self.hidden,)
-        yield "mtp.norm.weight", (self.hidden,)
+    def mtp_weights(self) -> Iterator[Weight]:
+        for name, shape in (
+            ("fc.weight", (self.hidden, 2 * self.hidden)),
+            ("pre_fc_norm_embedding.weight", (self.hidden,)),
+            ("pre_fc_norm_hidden.weight", (self.hidden,)),
+            ("norm.weight", (self.hidden,)),
+        ):
+            yield Weight(f"mtp.{name}", shape, "mtp", self.layers)
+        for layer in range(self.mtp_layers):
+            for weight in self.layer_weights(f"mtp.layers.{layer}.", self.layers + layer):
+                yield replace(weight, role="mtp")
 
-    def _vision(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        vision = self.vision
+    def vision_weights(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, shape in self._vision(vision):
+            yield self.VISION_PREFIX + name, shape
+
+    def _vision(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
         hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
         patch, temporal = vision.integer("patch_size"), vision.integer("temporal_patch_size")
         merged = hidden * vision.integer("spatial_merge_size") ** 2
@@ -230,7 +219,6 @@ class Qwen35:
     # Engines
 
     def cut(self, weight: Weight) -> Cut | None:
-        """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""
         keys, values = (self.key_heads, self.key_head_dim), (self.value_heads, self.value_head_dim)
         inner = ((self.shared_intermediate if ".shared_expert." in weight.name else self.intermediate, 1),)
         return {
@@ -246,53 +234,36 @@ class Qwen35:
             "gate_proj": Cut(inner),
             "up_proj": Cut(inner),
             "down_proj": Cut(inner, by_columns=True),
-        }.get(weight.name.removesuffix(".weight").rpartition(".")[2])
+        }.get(weight.leaf)
 
     # FP8 builds
 
     def block_skip_aliases(self, module: str) -> list[str]:
-        """Other names under which an engine may ask for a module that stays BF16."""
         if module.endswith("in_proj_b"):
             return [module.removesuffix("_b") + "_ba"]
-        if module.startswith(
-            self.VISION_PREFIX
-        ):  # the official lists name the tower's own modules without `model.` too
+        if self.is_vision(module):  # the official lists name the tower's own modules without `model.` too
             return [] if ".blocks." in module else [module.removeprefix("model.")]
-        if module.endswith("language_model.embed_tokens"):
-            return ["model.embed_tokens"]
-        return []
+        return super().block_skip_aliases(module)
 
     # GGUF
 
     def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
-        """Where `weight` goes in a text GGUF; nowhere for the vision tower, which belongs in an mmproj file."""
-        return () if weight.role == "vision" else (self._gguf_place(weight),)
-
-    def _gguf_place(self, weight: Weight) -> GgufPlace:
-        if weight.layer is None:
-            name = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}[
-                weight.role
-            ]
-            return GgufPlace(name, weight.shape, transform=_PLUS_ONE if weight.role == "norm" else UNCHANGED)
+        if weight.role == "vision":
+            return ()
         if weight.role == "mtp" and self.mtp_layers != 1:
             raise PlanError(
                 f"{weight.name}: llama.cpp reads one MTP layer and the config has {self.mtp_layers}; pass --mtp drop"
             )
-        block = f"blk.{weight.layer}."
+        transform = _PLUS_ONE if weight.name.endswith(_NORMS) else UNCHANGED
         if weight.name in _GGUF_MTP_NAMES:
-            transform = UNCHANGED if weight.name == "mtp.fc.weight" else _PLUS_ONE
-            return GgufPlace(block + _GGUF_MTP_NAMES[weight.name], weight.shape, transform=transform)
-        if weight.expert is not None:
-            kind = weight.name.rsplit(".", 2)[1].removesuffix("_proj")
-            shape = (self.experts, *weight.shape)
-            return GgufPlace(f"{block}ffn_{kind}_exps.weight", shape, row=weight.expert * weight.shape[0])
-        module = weight.name.split(".layers.", 1)[1].split(".", 1)[1]
-        name = block + _GGUF_NAMES[module]
-        if module.startswith("linear_attn."):
-            return self._gguf_linear_attention(weight, name, module.removeprefix("linear_attn."))
-        return GgufPlace(name, weight.shape, transform=_PLUS_ONE if module.endswith("norm.weight") else UNCHANGED)
+            name = f"blk.{weight.layer}.{_GGUF_MTP_NAMES[weight.name]}"
+            return (GgufPlace(name, weight.shape, transform=transform),)
+        place = self.gguf_place(weight, transform)
+        return (self._gguf_linear_attention(weight, place) if ".linear_attn." in weight.name else place,)
 
-    def _gguf_linear_attention(self, weight: Weight, name: str, module: str) -> GgufPlace:
+    def _gguf_linear_attention(self, weight: Weight, place: GgufPlace) -> GgufPlace:
+        """`place` with heads in ggml's order."""
+        module = weight.module.removeprefix("linear_attn.")
         ratio = self.value_heads // self.key_heads
         keys = 2 * self.key_heads * self.key_head_dim
         start, size = {
@@ -304,9 +275,70 @@ class Qwen35:
         swap = HeadSwap(start, self.key_heads, ratio, size) if ratio > 1 and module != "norm.weight" else None
         shape = (weight.shape[0], weight.shape[2]) if module == "conv1d.weight" else weight.shape
         if module == "out_proj.weight":
-            return GgufPlace(name, shape, transform=Transform(columns=swap))
-        return GgufPlace(name, shape, transform=Transform(NegativeExp() if module == "A_log" else SAME, rows=swap))
+            return GgufPlace(place.name, shape, transform=Transform(columns=swap))
+        values = NegativeExp() if module == "A_log" else SAME
+        return GgufPlace(place.name, shape, transform=Transform(values, rows=swap))
 
-    def gguf_constants(self) -> dict[str, list[float]]:
-        """Tensors a GGUF needs that no checkpoint holds."""
-        return {}
+    def gguf_keys(self, mtp_layers: int) -> tuple[list[Key], list[Key]]:
+        text = self.text
+        rope = self.gguf_rope(text.section("rope_parameters") or text.section("rope_scaling"), "default")
+        rotary_factor = rope.fraction("partial_rotary_factor", text.fraction("partial_rotary_factor", 0.25))
+        theta = rope.number("rope_theta", text.values.get("rope_theta", 10_000_000))
+        if self.key_head_dim != self.value_head_dim:
+            raise PlanError(
+                f"config.json: linear_key_head_dim {self.key_head_dim} and linear_value_head_dim {self.value_head_dim} "
+                "differ; llama.cpp knows one state size for both"
+            )
+        recurrent = [mixer == "linear_attention" for mixer in self.mixers] + [False] * mtp_layers
+        first = [
+            (Keys.LLM.BLOCK_COUNT, self.layers + mtp_layers, Type.UINT32),
+            *self.gguf_common_keys((self.kv_heads, Type.UINT32)),
+            (Keys.Rope.DIMENSION_SECTIONS, self._mrope_sections(rope), Type.ARRAY, Type.INT32),
+            (Keys.Rope.FREQ_BASE, theta, Type.FLOAT32),
+            (Keys.Attention.LAYERNORM_RMS_EPS, text.number("rms_norm_eps", 1e-6), Type.FLOAT32),
+        ]
+        if self.moe:
+            used = text.integer("num_experts_per_tok", high=self.experts)
+            first += [
+                (Keys.LLM.EXPERT_COUNT, self.experts, Type.UINT32),
+                (Keys.LLM.EXPERT_USED_COUNT, used, Type.UINT32),
+            ]
+        first += [
+            (Keys.Attention.KEY_LENGTH, self.head_dim, Type.UINT32),
+            (Keys.Attention.VALUE_LENGTH, self.head_dim, Type.UINT32),
+        ]
+        after = [
+            (Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, self.intermediate, Type.UINT32),
+            (Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, self.shared_intermediate, Type.UINT32),
+        ] if self.moe else []  # fmt: skip
+        if mtp_layers:
+            after.append((Keys.LLM.NEXTN_PREDICT_LAYERS, mtp_layers, Type.UINT32))
+        after += [
+            (Keys.SSM.CONV_KERNEL, self.conv_kernel, Type.UINT32),
+            (Keys.SSM.STATE_SIZE, self.key_head_dim, Type.UINT32),
+            (Keys.SSM.GROUP_COUNT, self.key_heads, Type.UINT32),
+            (Keys.SSM.TIME_STEP_RANK, self.value_heads, Type.UINT32),
+            (Keys.SSM.INNER_SIZE, self.value_heads * self.value_head_dim, Type.UINT32),
+            # Which blocks are recurrent, twice: the list is exact, the interval what readers before autumn 2026 know.
+            ("{arch}.attention.recurrent_layers", recurrent, Type.ARRAY, Type.BOOL),
+            (Keys.LLM.FULL_ATTENTION_INTERVAL, _interval(self.mixers), Type.UINT32),
+            (Keys.Rope.DIMENSION_COUNT, int(self.head_dim * rotary_factor), Type.UINT32),
+        ]
+        return first, after
+
+    def _mrope_sections(self, rope: Settings) -> list[int]:
+        sections = rope.values.get("mrope_section") or list(MROPE_SECTIONS)
+        pairs = range(self.head_dim // 2 + 1)
+        whole = isinstance(sections, list) and len(sections) in (3, 4)
+        if not whole or not all(type(n) is int and n in pairs for n in sections):
+            raise CheckpointError(
+                f"{rope.where}: expected mrope_section to be three integers from 0 to {pairs[-1]}, got "
+                f"{brief(sections)}"
+            )
+        return [*sections, 0][:4]  # the fourth is for a position axis that text and images do not have
+
+
+def _interval(mixers: list[str]) -> int:
+    """Every how many layers attention is full. Layers that follow no interval are described by the list alone."""
+    full = [layer for layer, mixer in enumerate(mixers) if mixer == "full_attention"]
+    return full[0] + 1 if full else len(mixers) + 1

@@ -41,6 +41,21 @@ class Weight:
     packed: Packed | None = None
 
     @property
+    def leaf(self) -> str:
+        """The last part of its module's name, such as q_proj."""
+        return self.name.removesuffix(".weight").rpartition(".")[2]
+
+    @property
+    def module(self) -> str:
+        """What its name says below the layer, such as `self_attn.q_proj.weight`."""
+        return self.name.split(".layers.", 1)[1].split(".", 1)[1]
+
+    @property
+    def owner(self) -> str:
+        """The module that it belongs to, as configs name it."""
+        return self.name.removesuffix(".weight").removesuffix(".bias")
+
+    @property
     def is_linear(self) -> bool:
         """Whether it is the matrix of a matrix product, so that a recipe may quantize it unless it skips it by name."""
         return len(self.shape) == 2 and self.role not in ("norm", "embedding") and self.name.endswith(".weight")
@@ -106,6 +121,12 @@ class Settings:
         value = self.values.get(key, default)
         if type(value) not in (int, float) or not 0 < value <= 1:
             raise CheckpointError(f"{self.where}: expected {key} to be a number from 0 to 1, got {brief(value)}")
+        return float(value)
+
+    def number(self, key: str, default: float | None) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(f"{self.where}: expected {key} to be a positive number, got {brief(value)}")
         return float(value)
 
     def strings(self, key: str, count: int, allowed: tuple[str, ...]) -> list[str]:

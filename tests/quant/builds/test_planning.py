@@ -22,7 +22,8 @@ from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fallbacks import by_kind
 from ornith_moe.quant.gguf.imatrix import Coverage
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
-from ornith_moe.quant.source.weights import PRESET_HAS_MTP, open_source, source_from_config
+from ornith_moe.quant.source.preset import preset_names
+from ornith_moe.quant.source.weights import open_source, source_from_config
 
 PUBLISHED = [  # tensors and payload bytes; a GGUF's payload is its file less the header
     ("ornith-1.0-35b", "fp8-channel", 62_546, 37_667_035_872),
@@ -239,7 +240,7 @@ def test_mtp_without_importance_gets_bits_that_need_none(tmp_path):
     assert not any(name.startswith("blk.32.") for name in plan.needs_imatrix)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESET_HAS_MTP if "397b" not in name])
+@pytest.mark.parametrize("name", [name for name in preset_names() if "397b" not in name])
 def test_every_preset_can_be_planned(name):
     source = open_source(name)
     for build in ("fp8-channel", "fp8-block", "gguf:Q4_K_M"):

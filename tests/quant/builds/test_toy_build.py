@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import ornith_moe.quant.conversion.convert as convert_module
 from ornith_moe import cli
 from ornith_moe.quant.builds.build import BUILDS, find_build, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step, fused_group, module
+from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.storages.storage import Part, Storage
@@ -82,10 +82,11 @@ class Toy(SafetensorsBuild):
 
     def decide(self, source, options):
         plan, ignored = BuildPlan(self), []
-        kept = {fused_group(source.weights[index]) for index in options.kept}
+        group = source.architecture.fused_group
+        kept = {group(source.weights[index]) for index in options.kept}
         for index, weight in enumerate(source.weights):
-            quantize = weight.is_linear and weight.role != "vision" and fused_group(weight) not in kept
-            ignored += [] if quantize else [module(weight)]
+            quantize = weight.is_linear and weight.role != "vision" and group(weight) not in kept
+            ignored += [] if quantize else [weight.owner]
             add_step(plan, source, index, Int8() if quantize else Keep())
         plan.config = {"quant_method": self.quant_method, "ignore": ignored}
         return plan

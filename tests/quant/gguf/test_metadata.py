@@ -62,8 +62,9 @@ def preset(name: str) -> dict:
 
 def entries_of(folder, *, mtp_layers=0, pre=None) -> list[Entry]:
     config = json.loads((folder / "config.json").read_text())
-    rows = architecture(config).vocabulary
-    tokenizer = tokenizer_entries(read_tokenizer(folder, rows), config, rows, pre=pre)
+    model = architecture(config)
+    files = read_tokenizer(folder, model.vocabulary)
+    tokenizer = tokenizer_entries(files, config, model.vocabulary, pre=pre, fallback=model.BYTE_FALLBACK)
     return gguf_metadata(config, folder, name="x", file_type=0, mtp_layers=mtp_layers, tokenizer=tokenizer)
 
 

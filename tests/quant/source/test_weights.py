@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.source.weights import checked_name, model_name, open_source, weight_matrix
+from ornith_moe.quant.source.source import weight_matrix
+from ornith_moe.quant.source.weights import checked_name, model_name, open_source
 
 
 def values(source):
