@@ -38,7 +38,7 @@ UNMADE_WITHOUT_IMATRIX = {"IQ2_XXS", "IQ2_XS", "IQ1_S"}  # ggml encodes no tenso
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """What a rule may ask of a tensor: its number among `count` of its kind, its layer, and what is known besides."""
 
     index: int
@@ -50,7 +50,7 @@ class Place:
     imatrix: bool
 
 
-def always(place: Place) -> bool:
+def always(position: Position) -> bool:
     return True
 
 
@@ -59,68 +59,68 @@ def more_bits(index: int, count: int) -> bool:
     return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
-def values_more_bits(place: Place) -> bool:
-    return more_bits(place.index, place.count)
+def values_more_bits(position: Position) -> bool:
+    return more_bits(position.index, position.count)
 
 
-def layers_more_bits(place: Place) -> bool:
-    return more_bits(place.layer, place.layers)
+def layers_more_bits(position: Position) -> bool:
+    return more_bits(position.layer, position.layers)
 
 
-def first_eighth(place: Place) -> bool:
-    return place.layer < place.layers // 8
+def first_eighth(position: Position) -> bool:
+    return position.layer < position.layers // 8
 
 
-def first_sixteenth(place: Place) -> bool:
-    return place.layer < place.layers // 16
+def first_sixteenth(position: Position) -> bool:
+    return position.layer < position.layers // 16
 
 
-def counted_first_eighth(place: Place) -> bool:
+def counted_first_eighth(position: Position) -> bool:
     """Shared experts count too here, so it is fewer layers of a mixture of experts."""
-    return place.index < place.layers // 8
+    return position.index < position.layers // 8
 
 
-def middle(place: Place) -> bool:
-    return place.layers // 8 <= place.layer < 7 * place.layers // 8
+def middle(position: Position) -> bool:
+    return position.layers // 8 <= position.layer < 7 * position.layers // 8
 
 
-def first_eighth_unless_imatrix(place: Place) -> bool:
-    return first_eighth(place) and not place.imatrix
+def first_eighth_unless_imatrix(position: Position) -> bool:
+    return first_eighth(position) and not position.imatrix
 
 
-def first_eighth_with_imatrix(place: Place) -> bool:
-    return first_eighth(place) and place.imatrix
+def first_eighth_with_imatrix(position: Position) -> bool:
+    return first_eighth(position) and position.imatrix
 
 
-def no_imatrix(place: Place) -> bool:
-    return not place.imatrix
+def no_imatrix(position: Position) -> bool:
+    return not position.imatrix
 
 
-def first_two(place: Place) -> bool:
-    return place.index < 2
+def first_two(position: Position) -> bool:
+    return position.index < 2
 
 
-def first_four(place: Place) -> bool:
-    return place.index < 4
+def first_four(position: Position) -> bool:
+    return position.index < 4
 
 
-def few_key_heads(place: Place) -> bool:
-    return place.gqa >= 4
+def few_key_heads(position: Position) -> bool:
+    return position.gqa >= 4
 
 
-def few_key_heads_or_experts(place: Place) -> bool:
-    return place.gqa >= 4 or place.experts >= 4
+def few_key_heads_or_experts(position: Position) -> bool:
+    return position.gqa >= 4 or position.experts >= 4
 
 
-def eight_experts(place: Place) -> bool:
-    return place.experts == 8
+def eight_experts(position: Position) -> bool:
+    return position.experts == 8
 
 
-def eight_experts_more_bits(place: Place) -> bool:
-    return place.experts == 8 and layers_more_bits(place)
+def eight_experts_more_bits(position: Position) -> bool:
+    return position.experts == 8 and layers_more_bits(position)
 
 
-Rule = tuple[str, str, Callable[[Place], bool]]  # kind of tensor, type, condition
+Rule = tuple[str, str, Callable[[Position], bool]]  # kind of tensor, type, condition
 
 
 @dataclass(frozen=True)
@@ -326,8 +326,8 @@ def tensor_types(
         index = seen[kind]
         seen[kind] += 1
         layer = _block(name) if experts > 1 else index
-        place = Place(index, counts[kind], layer, layers, gqa, experts, imatrix)
-        fitting = (wanted for of, wanted, condition in file_type.rules if of == kind and condition(place))
+        position = Position(index, counts[kind], layer, layers, gqa, experts, imatrix)
+        fitting = (wanted for of, wanted, condition in file_type.rules if of == kind and condition(position))
         return next(fitting, file_type.base)
 
     types, fallbacks = {}, []

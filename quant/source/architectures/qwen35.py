@@ -254,6 +254,8 @@ class Qwen35(Architecture):
             raise PlanError(
                 f"{weight.name}: llama.cpp reads one MTP layer and the config has {self.mtp_layers}; pass --mtp drop"
             )
+        if weight.expert is not None:
+            return (self.gguf_place(weight),)
         transform = _PLUS_ONE if weight.name.endswith(_NORMS) else UNCHANGED
         if weight.name in _GGUF_MTP_NAMES:
             name = f"blk.{weight.layer}.{_GGUF_MTP_NAMES[weight.name]}"

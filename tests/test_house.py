@@ -1,0 +1,111 @@
+"""The house as CONTRIBUTING draws it: which folder may import which, read from every import, those in functions too.
+
+    quant:   files of its own <- source <- simd <- codecs <- gguf <- builds <- conversion <- verification
+    all:     quant <- kernels <- ornith_moe <- bench, tests, demo
+
+Reference: the syntax trees of the files. Not covered: what is imported by a name made at run time.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WINGS = ("source", "simd", "codecs", "gguf", "builds", "conversion", "verification")  # of quant, from the ground up
+HOUSES = ("quant", "kernels", "ornith_moe")
+
+
+def module_of(path: Path) -> str:
+    """The name under which a file of ours is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "ornith_moe" else ("ornith_moe", *parts))
+
+
+FILES = {module_of(path): path for house in HOUSES for path in sorted((ROOT / house).rglob("*.py"))}
+
+
+@cache
+def imports(path: Path, *, at_import: bool = False) -> frozenset[str]:
+    """Modules of ours that a file imports; `at_import`: while it is imported, so neither in functions nor for types."""
+    return frozenset(_imports(path, at_import))
+
+
+def _imports(path: Path, at_import: bool) -> Iterator[str]:
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in FILES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            if (node.module or "").split(".")[0] == "ornith_moe":
+                members = (f"{node.module}.{alias.name}" for alias in node.names)
+                yield from (member if member in FILES else node.module for member in members)
+        todo += ast.iter_child_nodes(node)
+
+
+def house_of(module: str) -> str:
+    second = module.split(".")[1] if "." in module else ""
+    return second if second in HOUSES[:-1] else HOUSES[-1]
+
+
+def wing_of(module: str) -> str:
+    """Folder of a module of quant; "" of the files that lie in quant itself."""
+    parts = module.split(".")
+    return parts[2] if len(parts) > 2 and (ROOT / "quant" / parts[2]).is_dir() else ""
+
+
+def test_houses_import_what_stands_before_them():
+    wrong = [
+        (module, other)
+        for module, path in FILES.items()
+        for other in imports(path)
+        if HOUSES.index(house_of(other)) > HOUSES.index(house_of(module))
+    ]
+    assert not wrong
+
+
+def floor_of(module: str) -> int:
+    """Of a wing, its place in WINGS; a file of quant itself stands on the highest wing that it imports, if any."""
+    if wing_of(module):
+        return 1 + WINGS.index(wing_of(module))
+    return max((floor_of(other) for other in imports(FILES[module]) if house_of(other) == "quant"), default=0)
+
+
+def test_the_stack_of_wings_has_no_arrow_back():
+    quant = {module: path for module, path in FILES.items() if house_of(module) == "quant"}
+    wrong = [
+        (module, other)
+        for module, path in quant.items()
+        for other in imports(path)
+        if house_of(other) == "quant" and floor_of(other) > floor_of(module)
+    ]
+    assert not wrong
+    assert floor_of("ornith_moe.quant.verification.verify") == len(WINGS)
+
+
+@pytest.mark.parametrize("house", HOUSES)
+def test_no_module_waits_for_itself(house):
+    """No circle among what modules import while they are imported."""
+    graph = {module: set(imports(path, at_import=True)) & FILES.keys() for module, path in FILES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join((*above[above.index(module) :], module))
+        if module not in done:
+            for other in sorted(graph[module] - {module}):
+                visit(other, (*above, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        if house_of(module) == house:
+            visit(module, ())
