@@ -3,6 +3,8 @@
 Each case is a process of its own with a cache of its own. Not covered: other versions of numba.
 """
 
+import ast
+import importlib
 import os
 import pickle
 import subprocess
@@ -78,6 +80,27 @@ def test_a_kernel_is_as_new_as_every_file_whose_code_it_may_hold():
     assert dialect | {"codecs/search.py", "codecs/k_quants.py"} <= named(k_quants.encode_signed)
     assert dialect | {"cpu/rows.py", "cpu/forward.py", "cpu/register_tiles.py"} <= named(backward.weight_gradient)
     assert not any(name.startswith("codecs/") for name in named(forward.gate_up))
+
+
+def test_kernels_name_nothing_of_rooms_that_are_not_in_their_stamp():
+    """A constant of another folder would be machine code that nobody renews."""
+    root, seen = Path(compiled.__code__.co_filename).parents[2], 0
+    for file in [*root.glob("quant/**/*.py"), *root.glob("backend/**/*.py")]:
+        text = file.read_text(encoding="utf-8")
+        if "simd.compiled import compiled\n" not in text:
+            continue
+        name = ".".join(("ornith_moe", *file.relative_to(root).with_suffix("").parts))
+        rooms = (name.rpartition(".")[0], "ornith_moe.quant.simd")
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.ImportFrom)]
+        foreign = [
+            i for i in imports if i.module.startswith("ornith_moe.") and i.module.rpartition(".")[0] not in rooms
+        ]
+        names = {alias.asname or alias.name for node in foreign for alias in node.names}
+        for kernel in vars(importlib.import_module(name)).values():
+            if hasattr(kernel, "py_func") and kernel.py_func.__module__ == name:
+                seen += 1
+                assert not names & set(kernel.py_func.__code__.co_names), f"{name}.{kernel.__name__}"
+    assert seen > 100
 
 
 @pytest.fixture
