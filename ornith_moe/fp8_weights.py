@@ -31,10 +31,12 @@ whenever it is replayed.
 import ctypes
 import threading
 import weakref
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -53,14 +55,14 @@ class _Copy:
 
     made_as: tuple[Any, ...]
     operand: Operand
-    storage: weakref.ref | None = None  # None: used once
+    storage: Callable[[], torch.UntypedStorage | None] | None = None  # a weak reference; None: used once
     digests: Any = None  # by expert on a CPU, by tile on a GPU, where 0 is a tile not quantized yet
     trust: tuple[Any, ...] = ()  # the promise and version under which `trusted` were compared
     trusted: set[int] = field(default_factory=set)
     lock: Any = field(default_factory=threading.Lock)
 
 
-_copies: dict[tuple[int, int], _Copy] = {}  # by id of the storage, removed before that id is free again, and offset
+_copies: dict[tuple[int, Any], _Copy] = {}  # by id of the storage, removed before that id is free again, and offset
 _lock = threading.RLock()  # backward runs in threads of its own
 _promise: ContextVar[object | None] = ContextVar("unchanged", default=None)
 
@@ -115,7 +117,7 @@ def quantized_weights(
 
 
 @contextmanager
-def unchanged():
+def unchanged() -> Iterator[None]:
     """Inside, this thread's calls check each expert of a weight once and not again: the caller writes to no weight.
 
     For a rollout between two updates, or the micro-batches between two optimizer steps; end it before the step. A write
@@ -154,12 +156,12 @@ def _copy_of(weight: torch.Tensor, block: Cast, scale: str, transposed: bool) ->
     storage = weight.untyped_storage()
     key = (id(storage), weight.storage_offset())
 
-    def drop(_=None):
+    def drop(_: object = None) -> None:
         _copies.pop(key, None)
 
     with _lock:
         copy = _copies.get(key)
-        if copy is None or copy.storage() is not storage or copy.made_as != made_as:
+        if copy is None or copy.storage is None or copy.storage() is not storage or copy.made_as != made_as:
             del copy
             drop()  # the old copy goes before memory for the new one is taken
             _drop_emptied()
@@ -170,7 +172,7 @@ def _copy_of(weight: torch.Tensor, block: Cast, scale: str, transposed: bool) ->
         return copy
 
 
-def _is_lasting(weight):
+def _is_lasting(weight: torch.Tensor) -> bool:
     """Whether `weight` is plain memory that comes again."""
     plain = type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not weight.is_meta
     if not plain or not weight.is_leaf:
@@ -178,9 +180,9 @@ def _is_lasting(weight):
     return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _drop_emptied():
+def _drop_emptied() -> None:
     for key, copy in _copies.copy().items():
-        storage = copy.storage()
+        storage = copy.storage() if copy.storage else None
         if storage is None or not storage.size():
             _copies.pop(key, None)
 
@@ -232,23 +234,26 @@ def _refresh_on_cpu(copy: _Copy, weight: torch.Tensor, block: Cast, experts: Any
 
 
 def _quantize(weight: torch.Tensor, copy: Operand, block: Cast, experts: list[int]) -> None:
-    q, scale, q_t, scale_t = (None if t is None else _matrices(t) for t in copy)
+    assert copy.scale is not None
+    q, scale = _matrices(copy.value), _matrices(copy.scale)
     fp8.quantize_fp8_experts(weight, q, scale, experts, block=block)
-    for e in experts if q_t is not None else ():
-        q_t[e], scale_t[e] = q[e].mT, scale[e].mT
+    if copy.value_t is not None and copy.scale_t is not None:
+        q_t, scale_t = _matrices(copy.value_t), _matrices(copy.scale_t)
+        for e in experts:
+            q_t[e], scale_t[e] = q[e].mT, scale[e].mT
 
 
-def _matrices(t):
+def _matrices(t: torch.Tensor) -> torch.Tensor:
     return t.flatten(0, -3) if t.dim() > 2 else t[None]
 
 
-def _device_casts():
+def _device_casts() -> ModuleType:
     from ornith_moe.kernels import fp8_cast  # a machine without a GPU may have no Triton
 
     return fp8_cast
 
 
-def _digests(weight, experts):
+def _digests(weight: torch.Tensor, experts: Sequence[int]) -> dict[int, int]:
     """{expert: XXH3 of its memory}, read by address: torch never resizes a storage that numpy() has lent out."""
     per_thread = max(1, _THREAD_BYTES // max(weight[:1].nbytes, 1))
     threads = min(torch.get_num_threads(), -(-len(experts) // per_thread))
@@ -258,7 +263,7 @@ def _digests(weight, experts):
         return dict(zip(experts, pool.map(lambda e: _digest(weight[e]), experts), strict=True))
 
 
-def _digest(matrix):
+def _digest(matrix: torch.Tensor) -> int:
     if not (matrix.is_contiguous() or matrix.mT.is_contiguous()):
         matrix = matrix.contiguous()
     return xxhash.xxh3_64_intdigest((ctypes.c_char * matrix.nbytes).from_address(matrix.data_ptr()))

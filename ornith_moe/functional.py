@@ -78,30 +78,31 @@ def moe_mlp(
     row = recipe_of(recipe)
     if scale not in ("fp32", "ue8m0"):
         raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
-    gate_up_proj, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
-    down_proj, down_scale = _pair("down_proj", down_proj)
-    operands = {"x": x, "indices": indices, "weights": weights, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    gate_up, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
+    down, down_scale = _pair("down_proj", down_proj)
+    operands = {"x": x, "indices": indices, "weights": weights, "gate_up_proj": gate_up, "down_proj": down}
     ops.check_plain(**operands, gate_up_scale=gate_up_scale, down_scale=down_scale)
     _check(**operands)
-    _check_weight("gate_up_proj", gate_up_proj, gate_up_scale, x, row)
-    _check_weight("down_proj", down_proj, down_scale, x, row)
-    row.check(down_proj.shape[2])
+    _check_weight("gate_up_proj", gate_up, gate_up_scale, x, row)
+    _check_weight("down_proj", down, down_scale, x, row)
+    row.check(down.shape[2])
     name = choose_backend(backend, x.device, recipe, dtype=x.dtype, batch_invariant=batch_invariant)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up_proj, down_proj))
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
     grad = grad or transforms.active()  # whose levels hide whether a tensor requires it
     y, *_ = ops.call(
-        "moe_mlp", x, indices, weights, gate_up_proj, down_proj, gate_up_scale, down_scale, recipe, scale,
-        batch_invariant, name, grad,
+        "moe_mlp", x, indices, weights, gate_up, down, gate_up_scale, down_scale, recipe, scale, batch_invariant, name,
+        grad,
     )  # fmt: skip
     return y
 
 
-def _pair(name: str, weight: object) -> tuple[Any, torch.Tensor | None]:
+def _pair(name: str, weight: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not isinstance(weight, (tuple, list)):
         return weight, None
     if len(weight) != 2 or not all(isinstance(t, torch.Tensor) for t in weight):
         raise TypeError(f"{name}: expected a tensor or a pair (q, scale) of tensors, got {len(weight)} values")
-    return weight
+    q, scale = weight
+    return q, scale
 
 
 def _check(

@@ -36,6 +36,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ from ornith_moe.ops import is_opaque
 from ornith_moe.quant.fp8 import dequantize_fp8, roundtrip_fp8_tokens
 from ornith_moe.quant.recipes import BLOCK, RECIPES, ROW, Cast, Recipe
 
+Module = Any  # an experts module of transformers: what its attributes are, its own class does not say
 WORDS = {f"ornith_{recipe.name}" if recipe.is_fp8 else "ornith": recipe for recipe in RECIPES.values()}
 _DECODE_TOKENS = 64  # at most this many go to `batched_mm`, which copies the weights of every slot
 _logger = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ def experts_function(word: str) -> Callable[..., torch.Tensor]:
     """
 
     def experts(
-        self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self: Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return _experts(self, hidden_states, top_k_index, top_k_weights, word)
 
@@ -87,7 +89,7 @@ def experts_function(word: str) -> Callable[..., torch.Tensor]:
     return experts
 
 
-def why(experts: torch.nn.Module, implementation: str | None = None) -> str:
+def why(experts: Module, implementation: str | None = None) -> str:
     """How an experts module is computed, and why: "fused: ...", "grouped_mm: ...", "eager: ...", "loop: ...",
     "refused: ...", or "replaced: ..." where another library has put its own function in the place of ours.
 
@@ -196,7 +198,7 @@ def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -
 
 
 def _experts(
-    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    module: Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
     name: str,
 ) -> torch.Tensor:  # fmt: skip
     path, reason = _path(module, name)
@@ -227,7 +229,7 @@ def _experts(
     return y.to(hidden_states.dtype)
 
 
-def _path(module: torch.nn.Module, name: str, gathered: bool = False) -> tuple[str, str]:
+def _path(module: Module, name: str, gathered: bool = False) -> tuple[str, str]:
     """("fused", "eager", "grouped_mm", "loop" or "refused", why); `gathered`: as it is when FSDP2 calls the module."""
     obstacle, recipe = _obstacle(module), WORDS[name]
     kinds = {type(w) for w in (getattr(module, p) for p in _projections(module)) if is_opaque(w)}
@@ -239,7 +241,7 @@ def _path(module: torch.nn.Module, name: str, gathered: bool = False) -> tuple[s
         if recipe.is_fp8:
             return "refused", f"{subclass}; choose 'ornith', which lets them compute, or dequantize them"
         return "eager", subclass
-    if not obstacle and not recipe.takes(_inner(module)):
+    if not obstacle and recipe.weights and not recipe.takes(_inner(module)):
         obstacle = f"an expert intermediate size of {_inner(module)}, no multiple of {recipe.weights[0]}"
     if module.down_proj.element_size() == 1:
         return _path_of_stored(module, recipe, obstacle)
@@ -250,7 +252,7 @@ def _path(module: torch.nn.Module, name: str, gathered: bool = False) -> tuple[s
     return "grouped_mm", obstacle
 
 
-def _path_of_stored(module: torch.nn.Module, recipe: Recipe, obstacle: str | None) -> tuple[str, str]:
+def _path_of_stored(module: Module, recipe: Recipe, obstacle: str | None) -> tuple[str, str]:
     """`_path` of experts whose weights are (q, scale)."""
     if module.down_proj.dtype != torch.float8_e4m3fn:
         return "refused", f"{module.down_proj.dtype} weights (FP4); choose 'grouped_mm'"
@@ -273,7 +275,7 @@ def _path_of_stored(module: torch.nn.Module, recipe: Recipe, obstacle: str | Non
     return "loop", obstacle
 
 
-def _obstacle(module):
+def _obstacle(module: Module) -> str | None:
     """What makes the module more than plain SwiGLU, or None."""
     if not module.has_gate:
         return "experts without a gate"
@@ -295,13 +297,13 @@ def _obstacle(module):
 
 
 class _Probe(torch.nn.Module):
-    def forward(self): ...
+    def forward(self) -> None: ...
 
 
 _DISPATCH = use_experts_implementation(_Probe).forward.__code__  # of the forward that transformers gives experts
 
 
-def _forward(module):
+def _forward(module: Module) -> Any:
     """The function that `module(...)` runs, seen through accelerate, torch.compile and transformers' parallelism."""
     runs = getattr(module, "_old_forward", module.forward) if hasattr(module, "_hf_hook") else module.forward
     if (getattr(runs, "__module__", None) or "").startswith("transformers.distributed."):
@@ -311,7 +313,7 @@ def _forward(module):
     return getattr(runs, "func", runs)  # of a partial
 
 
-def _replaced_by(module, name):
+def _replaced_by(module: Module, name: str) -> str | None:
     """Name and module of what runs in our place: another forward, or another entry of the registry; None."""
     runs = _forward(module)
     if getattr(runs, "__code__", None) is not _DISPATCH:
@@ -321,45 +323,45 @@ def _replaced_by(module, name):
     return None if entry in _FUNCTIONS.values() else f"{_name(entry)}, registered as {name!r},"
 
 
-def _is_foreign(runs, owner):
+def _is_foreign(runs: Any, owner: type) -> bool:
     """Whether a class of transformers runs a function that is from elsewhere."""
     home = getattr(runs, "__module__", None) or ""
     return owner.__module__.startswith("transformers.") and not home.startswith(("transformers.", "torch."))
 
 
-def _holds_experts(module):
+def _holds_experts(module: torch.nn.Module) -> bool:
     down = module._parameters.get("down_proj")
     return down is not None and down.dim() == 3 and "gate_up_proj" in module._parameters
 
 
-def _name(thing):
+def _name(thing: Any) -> str:
     home = getattr(thing, "__module__", None) or type(thing).__module__
     return f"{home}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
-def _say_once(text):
+def _say_once(text: str) -> None:
     if not torch.compiler.is_compiling() and text not in _said:
         _said.add(text)
         _logger.warning(text)
 
 
-def _inner(module):
+def _inner(module: Module) -> int:
     return module.down_proj.shape[1 if module.is_transposed else 2]
 
 
-def _fp8_experts(model):
+def _fp8_experts(model: torch.nn.Module) -> list[Module]:
     return [module for module in model.modules() if isinstance(module, FP8Experts)]
 
 
-def _projections(module):
+def _projections(module: Module) -> tuple[str, str]:
     return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
-def _scales(module):
+def _scales(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     return module.gate_up_proj_scale_inv.detach(), module.down_proj_scale_inv.detach()
 
 
-def _reach(module: torch.nn.Module) -> Cast | None:
+def _reach(module: Module) -> Cast | None:
     """Over what a scale of both stored weights reaches: BLOCK, ROW, or something else."""
     for rows, columns in (BLOCK, ROW):
         fits = (
@@ -381,7 +383,7 @@ def _is_trained(weight: torch.Tensor) -> bool:
     return weight.requires_grad and getattr(weight, "grad_dtype", weight.dtype) != weight.dtype
 
 
-def _stored(module, name):
+def _stored(module: Module, name: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     """(weight [E, N, K], scale [E, ., .], block): block is the (rows, columns) of the weight that share a scale."""
     weight, scale = getattr(module, name), getattr(module, f"{name}_scale_inv").detach()
     if _is_trained(weight):
@@ -391,18 +393,21 @@ def _stored(module, name):
     for size, scales, declared in zip(weight.shape[1:], scale.shape[1:], declared_block, strict=True):
         # transformers keeps two row scales for a gate_up that is smaller than a block, and for one without blocks
         block.append(declared if declared and -(-size // declared) == scales else -(-size // scales))
-    return weight.detach(), scale, tuple(block)
+    rows, columns = block
+    return weight.detach(), scale, (rows, columns)
 
 
 def _loop_over_experts(
-    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
+    module: Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
     activations: Cast | None,
 ) -> torch.Tensor:  # fmt: skip
     """y[t] = sum over k, in order, of weights[t, k] * expert(x[t]) with FP8 weights and the module's own activation."""
     up_name, down_name = _projections(module)
     up, down = _stored(module, up_name), _stored(module, down_name)
 
-    def linear(rows, expert, weight, scale, block):
+    def linear(
+        rows: torch.Tensor, expert: int, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
+    ) -> torch.Tensor:
         return _FrozenFP8Linear.apply(rows, weight[expert], scale[expert], block, activations)
 
     (tokens, top_k), experts = top_k_index.shape, module.down_proj.shape[0]
@@ -431,25 +436,27 @@ class _FrozenFP8Linear(torch.autograd.Function):
     """x @ dequantize(q, scale)^T; keeps q, not the dequantized weight, for the gradient of x."""
 
     @staticmethod
-    def forward(x, q, scale, block, activations):
+    def forward(
+        x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], activations: Cast | None
+    ) -> torch.Tensor:
         if activations:
             ue8m0 = scale.dtype == torch.float8_e8m0fnu
             x = roundtrip_fp8_tokens(x, group=activations[1], scale="ue8m0" if ue8m0 else "fp32")
         return x @ dequantize_fp8(q, scale, block=block, dtype=x.dtype).T
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, q, scale, ctx.block, _ = inputs
         ctx.save_for_backward(q, scale)
         ctx.save_for_forward(q, scale)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, scale = ctx.saved_tensors
         return dy @ dequantize_fp8(q, scale, block=ctx.block, dtype=dy.dtype), None, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, *_):
+    def jvp(ctx: Any, dx: torch.Tensor, *_: None) -> torch.Tensor:
         q, scale = ctx.saved_tensors
         return dx @ dequantize_fp8(q, scale, block=ctx.block, dtype=dx.dtype).T
 

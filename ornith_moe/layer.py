@@ -57,7 +57,7 @@ class MoEConfig:
     scale: str = "fp32"
     batch_invariant: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_experts", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -103,11 +103,13 @@ class MoE(nn.Module):
         hidden, shared = config.hidden_size, config.shared_intermediate_size
         self.gate = nn.Linear(hidden, config.num_experts, bias=False)
         self.experts = _Experts(config)
+        self.shared_expert: _SharedExpert | None
+        self.shared_expert_gate: nn.Linear | None
         self.shared_expert = _SharedExpert(hidden, shared) if shared and not config.fold_shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if shared else None
         self.reset_parameters()
 
-    def reset_parameters(self, std: float = 0.02):
+    def reset_parameters(self, std: float = 0.02) -> None:
         """Draw every weight from N(0, std^2)."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
@@ -132,11 +134,11 @@ class MoE(nn.Module):
         weights = (self.experts.gate_up_proj, self.experts.down_proj)
         options = {name: getattr(self.config, name) for name in ("recipe", "backend", "scale", "batch_invariant")}
         indices, slot_weights = routing.indices, routing.weights
-        if self.config.fold_shared:
+        if self.config.fold_shared and self.shared_expert_gate is not None:
             gate = self.shared_expert_gate(x).sigmoid()
             indices, slot_weights = fold_shared(indices, slot_weights, self.config.num_experts, gate)
         y = moe_mlp(x, indices, slot_weights, *weights, **options)
-        if self.shared_expert is not None:
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
             y = y + self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
         return y
 
@@ -144,7 +146,7 @@ class MoE(nn.Module):
 class _Experts(nn.Module):
     """Holds the routed experts under transformers' names; `moe_mlp` computes with them."""
 
-    def __init__(self, config):
+    def __init__(self, config: MoEConfig):
         super().__init__()
         inner, hidden = config.intermediate_size, config.hidden_size
         experts = config.num_experts + config.fold_shared
@@ -155,11 +157,11 @@ class _Experts(nn.Module):
 class _SharedExpert(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden, inner):
+    def __init__(self, hidden: int, inner: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

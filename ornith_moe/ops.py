@@ -141,7 +141,7 @@ def _sizes(name: str) -> Callable:
 
 
 @_implements("moe_mlp")
-def _moe_mlp(*args) -> tuple[torch.Tensor, ...]:
+def _moe_mlp(*args: Any) -> tuple[torch.Tensor, ...]:
     given = _Forward(*args)
     with torch.autocast(given.x.device.type, enabled=False):  # the dtypes were chosen by the caller
         y, saved = load(given.backend).moe_forward(
@@ -154,7 +154,7 @@ def _moe_mlp(*args) -> tuple[torch.Tensor, ...]:
 
 
 @_sizes("moe_mlp")
-def _(*args) -> tuple[torch.Tensor, ...]:
+def _(*args: Any) -> tuple[torch.Tensor, ...]:
     given = _Forward(*args)
     return given.x.new_empty(given.x.shape), *_empty_saved(given)
 
@@ -199,21 +199,22 @@ def _routed(indices: torch.Tensor, experts: int) -> torch.Tensor:
 
 
 @_implements("moe_mlp_backward")
-def _moe_mlp_backward(*args) -> tuple[torch.Tensor, ...]:
+def _moe_mlp_backward(*args: Any) -> tuple[torch.Tensor, ...]:
     given = _Backward(*args)
+    dx, dweights, dgate_up, ddown = given.needs_grad
     dy, grad_dtypes = given.dy, (given.gate_up_dtype, given.down_dtype)
     saved = Saved(**{name: getattr(given, name) for name in _saved_sizes(given, dy.dtype)})
     with torch.autocast(dy.device.type, enabled=False):
         gradients = load(given.backend).moe_backward(
             dy, given.x, given.indices, given.weights, saved, *_operands(given), recipe=recipe_of(given.recipe),
-            needs_grad=tuple(given.needs_grad), grad_dtypes=grad_dtypes, batch_invariant=given.batch_invariant,
+            needs_grad=(dx, dweights, dgate_up, ddown), grad_dtypes=grad_dtypes, batch_invariant=given.batch_invariant,
         )  # fmt: skip
     made = zip(gradients, (dy.dtype, given.weights.dtype, *grad_dtypes), strict=True)
     return tuple(dy.new_empty(0, dtype=d) if g is None else g.to(d).contiguous() for g, d in made)
 
 
 @_sizes("moe_mlp_backward")
-def _(*args) -> tuple[torch.Tensor, ...]:
+def _(*args: Any) -> tuple[torch.Tensor, ...]:
     given = _Backward(*args)
     like = (given.dy, given.weights, given.gate_up_proj, given.down_proj)
     dtypes = (given.dy.dtype, given.weights.dtype, given.gate_up_dtype, given.down_dtype)
@@ -222,19 +223,19 @@ def _(*args) -> tuple[torch.Tensor, ...]:
 
 
 @register_flop_formula(torch.ops.ornith.moe_mlp)
-def _(x, indices, weights, gate_up_proj, down_proj, *_, **__) -> int:
+def _(x: Any, indices: Any, weights: Any, gate_up_proj: Any, down_proj: Any, *_: Any, **__: Any) -> int:
     return 6 * _slot_products(indices, down_proj)
 
 
 @register_flop_formula(torch.ops.ornith.moe_mlp_backward)
-def _(*args, **_) -> int:
+def _(*args: Any, **_: Any) -> int:
     given = _Backward(*args)  # with shapes in the place of tensors
     dx, dweights, dgate_up, ddown = given.needs_grad
     products = 2 * (dx or dweights or dgate_up) + 4 * dx + 4 * dgate_up + 2 * ddown
     return products * _slot_products(given.indices, given.down_proj)
 
 
-def _slot_products(indices, down_proj) -> int:
+def _slot_products(indices: Any, down_proj: Any) -> int:
     """T * top_k * H * I, given shapes; sentinel slots count, because their number is not in a shape."""
     return math.prod(indices) * math.prod(down_proj[1:])
 
@@ -253,16 +254,20 @@ def _moe_mlp_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) 
     ctx.save_for_backward(given.x if keeps_x else None, *given[1 : given._fields.index("recipe")], *output[1:])
 
 
-def _moe_mlp_gradient(ctx: Any, dy: torch.Tensor | None, *_) -> tuple[torch.Tensor | None, ...]:
-    nothing = _Forward(*[None] * len(_Forward._fields))
+def _moe_mlp_gradient(ctx: Any, dy: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
     if dy is None:
-        return tuple(nothing)
+        return _gradients(_Forward)
     x, *saved = ctx.saved_tensors
     if x is None and torch.is_grad_enabled():  # a second derivative would miss what goes through x
         transforms.once(ctx)
     gradients = call("moe_mlp_backward", dy, x, *saved, *ctx.options)
     dx, dweights, dgate_up, ddown = (g if needed else None for g, needed in zip(gradients, ctx.needs_grad, strict=True))
-    return tuple(nothing._replace(x=dx, weights=dweights, gate_up_proj=dgate_up, down_proj=ddown))
+    return _gradients(_Forward, x=dx, weights=dweights, gate_up_proj=dgate_up, down_proj=ddown)
+
+
+def _gradients(arguments: type, **of: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """One for each argument of an operator, as autograd wants them; None where there is none."""
+    return tuple(of.get(name) for name in arguments.__annotations__)
 
 
 def _gradient_dtype(name: str, weight: torch.Tensor, needed: bool) -> torch.dtype:
@@ -276,13 +281,13 @@ def _gradient_dtype(name: str, weight: torch.Tensor, needed: bool) -> torch.dtyp
 
 
 @_implements("route")
-def _route(*args) -> tuple[torch.Tensor | None, ...]:
-    *options, backend = args
-    return routing_torch.route(*options, route_forward=load(backend).route_forward)
+def _route(*args: Any) -> tuple[torch.Tensor | None, ...]:
+    given = _Route(*args)
+    return routing_torch.route(*given[:-1], route_forward=load(given.backend).route_forward)
 
 
 @_sizes("route")
-def _(*args) -> tuple[torch.Tensor | None, ...]:
+def _(*args: Any) -> tuple[torch.Tensor | None, ...]:
     given = _Route(*args)
     logits, (tokens, experts) = given.logits, given.logits.shape
     return (
@@ -295,13 +300,13 @@ def _(*args) -> tuple[torch.Tensor | None, ...]:
 
 
 @_implements("route_backward")
-def _route_backward(*args) -> torch.Tensor:
+def _route_backward(*args: Any) -> torch.Tensor:
     *gradients, score, norm_topk_prob, backend = args
     return load(backend).route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
 
 
 @_sizes("route_backward")
-def _(logits, *_) -> torch.Tensor:
+def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -314,14 +319,16 @@ def _route_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) ->
     ctx.options = given.score, given.norm_topk_prob, given.backend
 
 
-def _route_gradient(ctx: Any, dweights, _indices, _counts, dq_sum, dsquare_sum) -> tuple[torch.Tensor | None, ...]:
-    nothing = _Route(*[None] * len(_Route._fields))
+def _route_gradient(
+    ctx: Any, dweights: torch.Tensor | None, _indices: None, _counts: None, dq_sum: torch.Tensor | None,
+    dsquare_sum: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     logits, indices, weights = ctx.saved_tensors
     if dq_sum is not None or dsquare_sum is not None:  # the kernel takes both or none
         dq_sum = logits.new_zeros(logits.shape[1], dtype=torch.float32) if dq_sum is None else dq_sum
         dsquare_sum = logits.new_zeros((), dtype=torch.float32) if dsquare_sum is None else dsquare_sum
     elif dweights is None:
-        return tuple(nothing)
+        return _gradients(_Route)
     dweights = torch.zeros_like(weights) if dweights is None else dweights
     gradients = (logits, indices, weights, dweights, dq_sum, dsquare_sum)
     if torch.is_grad_enabled():  # torch code, which has a second derivative
@@ -329,7 +336,7 @@ def _route_gradient(ctx: Any, dweights, _indices, _counts, dq_sum, dsquare_sum) 
         dlogits = routing_torch.route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
     else:
         dlogits = torch.ops.ornith.route_backward(*gradients, *ctx.options)
-    return tuple(nothing._replace(logits=dlogits))
+    return _gradients(_Route, logits=dlogits)
 
 
 def is_opaque(tensor: torch.Tensor) -> bool:
@@ -363,7 +370,7 @@ for _name, _gradient, _context in (
         _functions[_name] = transforms.as_function(_operator, _context, _gradient)
 
 
-def call(name: str, *args) -> tuple[torch.Tensor, ...]:
+def call(name: str, *args: Any) -> tuple[torch.Tensor, ...]:
     """An operator of the experts, where a transform is active in the form that it knows."""
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo cannot trace a function with a jvp
         return torch.compiler.disable(call)(name, *args)

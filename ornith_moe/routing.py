@@ -118,7 +118,7 @@ def route(
     weights, indices, counts, q_sum, square_sum = outputs
     if scaling != 1:
         weights = weights * scaling
-    if not losses:
+    if q_sum is None or square_sum is None:  # no losses
         return Routing(indices, weights, counts)
     tokens, experts = logits.shape
     tokens = max(tokens, 1)
@@ -147,7 +147,7 @@ def fold_shared(
     return torch.cat((indices, column), 1), torch.cat((weights, gate.reshape(-1, 1).to(weights.dtype)), 1)
 
 
-def _check_record(replay, logits, top_k):
+def _check_record(replay: object, logits: torch.Tensor, top_k: int) -> None:
     """Kind and shape; the ids are checked inside of the operator, where their values may be read."""
     if not isinstance(replay, torch.Tensor) or replay.is_floating_point() or replay.dtype == torch.bool:
         raise TypeError(f"replay: expected an integer tensor, got {getattr(replay, 'dtype', type(replay).__name__)}")
@@ -159,7 +159,9 @@ def _check_record(replay, logits, top_k):
         )
 
 
-def _check(logits, top_k, score, bias, n_group, topk_group):
+def _check(
+    logits: object, top_k: int, score: str, bias: torch.Tensor | None, n_group: int | None, topk_group: int | None
+) -> None:
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise TypeError(f"logits: expected a floating-point tensor, got {kind}")
@@ -174,7 +176,7 @@ def _check(logits, top_k, score, bias, n_group, topk_group):
         raise ValueError(f"bias: expected shape [E] = [{experts}], got {list(bias.shape)}")
     if (n_group is None) != (topk_group is None):
         raise ValueError(f"n_group and topk_group go together, got n_group={n_group} and topk_group={topk_group}")
-    if n_group is not None:
+    if n_group is not None and topk_group is not None:
         if n_group < 1 or experts % n_group:
             raise ValueError(f"n_group: expected a divisor of the {experts} experts, got {n_group}")
         if not 1 <= topk_group <= n_group:

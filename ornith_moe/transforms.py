@@ -14,6 +14,9 @@ of this: there the torch code of `ornith_moe.backend.routing_torch` takes the pl
 differentiated in every way.
 """
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 import torch
 from torch.autograd import forward_ad
 
@@ -23,7 +26,7 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def once(ctx, *_):
+def once(ctx: Any, *_: Any) -> NoReturn:
     """The gradient of a backward operator."""
     raise RuntimeError(
         "moe_mlp: its gradient cannot be differentiated again, got create_graph=True or a second backward; "
@@ -31,18 +34,18 @@ def once(ctx, *_):
     )
 
 
-def no_tangent(ctx, *_):
+def no_tangent(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError(
         "moe_mlp: it has no forward-mode derivative, got a tangent (jvp, jacfwd, hessian, linearize or a dual tensor); "
         "use grad, vjp or jacrev, or ornith_moe.backend.reference.moe_mlp_reference where a tangent is needed"
     )
 
 
-def per_sample(call):
+def per_sample(call: Callable[..., Any]) -> Callable[..., Any]:
     """A vmap rule for `call`: one call per sample, results stacked in front."""
 
-    def rule(info, in_dims, *args):
-        def sample(i):
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def sample(i: int) -> list[Any]:
             return [a if d is None else a.select(d, i) for a, d in zip(args, dims, strict=True)]
 
         # a list argument has a list of Nones
@@ -54,14 +57,18 @@ def per_sample(call):
     return rule
 
 
-def as_function(operator, context, gradient) -> type[torch.autograd.Function]:
+def as_function(
+    operator: Any, context: Callable[..., None] | None, gradient: Callable[..., Any]
+) -> type[torch.autograd.Function]:
     """`operator` as a Function that torch.func and forward mode know; context and gradient as `register_autograd`."""
-    members = {
+    members: dict[str, Callable[..., Any]] = {
         "forward": lambda *args: operator(*args),
         "setup_context": context or (lambda ctx, inputs, output: None),
         "backward": gradient,
         "jvp": no_tangent,
     }
-    function = type(operator.__name__, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+    function: Any = type(
+        operator.__name__, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()}
+    )
     function.vmap = staticmethod(per_sample(function.apply))
     return function

@@ -147,4 +147,4 @@ def _choose(request: str | None, device: torch.device, recipe: str) -> str:
 
 
 # What `torch.compiler.assume_constant_result` sets. As a decorator it would import the compiler, 1.8 s, for everyone.
-choose_backend._dynamo_marked_constant = True
+vars(choose_backend)["_dynamo_marked_constant"] = True

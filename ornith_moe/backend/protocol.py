@@ -20,6 +20,7 @@ from ornith_moe.quant.recipes import Recipe
 
 NAMES = ("triton", "cpu", "reference")
 
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 Sizes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -104,7 +105,10 @@ class Backend(Protocol):
         """{field of Saved: (shape, dtype)} of what `moe_forward` saves of R slots, E experts, I and the dtype of x."""
         ...
 
-    def route_forward(self, logits: torch.Tensor, top_k: int, **options: object) -> tuple[torch.Tensor | None, ...]:
+    def route_forward(
+        self, logits: torch.Tensor, top_k: int, *, score: str, norm_topk_prob: bool, bias: torch.Tensor | None,
+        n_group: int | None, topk_group: int | None, replay: torch.Tensor | None, losses: bool,
+    ) -> Routed:  # fmt: skip
         """As `ornith_moe.backend.routing_torch.route_forward`, which defines it."""
         ...
 

@@ -21,6 +21,7 @@ Letters: T tokens, E experts, H hidden, I expert intermediate, m rows of one exp
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,11 @@ def moe_mlp_reference(
     kind = given[0].scale_of_activations
     if given[0].scale is None and row.scale_of_weights(scale) == "ue8m0":
         kind = "ue8m0"
-    dequantized = [
+    w13, w2 = (
         _Stored.apply(w.value, row, scale) if w.scale is None and row.is_fp8 else w.dequantized(torch.float32)
         for w in given
-    ]
-    y = _experts(x, indices, weights, *dequantized, row, kind, compute)
+    )
+    y = _experts(x, indices, weights, w13, w2, row, kind, compute)
     return y if dtype else y.to(x.dtype)
 
 
@@ -94,8 +95,8 @@ class Reference:
         recipe: Recipe, save: bool = False, batch_invariant: bool = False,
     ) -> tuple[torch.Tensor, Saved]:  # fmt: skip
         compute = _compute_dtype(x, weights, gate_up.value, down.value)
-        dequantized = (w.dequantized(torch.float32) for w in (gate_up, down))
-        y = _experts(x, indices, weights, *dequantized, recipe, gate_up.scale_of_activations, compute)
+        w13, w2 = (w.dequantized(torch.float32) for w in (gate_up, down))
+        y = _experts(x, indices, weights, w13, w2, recipe, gate_up.scale_of_activations, compute)
         return y.to(x.dtype), Saved()
 
     @staticmethod
@@ -167,7 +168,7 @@ def _experts(
     return y
 
 
-def _rows_of(expert, indices, weights):
+def _rows_of(expert: int, indices: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and weights of the rows of an expert. Under torch.func no size may follow from a value: every token."""
     if torch._C._are_functorch_transforms_active():
         chosen = indices == expert
@@ -180,20 +181,20 @@ class _StraightThrough(torch.autograd.Function):
     """A cast of its first argument, whose gradient and tangent pass through; leading dimensions are kept apart."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.options = len(inputs) - 1
         ctx.dtype, ctx.output_dtype = inputs[0].dtype, output.dtype
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return gradient.to(ctx.dtype), *[None] * ctx.options
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: None) -> torch.Tensor:
         return tangent.to(ctx.output_dtype)
 
     @classmethod
-    def vmap(cls, info, in_dims, tensor, *options):
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], tensor: torch.Tensor, *options: Any) -> tuple[torch.Tensor, int]:
         return cls.apply(tensor.movedim(in_dims[0], 0), *options), 0
 
 
@@ -201,7 +202,7 @@ class _Cast(_StraightThrough):
     """Rows, rounded to `dtype`, quantized per token and group, dequantized."""
 
     @staticmethod
-    def forward(rows, group, scale, dtype):
+    def forward(rows: torch.Tensor, group: int | None, scale: str, dtype: torch.dtype) -> torch.Tensor:
         rounded = rows.to(torch.float32 if dtype == torch.float64 else dtype)
         q, s = fp8.quantize_fp8_tokens(rounded, group=group, scale=scale)
         return fp8.dequantize_fp8(q, s, block=(1, group), dtype=torch.float32).to(rows.dtype)
@@ -211,7 +212,7 @@ class _Stored(_StraightThrough):
     """A weight as `recipe` stores and then reads it."""
 
     @staticmethod
-    def forward(w, recipe, scale):
+    def forward(w: torch.Tensor, recipe: Recipe, scale: str) -> torch.Tensor:
         return Operand.quantized(w, recipe, scale).dequantized(torch.float32)
 
 
@@ -221,22 +222,22 @@ class _LinearFP8Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, w, group, scale, dtype):
+    def forward(rows: torch.Tensor, w: torch.Tensor, group: int | None, scale: str, dtype: torch.dtype) -> torch.Tensor:
         return F.linear(rows, w)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         rows, w, *ctx.options = inputs
         ctx.save_for_backward(rows, w)
         ctx.save_for_forward(rows, w)
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, w = ctx.saved_tensors
         return _Cast.apply(dout, *ctx.options) @ w, dout.T @ rows, None, None, None
 
     @staticmethod
-    def jvp(ctx, drows, dw, *_):
+    def jvp(ctx: Any, drows: torch.Tensor, dw: torch.Tensor, *_: None) -> torch.Tensor:
         rows, w = ctx.saved_tensors
         return F.linear(drows, w) + F.linear(rows, dw)
 

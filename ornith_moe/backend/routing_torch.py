@@ -12,18 +12,27 @@ and the losses add the gradients of q, the softmax or the sigmoids divided by th
 Letters: T tokens, E experts, top_k experts per token.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
+
+from ornith_moe.backend.protocol import Routed
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def route_forward(logits, top_k, *, score, norm_topk_prob, bias, n_group, topk_group, replay, losses):
+def route_forward(
+    logits: torch.Tensor, top_k: int, *, score: str, norm_topk_prob: bool, bias: torch.Tensor | None,
+    n_group: int | None, topk_group: int | None, replay: torch.Tensor | None, losses: bool,
+) -> Routed:  # fmt: skip
     """indices [T, top_k] int32, weights [T, top_k] before scaling, counts [E] int32; with `losses` the sums over tokens
     of q [E] and of logsumexp^2 [], else None twice. `replay` is checked."""
     logits = logits.float().contiguous()
     scores = logits.softmax(-1) if score == "softmax" else logits.sigmoid()
     preference = scores if bias is None else scores + bias.float()
-    if n_group is not None:
+    if n_group is not None and topk_group is not None:
         preference = _restrict_to_groups(preference, n_group, topk_group, pair=bias is not None)
     indices = _largest(preference, top_k)
     if replay is not None:
@@ -39,18 +48,25 @@ def route_forward(logits, top_k, *, score, norm_topk_prob, bias, n_group, topk_g
     return indices.int(), weights, counts, _shares(scores, score).sum(0), logits.logsumexp(-1).square().sum()
 
 
-def route(logits, bias, replay, top_k, score, norm_topk_prob, n_group, topk_group, losses, route_forward=route_forward):
+def route(
+    logits: torch.Tensor, bias: torch.Tensor | None, replay: torch.Tensor | None, top_k: int, score: str,
+    norm_topk_prob: bool, n_group: int | None, topk_group: int | None, losses: bool,
+    route_forward: Callable[..., Routed] = route_forward,
+) -> Routed:  # fmt: skip
     """`ornith::route`, what is differentiable first: opcheck adds the other outputs to it."""
     if replay is not None:
         replay = checked_record(replay, logits, top_k)
-    indices, weights, *rest = route_forward(
+    indices, weights, counts, q_sum, square_sum = route_forward(
         logits, top_k, score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group, topk_group=topk_group,
         replay=replay, losses=losses,
     )  # fmt: skip
-    return weights, indices, *rest
+    return weights, indices, counts, q_sum, square_sum
 
 
-def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, score, norm_topk_prob):
+def route_backward(
+    logits: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, dweights: torch.Tensor,
+    dq_sum: torch.Tensor | None, dsquare_sum: torch.Tensor | None, *, score: str, norm_topk_prob: bool,
+) -> torch.Tensor:  # fmt: skip
     """dlogits [T, E] in the dtype of the logits, from what `route_forward` took and gave; the gradients of both sums or
     None twice."""
     dtype, logits, indices = logits.dtype, logits.float().contiguous(), indices.long()
@@ -66,7 +82,7 @@ def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, s
         gradient = gradient - scores * h.sum(-1, keepdim=True)
     else:
         gradient = gradient * (1 - scores)
-    if dq_sum is not None:
+    if dq_sum is not None and dsquare_sum is not None:
         q = _shares(scores, score)
         dlog = q * (dq_sum - (q * dq_sum).sum(-1, keepdim=True))
         gradient = gradient + (dlog if score == "softmax" else dlog * (1 - scores))
@@ -74,7 +90,7 @@ def route_backward(logits, indices, weights, dweights, dq_sum, dsquare_sum, *, s
     return gradient.to(dtype)
 
 
-def _shares(scores, score):
+def _shares(scores: torch.Tensor, score: str) -> torch.Tensor:
     """q [T, E], which adds up to 1 for every token."""
     return scores if score == "softmax" else scores / scores.sum(-1, keepdim=True).clamp_min(_TINY)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ornith_moe.backend.protocol import Backend, Gradients, Saved, Sizes
+from ornith_moe.backend.protocol import Backend, Gradients, Routed, Saved, Sizes
 from ornith_moe.quant.operand import Operand
 from ornith_moe.quant.recipes import Recipe
 
@@ -66,15 +66,25 @@ class Triton:
         return sizes
 
     @staticmethod
-    def route_forward(logits: torch.Tensor, top_k: int, **options) -> tuple[torch.Tensor | None, ...]:
+    def route_forward(
+        logits: torch.Tensor, top_k: int, *, score: str, norm_topk_prob: bool, bias: torch.Tensor | None,
+        n_group: int | None, topk_group: int | None, replay: torch.Tensor | None, losses: bool,
+    ) -> Routed:  # fmt: skip
         from ornith_moe.kernels.routing import route_forward
 
-        return route_forward(logits, top_k, **options)
+        return route_forward(
+            logits, top_k, score=score, norm_topk_prob=norm_topk_prob, bias=bias, n_group=n_group,
+            topk_group=topk_group, replay=replay, losses=losses,
+        )  # fmt: skip
 
     @staticmethod
-    def route_backward(*gradients: torch.Tensor | None, score: str, norm_topk_prob: bool) -> torch.Tensor:
+    def route_backward(
+        logits: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, dweights: torch.Tensor,
+        dq_sum: torch.Tensor | None, dsquare_sum: torch.Tensor | None, *, score: str, norm_topk_prob: bool,
+    ) -> torch.Tensor:  # fmt: skip
         from ornith_moe.kernels.routing import route_backward
 
+        gradients = (logits, indices, weights, dweights, dq_sum, dsquare_sum)
         return route_backward(*gradients, score=score, norm_topk_prob=norm_topk_prob)
 
 
