@@ -52,7 +52,8 @@ def widen(x):
 def narrow(x, dtype: tl.constexpr):
     """fp32 `x` to fp32, fp16 or BF16, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        return (bf16_bits(bits_of(x)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        halves = bf16_bits(bits_of(x)) >> 16
+        return tl.where(x == x, halves, halves | 0x40).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 

@@ -1,5 +1,6 @@
 """Scale-free comparison, and the tolerances of the tests with their reasons."""
 
+import numpy as np
 import torch
 
 # relative RMS against float64; eps is the unit roundoff of the dtype of the operands
@@ -38,3 +39,10 @@ def sqnr_db(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """10 log10(|expected|^2 / |actual - expected|^2) in float64."""
     error = (actual.double() - expected.double()).square().sum()
     return (10 * torch.log10(expected.double().square().sum() / error)).item()
+
+
+def bits_at_the_edges_of_bf16() -> np.ndarray:
+    """uint32 bits of float32: every upper half with lower halves around a tie and single bits, and a million others."""
+    lower = np.array([0, 1, 0x7FFF, 0x8001, 0xFFFF, *(1 << bit for bit in range(1, 16))], np.uint32)
+    edges = (np.arange(65536, dtype=np.uint32)[:, None] << 16 | lower).reshape(-1)
+    return np.concatenate([edges, np.random.default_rng(0).integers(0, 1 << 32, 1 << 20, np.uint32)])
