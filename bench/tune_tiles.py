@@ -14,13 +14,16 @@ import sys
 from dataclasses import asdict, replace
 from importlib.resources import files
 
-from ornith_moe.kernels import moe
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import compile_requests, specialize
 from ornith_moe.kernels.examine.model import estimate, routing_counts, total
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
+from ornith_moe.quant.recipes import RECIPES, Recipe
 
-RECIPES = {"bf16": ("bf16",), "fp8": ("fp8", "fp8_full", "fp8_channel")}
+USED_BY: dict[str, list[Recipe]] = {  # the table's entries for operands
+    "bf16": [r for r in RECIPES.values() if not r.is_fp8],
+    "fp8": [r for r in RECIPES.values() if r.is_fp8],
+}
 PLANS = {32: (32, 64), 64: (160, 4096), 128: (None, 32768)}  # rows of a tile: (rows per expert up to which, tokens)
 DEFAULT = Tile(num_stages=2)
 
@@ -49,12 +52,11 @@ def tune(arch: str, operands: str, block_m: int, tokens: int) -> dict[str, dict]
     for product, tiles in choices.items():
         for tile in tiles:
             chosen = Tiles(block_m, dict.fromkeys(PRODUCTS, replace(DEFAULT, swap=block_m < 64)) | {product: tile})
-            moe.tiles_for = lambda *_, chosen=chosen: chosen
-            for recipe in RECIPES[operands]:
+            for recipe in USED_BY[operands]:
                 for direction in ("forward", "backward"):
-                    which = catalog.Pass("35B", tokens, recipe, direction)
+                    which = catalog.Pass("35B", tokens, direction, recipe)
                     mine = product if product != "wgrad" else ("ddown", "dgate_up")
-                    launches = [entry for entry in catalog.record(arch, which) if entry.label.startswith(mine)]
+                    launches = [entry for entry in catalog.record(arch, which, chosen) if entry.label.startswith(mine)]
                     if launches:
                         runs.append((product, tile, which, launches))
     requests = [specialize(arch, launch) for *_, launches in runs for launch in launches]
@@ -64,7 +66,7 @@ def tune(arch: str, operands: str, block_m: int, tokens: int) -> dict[str, dict]
     for product, tile, which, launches in runs:
         pairs = [(launch, next(reports)) for launch in launches]
         us = total(estimate(arch, pairs, counts)).us if all(r.programs and not r.spills for _, r in pairs) else 1e9
-        scored = which.recipe in ("bf16", "fp8")  # the other recipes must fit, the usual one decides
+        scored = which.name in ("bf16", "fp8")  # the other recipes must fit, the usual one decides
         times[product][tile] = times[product].get(tile, 0.0) + (us if scored or us == 1e9 else 0.0)
     best = {product: min(ranked, key=ranked.__getitem__) for product, ranked in times.items()}
     for product, tile in best.items():
@@ -81,7 +83,7 @@ def progress(phase: str, done: int, of: int) -> None:
 def main(arch: str) -> None:
     default = files("ornith_moe.kernels") / "configs" / "default.json"
     table = {"fp32": json.loads(default.read_text(encoding="utf-8"))["fp32"]}
-    for operands in RECIPES:
+    for operands in USED_BY:
         entries = []
         plans = PLANS if arch.startswith("sm") else {32: (32, 64), 64: (None, 8192)}  # LDS holds no 128 rows in stages
         for block_m, (rows, tokens) in plans.items():

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ornith_moe.kernels.arithmetic import narrow, widen
 from ornith_moe.kernels.launch import launch, target
+from ornith_moe.kernels.plan import RoutingPlan
 
 
 @triton.jit
@@ -42,15 +43,7 @@ def combine_kernel(
     tl.store(y_ptr + t.to(tl.int64)[:, None] * stride_y + w, narrow(acc, y_ptr.dtype.element_ty), mask=inside)
 
 
-def combine_reference(rows, slot_to_row, weights, top_k):
-    """`combine` in plain torch, in the dtype of `rows`."""
-    picked = rows[slot_to_row.clamp_min(0).long()] * (slot_to_row >= 0)[:, None]
-    if weights is not None:
-        picked = picked * weights.reshape(-1, 1)
-    return picked.view(-1, top_k, rows.shape[1]).sum(1)
-
-
-def combine(rows, plan, weights, y):
+def combine(rows: torch.Tensor, plan: RoutingPlan, weights: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y [T, W] (rows of any stride) from rows [R, W]; weights [T, top_k] fp32, or None for a plain sum."""
     (tokens, width), top_k = y.shape, plan.top_k
     block_w = min(256, triton.next_power_of_2(width))
@@ -58,13 +51,14 @@ def combine(rows, plan, weights, y):
     grid = triton.cdiv(tokens, block_t) * triton.cdiv(width, block_w)
     launch(
         "combine" if weights is not None else "combine dx", combine_kernel, (grid,),
-        rows, plan.slot_to_row, weights, y, tokens, width, y.stride(0),
-        TOP_K=top_k, WEIGHTED=weights is not None, BLOCK_T=block_t, BLOCK_W=block_w, num_warps=4,
+        reads={"rows_ptr": rows, "slot_to_row_ptr": plan.slot_to_row, "weights_ptr": weights}, writes={"y_ptr": y},
+        T=tokens, W=width, stride_y=y.stride(0), TOP_K=top_k, WEIGHTED=weights is not None, BLOCK_T=block_t,
+        BLOCK_W=block_w,
     )  # fmt: skip
     return y
 
 
-def sum_slots(partial, plan):
+def sum_slots(partial: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     """dweights [T, top_k] fp32 from partial sums [R, tiles] of rows; 0 for sentinels."""
     rows = plan.slot_to_row.long()
     total = partial.new_zeros(partial.shape[0] + 1)

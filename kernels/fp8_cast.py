@@ -9,9 +9,8 @@ besides:
 - amax is an integer maximum over the bits of |x|. Those order like the numbers do and NaN comes out on top, whereas a
   float maximum drops NaN on a GPU.
 - Codes are stored as uint8 and scales as the top bits of their fp32 pattern: all of them, 16 (BF16) or 9 (UE8M0).
-- Hopper's matrix unit takes FP8 operands only with the contraction contiguous, so a gradient needs its operand
-  transposed. The `_both` casts write that copy too. A block has the same scale and codes in both directions; groups of
-  tokens run across those of columns, so there a tile is quantized twice. Either way x is read once.
+- Hopper's matrix unit takes FP8 operands only with the contraction contiguous, so a gradient needs its weight
+  transposed. `quantize_fp8_block_both` writes that copy too: a block has the same scale and codes in both directions.
 
 One program owns one tile and its scales, reads it once (per row: twice), and uses no atomics: runs are bitwise equal.
 
@@ -41,6 +40,7 @@ from ornith_moe.kernels.arithmetic import (
 )
 from ornith_moe.kernels.launch import launch
 from ornith_moe.quant.fp8 import FLOATS, SCALES
+from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, Cast
 
 ROWS = 8  # of the row kernel's tile
 
@@ -56,13 +56,13 @@ def _load(ptr, mask, THROUGH_BF16: tl.constexpr):
 
 @triton.jit
 def _scale_along(x, AXIS: tl.constexpr, SHIFT: tl.constexpr):
-    """fp32 bits of the scales of tile x, one for all that lies along AXIS: [rows, 1], [1, columns] or, None, [1, 1]."""
+    """fp32 bits of the scales of tile x, one for all that lies along AXIS: [rows, 1] or, None, [1, 1]."""
     return scale_bits(tl.max(bits_of(x) & 0x7FFFFFFF, axis=AXIS, keep_dims=True), SHIFT)
 
 
 @triton.jit
 def _codes(x, s):
-    return e4m3_code(tl.div_rn(x, float_of(s)))  # not `divide_by_scale`: with it a tile quantized twice spills
+    return e4m3_code(tl.div_rn(x, float_of(s)))
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def quantize_tile_kernel(
 
     q [E, N, K]: codes, or values if q_ptr points to a floating dtype.
     scale [E, grid rows, grid columns], with PER_ROW [E, N, grid columns]; not if scale_ptr is None.
-    q_t [E, K, N] and scale_t: the same of x transposed; not if q_t_ptr is None.
+    q_t [E, K, N] and scale_t: both transposed, without PER_ROW; not if q_t_ptr is None.
 
     active [E] uint8: which experts; all if None. digest, int64 per program: nothing is written where it is still that
     of the tile; always if None.
@@ -134,11 +134,10 @@ def quantize_tile_kernel(
     n = (i * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     k = (j * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
     mask = (n < N) & (k < K)
-    if PER_ROW:  # where the scales lie along N and along K, and how many there are
-        scale_n, scale_k, scales_n, scales_k = n, k, N, K
+    if PER_ROW:  # where the scales lie along N, and how many there are
+        scale_n, scales_n = n, N
     else:
-        scale_n, scale_k = tl.full([1, 1], i, tl.int64), tl.full([1, 1], j, tl.int64)
-        scales_n, scales_k = grid_n, grid_k
+        scale_n, scales_n = tl.full([1, 1], i, tl.int64), grid_n
 
     x = _load(x_ptr + e * stride_xe + n * stride_xn + k * stride_xk, mask, THROUGH_BF16)
     if digest_ptr is not None:
@@ -147,17 +146,14 @@ def quantize_tile_kernel(
             return
         tl.debug_barrier()  # every warp has read the old digest
         tl.store(digest_ptr + pid, digest)
-    # Without PER_ROW the two are one, and so are their codes: the compiler merges them, which the tests count. All
-    # scales come before any code, because otherwise |x| stays in registers beside x and sm90 and sm100 spill.
     s = _scale_along(x, 1 if PER_ROW else None, SHIFT)
-    s_t = _scale_along(x, 0 if PER_ROW else None, SHIFT)
     if scale_ptr is not None:
         _store_scales(scale_ptr + (e * scales_n + scale_n) * grid_k + j, s, scale_n < scales_n, SHIFT)
+    codes = _codes(x, s)
+    _store(q_ptr + (e * N + n) * K + k, codes, s, mask)
     if q_t_ptr is not None:
-        _store_scales(scale_t_ptr + (e * scales_k + scale_k) * grid_n + i, s_t, scale_k < scales_k, SHIFT)
-    _store(q_ptr + (e * N + n) * K + k, _codes(x, s), s, mask)
-    if q_t_ptr is not None:
-        _store(q_t_ptr + (e * K + k) * N + n, _codes(x, s_t), s_t, mask)
+        _store_scales(scale_t_ptr + (e * grid_k + j) * grid_n + scale_n, s, scale_n < scales_n, SHIFT)
+        _store(q_t_ptr + (e * K + k) * N + n, codes, s, mask)
 
 
 @triton.jit
@@ -204,23 +200,30 @@ def quantize_row_kernel(
         _store(q_ptr + k, _codes(_load(x_ptr + k * stride_xk, mask, THROUGH_BF16), s), s, mask)
 
 
-def quantize_fp8_block(w, *, block=(128, 128), scale="fp32"):
+def quantize_fp8_block(
+    w: torch.Tensor, *, block: tuple[int, int] = BLOCK, scale: str = "fp32"
+) -> tuple[torch.Tensor, ...]:
     """`ornith_moe.quant.fp8.quantize_fp8_block` on the GPU, bit for bit; both sizes of `block` are powers of two."""
     return _launch("w", w, *block, scale, ("fp32", "bf16", "ue8m0"), weight=True)
 
 
-def quantize_fp8_block_both(w, *, block=(128, 128), scale="fp32"):
+def quantize_fp8_block_both(
+    w: torch.Tensor, *, block: tuple[int, int] = BLOCK, scale: str = "fp32"
+) -> tuple[torch.Tensor, ...]:
     """`ornith_moe.quant.fp8.quantize_fp8_block_both` on the GPU, bit for bit; sizes of `block` as above."""
     return _launch("w", w, *block, scale, ("fp32", "bf16", "ue8m0"), weight=True, both=True)
 
 
-def quantize_fp8_channel(w, *, scale="bf16"):
+def quantize_fp8_channel(w: torch.Tensor, *, scale: str = "bf16") -> tuple[torch.Tensor, ...]:
     """`ornith_moe.quant.fp8.quantize_fp8_channel` on the GPU, bit for bit."""
     return _launch("w", w, 1, None, scale, ("bf16", "fp32"), weight=True)
 
 
 @torch.no_grad()
-def quantize_fp8_experts(w, q, scale, q_t, scale_t, experts, digests, *, block):
+def quantize_fp8_experts(
+    w: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, q_t: torch.Tensor | None, scale_t: torch.Tensor | None,
+    experts: torch.Tensor | None, digests: torch.Tensor | None, *, block: Cast,
+) -> None:  # fmt: skip
     """`ornith_moe.quant.fp8.quantize_fp8_experts` on the GPU, for those tiles whose digest differs; nothing waits.
 
     Args:
@@ -242,7 +245,7 @@ def quantize_fp8_experts(w, q, scale, q_t, scale_t, experts, digests, *, block):
     _start(label, w, out, *block, False, shift, w.dtype != torch.bfloat16, active, digests)
 
 
-def new_digests(w, block):
+def new_digests(w: torch.Tensor, block: Cast) -> torch.Tensor:
     """Digests for `quantize_fp8_experts` of tiles that were not quantized yet."""
     *lead, N, K = w.shape
     bn, bk = block
@@ -250,21 +253,14 @@ def new_digests(w, block):
     return torch.zeros(torch.Size(lead).numel() * tiles, dtype=torch.int64, device=w.device)
 
 
-def quantize_fp8_tokens(x, *, group=128, scale="fp32"):
+def quantize_fp8_tokens(
+    x: torch.Tensor, *, group: int | None = FP8_BLOCK, scale: str = "fp32"
+) -> tuple[torch.Tensor, ...]:
     """`ornith_moe.quant.fp8.quantize_fp8_tokens` on the GPU, bit for bit; `group` is None or a power of two."""
     return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False)
 
 
-def quantize_fp8_tokens_both(x, *, group=128, scale="fp32"):
-    """`ornith_moe.quant.fp8.quantize_fp8_tokens_both` on the GPU, bit for bit; `group` is a power of two."""
-    if x.dim() != 2:
-        raise ValueError(f"x: expected [R, K], got shape {list(x.shape)}; flatten its leading dimensions")
-    if group is None:
-        raise ValueError("group: expected a power of two, got None; both directions of whole rows do not share a tile")
-    return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, both=True)
-
-
-def roundtrip_fp8_tokens(x, *, group=128, scale="fp32"):
+def roundtrip_fp8_tokens(x: torch.Tensor, *, group: int | None = FP8_BLOCK, scale: str = "fp32") -> torch.Tensor:
     """`ornith_moe.quant.fp8.roundtrip_fp8_tokens` on the GPU, bit for bit; `group` is None or a power of two."""
     return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, values=True)
 
@@ -286,8 +282,8 @@ def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False
         lead, N = [], x.shape[:-1].numel()
     E = torch.Size(lead).numel()
     dtype, carrier, shift = SCALES[scale]
-    per_row = bn == 1 and not (weight and both)  # `both` of a block: its scale serves the copy, whatever its shape
-    tile_n = (bk if both else 32) if per_row else bn  # rows of a tile are independent: 32 x 128 fills four warps
+    per_row = bn == 1 and not both  # the scale of a block serves the copy, whatever its shape
+    tile_n = 32 if per_row else bn  # rows of a tile are independent: 32 x 128 fills four warps
     grid_n, grid_k = triton.cdiv(N, bn), triton.cdiv(K, bk) if bk else 1
 
     q = torch.empty(x.shape, dtype=x.dtype if values else torch.uint8, device=x.device)
@@ -296,8 +292,7 @@ def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False
     q_t = s_t = None
     if both:
         q_t = torch.empty((*lead, K, N), dtype=torch.uint8, device=x.device)
-        shape = (*lead, K if per_row else grid_k, triton.cdiv(N, tile_n))
-        s_t = torch.empty(shape, dtype=carrier, device=x.device)
+        s_t = torch.empty((*lead, grid_k, grid_n), dtype=carrier, device=x.device)
     if x.numel():
         through_bf16 = weight and x.dtype != torch.bfloat16
         use = " both" if both else " round trip" if values else ""
@@ -326,13 +321,21 @@ def _as_matrices(name, x, E, N, K):
 def _start(label, x, out, tile_n, bk, per_row, shift, through_bf16, active=None, digests=None):
     """One launch over x [E, N, K], into q, scale, q_t and scale_t of `out`."""
     q, s, q_t, s_t = out
-    (E, N, K), kept = x.shape, {"active_ptr": active, "digest_ptr": digests}
+    E, N, K = x.shape
+    reads = {"x_ptr": x, "active_ptr": active, "digest_ptr": digests}
+    writes = {"q_ptr": q, "scale_ptr": s, "digest_ptr": digests}
+    sizes = dict(zip(("N", "K", "stride_xe", "stride_xn", "stride_xk"), (N, K, *x.stride()), strict=True))
+    constants = {"SHIFT": shift, "THROUGH_BF16": through_bf16}
     if bk is None:
-        args = (x, q, s, N, K, *x.stride(), ROWS, 512, shift, through_bf16)
-        launch(label, quantize_row_kernel, (E * triton.cdiv(N, ROWS),), *args, **kept)
+        launch(
+            label, quantize_row_kernel, (E * triton.cdiv(N, ROWS),), reads=reads, writes=writes, **sizes, **constants,
+            BLOCK_N=ROWS, BLOCK_K=512,
+        )  # fmt: skip
         return
-    args = (x, q, s, q_t, s_t, N, K, *x.stride(), tile_n, bk, per_row, shift, through_bf16)
-    programs = E * triton.cdiv(N, tile_n) * triton.cdiv(K, bk)
-    # of 8, some spill where a tile is quantized twice, and with digests one block fills a processor
+    # with digests or a transposed copy one block fills a processor
     warps = 4 if tile_n * bk <= 8192 else 8 if q_t is None and digests is None else 16
-    launch(label, quantize_tile_kernel, (programs,), *args, num_warps=warps, **kept)
+    launch(
+        label, quantize_tile_kernel, (E * triton.cdiv(N, tile_n) * triton.cdiv(K, bk),), reads=reads,
+        writes={**writes, "q_t_ptr": q_t, "scale_t_ptr": s_t}, **sizes, **constants, BLOCK_N=tile_n, BLOCK_K=bk,
+        PER_ROW=per_row, num_warps=warps,
+    )  # fmt: skip

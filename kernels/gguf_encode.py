@@ -304,28 +304,36 @@ def encode(x: torch.Tensor, type_name: str, importance: torch.Tensor | None = No
     if arch == "interpreter":  # what it costs is the number of programs
         lanes = rows = min(triton.next_power_of_2(max(8 * blocks, 2)), 1 << 14)
 
-    def start(label, kernel, count, width, *args):
-        weighted = "" if importance is None else " with importance"
-        launch(f"gguf_encode {type_name}{weighted} {label}", kernel, (triton.cdiv(count, width),), *args, width)
-
     flags = torch.empty(triton.cdiv(blocks, rows), dtype=torch.int32, device=x.device)
+    label = f"gguf_encode {type_name}" + ("" if importance is None else " with importance")
+    last = {"writes": {"out_ptr": out, "flags_ptr": flags}, "blocks": blocks, "B": rows}
     if type_name == "Q8_0":
-        start("blocks", q8_0_kernel, blocks, rows, x, out, flags, blocks)
+        launch(f"{label} blocks", q8_0_kernel, (len(flags),), reads={"x_ptr": x}, **last)
         return out, flags
-    subs = blocks * (16 if type_name == "Q6_K" else 8)
-    subs_of_matrix = subs // (1 if importance is None else len(importance))
+    affine, guarded = type_name != "Q6_K", importance is not None
+    subs = blocks * (8 if affine else 16)
     fits = torch.empty((FITS, subs), device=x.device)
-    if type_name == "Q6_K":
-        start("search", signed_search_kernel, subs, lanes, x, importance, fits, subs, subs_of_matrix, K)
-        start("scales", signed_scales_kernel, blocks, lanes, fits, out, blocks, size)
-        start("codes", signed_codes_kernel, blocks, rows, x, fits, out, flags, blocks, size)
+    launch(
+        f"{label} search", affine_search_kernel if affine else signed_search_kernel, (triton.cdiv(subs, lanes),),
+        reads={"x_ptr": x, "a_ptr": importance}, writes={"fits_ptr": fits}, subs=subs,
+        subs_of_matrix=subs // (1 if importance is None else len(importance)), K=K, L=lanes,
+        **({"BITS": bits} if affine else {}),
+    )  # fmt: skip
+    scales = {"reads": {"fits_ptr": fits}, "blocks": blocks, "L": lanes}
+    last["reads"] = {"x_ptr": x, "fits_ptr": fits}
+    if affine:
+        launch(
+            f"{label} scales", affine_scales_kernel, (triton.cdiv(2 * blocks, lanes),), **scales,
+            writes={"fits_ptr": fits, "out_ptr": out.view(torch.int32)}, WORDS=size // 4, IMPORTANT=guarded,
+            CUT=type_name == "Q5_K" or not guarded,  # as ggml does
+        )  # fmt: skip
+        launch(f"{label} codes", affine_codes_kernel, (len(flags),), **last, BITS=bits, SIZE=size, GUARDED=guarded)
     else:
-        guarded = importance is not None
-        cut = type_name == "Q5_K" or not guarded  # as ggml does
-        start("search", affine_search_kernel, subs, lanes, x, importance, fits, subs, subs_of_matrix, K, bits)
-        words = out.view(torch.int32)
-        start("scales", affine_scales_kernel, 2 * blocks, lanes, fits, words, blocks, size // 4, guarded, cut)
-        start("codes", affine_codes_kernel, blocks, rows, x, fits, out, flags, blocks, bits, size, guarded)
+        launch(
+            f"{label} scales", signed_scales_kernel, (triton.cdiv(blocks, lanes),), **scales,
+            writes={"fits_ptr": fits, "out_ptr": out}, SIZE=size,
+        )  # fmt: skip
+        launch(f"{label} codes", signed_codes_kernel, (len(flags),), **last, SIZE=size)
     return out, flags
 
 

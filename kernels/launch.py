@@ -10,7 +10,7 @@ wanted, it is written `tl.fma`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,14 +42,43 @@ _INTERPRETER = Target("interpreter", 2)  # what it costs is the number of progra
 
 
 @dataclass(frozen=True)
+class Product:
+    """What a launch multiplies, for `examine.model`: an [m, k] by a [k, n] of each expert, one tile after another.
+
+    Attributes:
+        size: m, n, k; None is the rows of the expert.
+        tile: rows, columns and depth of one step of a program.
+        operands: parameters that are loaded tile by tile, [m, k] first.
+        unit_bytes: of an operand as the matrix unit multiplies it.
+        gathered: how many slots read each row of a parameter, at different times.
+        of_experts: parameters [E, ...] of which only experts with rows are read, and what share of their columns.
+        first: where those columns begin.
+    """
+
+    size: tuple[int | None, int | None, int | None]
+    tile: tuple[int, int, int]
+    operands: tuple[str, str]
+    unit_bytes: int
+    gathered: dict[str, int]
+    of_experts: dict[str, float]
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One recorded start: `arguments` by parameter name, constants included; `options` are num_warps and num_stages."""
+    """One recorded start: `arguments` by parameter name, constants included; `options` are num_warps and num_stages.
+
+    `reads` and `writes` name the arguments that point to memory; what is updated in place is in both.
+    """
 
     label: str
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, int]
+    reads: frozenset[str]
+    writes: frozenset[str]
+    product: Product | None
 
 
 _recorded: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("recorded", default=None)
@@ -82,12 +111,21 @@ def _of_device(index: int) -> Target:
     return Target(f"sm{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
-def launch(label: str, kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 3, **constants):
-    """Start `kernel` on `grid`, or record it. `label` names this use of the kernel, "gate_up fp8" for example."""
+def launch(
+    label: str, kernel: Any, grid: tuple[int, ...], *, reads: Mapping[str, Any], writes: Mapping[str, Any],
+    product: Product | None = None, num_warps: int = 4, num_stages: int = 3, **values: Any,
+) -> None:  # fmt: skip
+    """Start `kernel` on `grid`, or record it. `label` names this use of the kernel, "gate_up fp8" for example.
+
+    `reads` and `writes` are the tensors (None where a kernel takes none) by the parameters that they go to, `values`
+    all other arguments.
+    """
     options = {"num_warps": num_warps, "num_stages": num_stages}
+    arguments = {**reads, **writes, **values}
     recorded = _recorded.get()
     if recorded:
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        recorded[1].append(Launch(label, kernel, grid, arguments, options))
+        arguments = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        start = Launch(label, kernel, grid, arguments, options, frozenset(reads), frozenset(writes), product)
+        recorded[1].append(start)
     elif grid[0]:
-        kernel[grid](*args, **constants, **options, enable_fp_fusion=False)
+        kernel[grid](**arguments, **options, enable_fp_fusion=False)

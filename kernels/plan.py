@@ -14,7 +14,7 @@ adds up in shared memory, exactly; nothing else is atomic.)
    costs less than a launch. A tile belongs to the last expert whose tiles begin at it or before.
 
 Experts are in order and the tiles of one are adjacent, so its weights are read while they are in cache. Slots whose id
-is outside [first_expert, first_expert + E) are sentinels: no row, no tile.
+is outside [0, E) are sentinels: no row, no tile.
 
 Legend: T tokens, E experts, slots T * top_k, chunks of `_CHUNK` slots. Maps are named as in docs/notation.md.
 """
@@ -59,10 +59,10 @@ class RoutingPlan:
     top_k: int
 
 
-def plan_reference(indices: torch.Tensor, experts: int, block_m: int, *, first_expert: int = 0) -> RoutingPlan:
+def plan_reference(indices: torch.Tensor, experts: int, block_m: int) -> RoutingPlan:
     """`build_plan` in plain torch, with a host sync for every expert."""
     slots = indices.numel()
-    expert = indices.reshape(-1).long() - first_expert
+    expert = indices.reshape(-1).long()
     local = (expert >= 0) & (expert < experts)
     order = torch.where(local, expert, experts).argsort(stable=True)[: int(local.sum())]
     counts = expert[local].bincount(minlength=experts)
@@ -96,27 +96,27 @@ def max_tiles(slots: int, experts: int, block_m: int) -> int:
 
 
 @triton.jit
-def _local_expert(indices_ptr, slot, slots, first_expert, E):
-    """Expert of each slot counted from `first_expert`, or -1: no slot, or not of these E."""
-    expert = tl.load(indices_ptr + slot, mask=slot < slots, other=-1).to(tl.int64) - first_expert
+def _local_expert(indices_ptr, slot, slots, E):
+    """Expert of each slot, or -1: no slot, or not of these E."""
+    expert = tl.load(indices_ptr + slot, mask=slot < slots, other=-1).to(tl.int64)
     return tl.where((slot < slots) & (expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
 @triton.jit
 def count_kernel(
-    indices_ptr, rank_ptr, table_ptr, slots, first_expert, E,
+    indices_ptr, rank_ptr, table_ptr, slots, E,
     CHUNK: tl.constexpr, PART: tl.constexpr, E_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: chunks. One program owns CHUNK slots, writes their ranks and the chunk's row of the table [chunks, E]."""
     chunk = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, CHUNK)
     slot = chunk * CHUNK + lane
-    expert = _local_expert(indices_ptr, slot, slots, first_expert, E)
+    expert = _local_expert(indices_ptr, slot, slots, E)
     key = expert * CHUNK + lane
     earlier = tl.zeros([PART, CHUNK], tl.int32)
     for start in range(0, CHUNK, PART):
         other = start + tl.arange(0, PART)
-        other_key = _local_expert(indices_ptr, chunk * CHUNK + other, slots, first_expert, E) * CHUNK + other
+        other_key = _local_expert(indices_ptr, chunk * CHUNK + other, slots, E) * CHUNK + other
         # An earlier slot of the same expert has a key 1 to `lane` smaller, and no other slot has.
         distance = (key[None, :] - other_key[:, None] - 1).to(tl.uint32, bitcast=True)
         earlier += (distance < lane.to(tl.uint32)[None, :]).to(tl.int32)
@@ -146,7 +146,7 @@ def scan_kernel(table_ptr, counts_ptr, chunks, E, BLOCK_C: tl.constexpr, BLOCK_E
 @triton.jit
 def place_kernel(
     indices_ptr, table_ptr, counts_ptr, offsets_ptr, row_to_slot_ptr, slot_to_row_ptr, tile_to_expert_ptr,
-    tile_to_row_ptr, num_tiles_ptr, slots, first_expert, E, block_m, max_tiles,
+    tile_to_row_ptr, num_tiles_ptr, slots, E, block_m, max_tiles,
     CHUNK: tl.constexpr, TILES: tl.constexpr, E_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid: enough for all slots and all tiles. One program owns CHUNK slots, whose ranks it finds in slot_to_row, as
@@ -167,7 +167,7 @@ def place_kernel(
         tl.store(num_tiles_ptr, num_tiles)
 
     slot = pid * CHUNK + tl.arange(0, CHUNK)
-    expert = _local_expert(indices_ptr, slot, slots, first_expert, E)
+    expert = _local_expert(indices_ptr, slot, slots, E)
     local = expert >= 0
     some = tl.maximum(expert, 0)
     row = tl.gather(offsets, some, axis=0) + tl.load(table_ptr + pid * E + some, mask=local, other=0)
@@ -185,12 +185,12 @@ def place_kernel(
     tl.store(tile_to_row_ptr + tile, tl.where(used, row, -1), mask=tile < max_tiles)
 
 
-def build_plan(indices: torch.Tensor, experts: int, block_m: int, *, first_expert: int = 0) -> RoutingPlan:
-    """The plan of `experts` experts from `first_expert` on, without waiting for the device.
+def build_plan(indices: torch.Tensor, experts: int, block_m: int) -> RoutingPlan:
+    """The plan of `experts` experts, without waiting for the device.
 
     Args:
-        indices: [T, top_k] integers; ids of other experts, negative ones included, are sentinels.
-        experts: E, of this rank. block_m: rows of a tile.
+        indices: [T, top_k] integers; those outside [0, experts) are sentinels.
+        experts: E. block_m: rows of a tile.
 
     Raises:
         TypeError, ValueError: indices of another kind or shape; experts or block_m below 1; 2^31 slots or more.
@@ -217,14 +217,24 @@ def build_plan(indices: torch.Tensor, experts: int, block_m: int, *, first_exper
     row_to_slot, slot_to_row = new(slots), new(slots)
     tile_to_expert, tile_to_row, num_tiles = new(bound), new(bound), new(1)
 
-    args = (indices, slot_to_row, table, slots, first_expert, experts)
-    launch("plan count", count_kernel, (chunks,), *args, _CHUNK, part, e_pad)
-    columns = (triton.cdiv(experts, block_e),)
-    launch("plan scan", scan_kernel, columns, table, counts, chunks, experts, _SCAN // block_e, block_e)
-    programs = max(1, chunks, triton.cdiv(bound, tiles))
     launch(
-        "plan place", place_kernel, (programs,), indices, table, counts, offsets, row_to_slot, slot_to_row,
-        tile_to_expert, tile_to_row, num_tiles, slots, first_expert, experts, block_m, bound, _CHUNK, tiles, e_pad,
+        "plan count", count_kernel, (chunks,), reads={"indices_ptr": indices},
+        writes={"rank_ptr": slot_to_row, "table_ptr": table}, slots=slots, E=experts, CHUNK=_CHUNK, PART=part,
+        E_PAD=e_pad,
+    )  # fmt: skip
+    launch(
+        "plan scan", scan_kernel, (triton.cdiv(experts, block_e),), reads={"table_ptr": table},
+        writes={"table_ptr": table, "counts_ptr": counts}, chunks=chunks, E=experts, BLOCK_C=_SCAN // block_e,
+        BLOCK_E=block_e,
+    )  # fmt: skip
+    launch(
+        "plan place", place_kernel, (max(1, chunks, triton.cdiv(bound, tiles)),),
+        reads={"indices_ptr": indices, "table_ptr": table, "counts_ptr": counts, "slot_to_row_ptr": slot_to_row},
+        writes={
+            "offsets_ptr": offsets, "row_to_slot_ptr": row_to_slot, "slot_to_row_ptr": slot_to_row,
+            "tile_to_expert_ptr": tile_to_expert, "tile_to_row_ptr": tile_to_row, "num_tiles_ptr": num_tiles,
+        },
+        slots=slots, E=experts, block_m=block_m, max_tiles=bound, CHUNK=_CHUNK, TILES=tiles, E_PAD=e_pad,
     )  # fmt: skip
     return RoutingPlan(
         counts, offsets, row_to_slot, slot_to_row, tile_to_expert, tile_to_row, num_tiles, block_m, top_k

@@ -252,11 +252,15 @@ def route_forward(
     indices, weights = new(torch.int32, T, top_k), new(torch.float32, T, top_k)
     counts = new(torch.int16, programs, E)  # at most 64 each
     q, square = (new(torch.float32, programs, E), new(torch.float32, programs)) if losses else (None, None)
-    args = (logits.contiguous(), _dense(bias), _dense(replay), indices, weights, counts, q, square, T)
     launch(
-        f"route {score}", route_forward_kernel, (programs,), *args, E=E, TOP_K=top_k, SIGMOID=score == "sigmoid",
-        NORM=norm_topk_prob, LOSSES=losses, GROUPS=groups, OPEN=topk_group or 0, BLOCK_T=block, GROUPS_PAD=groups_pad,
-        SIZE_PAD=size_pad, K_PAD=triton.next_power_of_2(top_k),
+        f"route {score}", route_forward_kernel, (programs,),
+        reads={"logits_ptr": logits.contiguous(), "bias_ptr": _dense(bias), "replay_ptr": _dense(replay)},
+        writes={
+            "indices_ptr": indices, "weights_ptr": weights, "counts_ptr": counts, "q_ptr": q, "square_ptr": square
+        },
+        T=T, E=E, TOP_K=top_k, SIGMOID=score == "sigmoid", NORM=norm_topk_prob, LOSSES=losses, GROUPS=groups,
+        OPEN=topk_group or 0, BLOCK_T=block, GROUPS_PAD=groups_pad, SIZE_PAD=size_pad,
+        K_PAD=triton.next_power_of_2(top_k),
     )  # fmt: skip
     sums = (q.sum(0), square.sum(0)) if losses else (None, None)
     return indices, weights, counts.sum(0, dtype=torch.int32), *sums
@@ -274,9 +278,14 @@ def route_backward(
     lanes = triton.next_power_of_2(E)
     block = _block(lanes)
     dlogits = torch.empty(T, E, dtype=logits.dtype, device=logits.device)
-    args = (logits.contiguous(), indices, weights, dweights.contiguous(), _dense(dq), dsquare, dlogits, T)
     launch(
-        f"route backward {score}", route_backward_kernel, (triton.cdiv(T, block),), *args, E=E, TOP_K=indices.shape[1],
-        SIGMOID=score == "sigmoid", NORM=norm_topk_prob, LOSSES=dq is not None, BLOCK_T=block, LANES=lanes,
+        f"route backward {score}", route_backward_kernel, (triton.cdiv(T, block),),
+        reads={
+            "logits_ptr": logits.contiguous(), "indices_ptr": indices, "weights_ptr": weights,
+            "dweights_ptr": dweights.contiguous(), "dq_ptr": _dense(dq), "dsquare_ptr": dsquare,
+        },
+        writes={"dlogits_ptr": dlogits},
+        T=T, E=E, TOP_K=indices.shape[1], SIGMOID=score == "sigmoid", NORM=norm_topk_prob, LOSSES=dq is not None,
+        BLOCK_T=block, LANES=lanes,
     )  # fmt: skip
     return dlogits

@@ -2,7 +2,7 @@
 
 `configs/<arch>.json` lists, per product, entries {"rows": up to how many rows per expert, ...Tile}; the last one has no
 "rows" and takes the rest. A device without a file uses `configs/default.json`, which compiles without spills on every
-target we compile for. The tile changes no bit of a result (see `grouped_gemm`): BLOCK_K is not in it, and batch-
+target we compile for. The tile changes no bit of a result (see `mainloop`): BLOCK_K is not in it, and batch-
 invariant mode, which asks for the same tile at every batch, exists for what a compiler might still do differently.
 
 All products of a pass share `block_m`, because they share the plan's tiles: an entry holds it once, for its `tiles`.

@@ -6,6 +6,7 @@ is defined, so it is set here, before any test module is imported.
 
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -36,6 +37,25 @@ def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(1000).isnan().all()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_is_patched_once_a_kernel():
+    """Triton's interpreter exchanges the functions of its language at every call of a jit function, in a kernel too,
+    where they are exchanged already; that is a quarter of the time of the tests that it runs."""
+    if HAS_GPU or "triton" not in sys.modules:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        done = all(language.load.__module__ == interpreter.__name__ for language in languages)
+        return interpreter._LangPatchScope() if done else patch(fn)
+
+    interpreter._patch_lang = patch_once
 
 
 def pytest_sessionfinish(session):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ornith_moe.kernels.grouped_gemm import Weights
-from ornith_moe.kernels.moe import Experts
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import RECIPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
@@ -85,22 +85,18 @@ class Layer:
         for name, value in vars(self).items():
             setattr(self, name, value.to(DEVICE))
 
-    def experts(self, recipe="bf16", scale="fp32"):
-        if recipe == "bf16":
-            return Experts(Weights(self.gate_up), Weights(self.down))
-        if recipe == "fp8_channel":
-            return Experts(*(Weights(*fp8.quantize_fp8_channel(w)) for w in (self.gate_up, self.down)))
-        both = [fp8.quantize_fp8_block_both(w, scale=scale) for w in (self.gate_up, self.down)]
-        plain, turned = ([Weights(*b[i : i + 2]) for b in both] for i in (0, 2))
-        return Experts(*plain, *(turned if recipe == "fp8_full" else ()))
+    def operands(self, recipe="bf16", scale="fp32"):
+        """gate_up and down as the recipe multiplies them, with `scale` for blocks."""
+        recipe = RECIPES[recipe]
+        operands = [Operand.quantized(w, recipe, scale) for w in (self.gate_up, self.down)]
+        return [w.with_transposed() for w in operands] if recipe.input_gradient else operands
 
     def expected(self, recipe="bf16", scale="fp32"):
         """y and the four gradients in float64, by the names in OUTPUTS."""
         gate_up, down = self.gate_up, self.down
         group = 128
         if recipe != "bf16":
-            experts = self.experts(recipe, scale)
-            gate_up, down = (fp8.dequantize_fp8(w.value, w.scale) for w in (experts.gate_up, experts.down))
+            gate_up, down = (w.dequantized(torch.bfloat16) for w in self.operands(recipe, scale))
             group = None if recipe == "fp8_channel" else 128
         leaves = [t.double().requires_grad_() for t in (self.x, self.weights, gate_up, down)]
         x, weights, gate_up, down = leaves

@@ -22,8 +22,10 @@ import torch
 from ornith_moe.kernels import fp8_cast, gguf_encode, moe, routing
 from ornith_moe.kernels.examine.compile import PROCESSORS, Report, compile_requests, specialize
 from ornith_moe.kernels.examine.model import DEVICES, Estimate, Shape, bound_us, estimate, routing_counts, total
-from ornith_moe.kernels.grouped_gemm import Weights
 from ornith_moe.kernels.launch import Launch, recording
+from ornith_moe.kernels.tiles import Tiles
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import RECIPES, ROW, Cast, Recipe
 
 SHAPES = {
     "35B": Shape("Qwen3.5 35B", experts=256, top_k=8, hidden=2048, inner=512),
@@ -34,13 +36,19 @@ ARCHS = tuple(PROCESSORS)
 
 @dataclass(frozen=True)
 class Pass:
-    """One direction of one layer ("forward", "backward"), the casts of its weights ("weights"), or the encoding of its
-    gate_up as GGUF ("encode", the recipe is the type)."""
+    """One direction of one layer ("forward", "backward") or the casts of its weights ("weights") by a recipe, or the
+    encoding of its gate_up ("encode") as a GGUF type."""
 
     model: str
     tokens: int
-    recipe: str
     direction: str
+    recipe: Recipe | None = None
+    gguf_type: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe or type."""
+        return self.recipe.name if self.recipe else self.gguf_type
 
     @property
     def shape(self) -> str:
@@ -51,61 +59,70 @@ class Pass:
 
 def passes() -> list[Pass]:
     """What `ornith-moe kernels` shows: all recipes at 8192 tokens, and the sizes that take other tiles."""
-    found = [Pass("35B", 0, recipe, "weights") for recipe in ("fp8_full", "fp8_channel")]
-    found += [Pass("35B", 0, name, "encode") for name in gguf_encode.ENCODED]
+    found = [Pass("35B", 0, "weights", RECIPES[name]) for name in ("fp8_full", "fp8_channel")]
+    found += [Pass("35B", 0, "encode", gguf_type=name) for name in gguf_encode.ENCODED]
     for model, tokens, recipes in (
         ("35B", 8192, ("fp8", "bf16", "fp8_full", "fp8_channel")),
         ("35B", 64, ("fp8", "bf16")),
         ("35B", 32768, ("fp8", "bf16")),
         ("397B", 8192, ("fp8", "bf16")),
     ):
-        found += [Pass(model, tokens, recipe, way) for recipe in recipes for way in ("forward", "backward")]
+        found += [Pass(model, tokens, way, RECIPES[name]) for name in recipes for way in ("forward", "backward")]
     return found
 
 
-def record(arch: str, which: Pass) -> list[Launch]:
-    """The launches of a pass, in order."""
-    s, fp8 = SHAPES[which.model], which.recipe != "bf16"
-    t, meta = which.tokens, {"device": "meta"}
-
-    def experts(n: int, k: int) -> Weights:
-        if not fp8:
-            return Weights(torch.empty(s.experts, n, k, dtype=torch.bfloat16, **meta))
-        scale = (n, 1) if which.recipe == "fp8_channel" else (-(-n // 128), -(-k // 128))
-        value = torch.empty(s.experts, n, k, dtype=torch.float8_e4m3fn, **meta)
-        return Weights(value, torch.empty(s.experts, *scale, **meta))
-
+def record(arch: str, which: Pass, tiles: Tiles | None = None) -> list[Launch]:
+    """The launches of a pass, in order; of its products with `tiles` instead of those of the table."""
     with recording(arch) as launches:
         if which.direction == "weights":
-            for n, k in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
-                weight = torch.empty(s.experts, n, k, dtype=torch.bfloat16, **meta)
-                if which.recipe == "fp8_channel":
-                    _kept(weight, (1, None), fp8_cast.quantize_fp8_channel(weight))
-                else:
-                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block(weight))
-                    _kept(weight, (128, 128), fp8_cast.quantize_fp8_block_both(weight))
-            return launches
-        if which.direction == "encode":
-            rows = torch.empty(s.experts * 2 * s.inner, s.hidden, dtype=torch.bfloat16, **meta)
-            gguf_encode.encode(rows, which.recipe)
-            if which.recipe != "Q8_0":
-                gguf_encode.encode(rows, which.recipe, torch.empty(s.experts, s.hidden, **meta))
-            return launches
-        x = torch.empty(t, s.hidden, dtype=torch.bfloat16, **meta)
-        logits = torch.empty(t, s.experts, **meta)
-        indices, weights, _, _, _ = routing.route_forward(logits, s.top_k)
-        layer = moe.Experts(experts(2 * s.inner, s.hidden), experts(s.hidden, s.inner))
-        if which.recipe == "fp8_full":
-            layer = moe.Experts(layer.gate_up, layer.down, experts(s.hidden, 2 * s.inner), experts(s.inner, s.hidden))
-        _, saved = moe.moe_forward(x, indices, weights, layer, recipe=which.recipe, save=True)
-        if which.direction == "backward":
-            launches.clear()
-            _, dweights, _, _ = moe.moe_backward(torch.empty_like(x), saved, layer, recipe=which.recipe)
-            routing.route_backward(logits, indices, weights, dweights)
+            _record_weights(SHAPES[which.model], which.recipe)
+        elif which.direction == "encode":
+            _record_encode(SHAPES[which.model], which.gguf_type)
+        else:
+            _record_layer(which, tiles, launches)
     return launches
 
 
-def _kept(weight: torch.Tensor, block: tuple[int, int | None], copy: tuple[torch.Tensor, ...]) -> None:
+def _record_weights(s: Shape, recipe: Recipe) -> None:
+    for n, k in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
+        weight = torch.empty(s.experts, n, k, dtype=torch.bfloat16, device="meta")
+        if recipe.weights == ROW:
+            _kept(weight, ROW, fp8_cast.quantize_fp8_channel(weight))
+        else:
+            _kept(weight, recipe.weights, fp8_cast.quantize_fp8_block(weight))
+            _kept(weight, recipe.weights, fp8_cast.quantize_fp8_block_both(weight))
+
+
+def _record_encode(s: Shape, gguf_type: str) -> None:
+    rows = torch.empty(s.experts * 2 * s.inner, s.hidden, dtype=torch.bfloat16, device="meta")
+    gguf_encode.encode(rows, gguf_type)
+    if gguf_type != "Q8_0":  # which knows no importance
+        gguf_encode.encode(rows, gguf_type, torch.empty(s.experts, s.hidden, device="meta"))
+
+
+def _record_layer(which: Pass, tiles: Tiles | None, launches: list[Launch]) -> None:
+    s, recipe = SHAPES[which.model], which.recipe
+
+    def experts(n: int, k: int) -> Operand:
+        if recipe.weights is None:
+            return Operand(torch.empty(s.experts, n, k, dtype=torch.bfloat16, device="meta"))
+        rows, columns = recipe.weights
+        value = torch.empty(s.experts, n, k, dtype=torch.float8_e4m3fn, device="meta")
+        w = Operand(value, torch.empty(s.experts, -(-n // rows), -(-k // (columns or k)), device="meta"))
+        return w.with_transposed() if recipe.input_gradient else w
+
+    x = torch.empty(which.tokens, s.hidden, dtype=torch.bfloat16, device="meta")
+    logits = torch.empty(which.tokens, s.experts, device="meta")
+    indices, weights, *_ = routing.route_forward(logits, s.top_k)
+    layer = experts(2 * s.inner, s.hidden), experts(s.hidden, s.inner)
+    _, saved = moe.moe_forward(x, indices, weights, *layer, recipe=recipe, save=True, tiles=tiles)
+    if which.direction == "backward":
+        launches.clear()
+        _, dweights, *_ = moe.moe_backward(torch.empty_like(x), saved, *layer, recipe=recipe, tiles=tiles)
+        routing.route_backward(logits, indices, weights, dweights)
+
+
+def _kept(weight: torch.Tensor, block: Cast, copy: tuple[torch.Tensor, ...]) -> None:
     """The check of a copy that is kept; its model is that of a weight which has changed throughout."""
     experts = torch.empty(len(weight), dtype=torch.bool, device="meta")
     copy = (*copy, None, None)[:4]
@@ -168,11 +185,11 @@ def catalog(
             if key not in seen:
                 seen.add(key)
                 rows.append(Row(arch, which, label, *launches[members[0]], sum_of))
-        layer = arch, which.model, which.tokens, which.recipe
+        layer = arch, which.model, which.tokens, which.name
         if which.direction == "forward":
             forward[layer] = total(estimates)
         elif which.direction == "backward":
-            bound = bound_us(DEVICES[arch], shape, which.tokens, fp8=which.recipe != "bf16")
+            bound = bound_us(DEVICES[arch], shape, which.tokens, fp8=which.recipe.is_fp8)
             layers.append(Layer(arch, which, forward[layer], total(estimates), bound))
     return rows, layers
 
@@ -186,7 +203,7 @@ def row_json(row: Row) -> dict[str, Any]:
         "shape": row.which.shape,
         "arch": row.arch,
         "device": DEVICES[row.arch].name,
-        "recipe": row.which.recipe,
+        "recipe": row.which.name,
         "pass": row.which.direction,
         "registers": report.registers,
         "spills": report.spills,
@@ -210,7 +227,7 @@ def layer_json(layer: Layer) -> dict[str, Any]:
         "arch": layer.arch,
         "device": DEVICES[layer.arch].name,
         "shape": layer.which.shape,
-        "recipe": layer.which.recipe,
+        "recipe": layer.which.name,
         "modelled_forward_us": layer.forward.us,
         "modelled_backward_us": layer.backward.us,
         "optimistic_forward_us": layer.forward.optimistic_us,

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from ornith_moe.kernels.examine.compile import PROCESSORS, Report
-from ornith_moe.kernels.launch import TARGETS, Launch
+from ornith_moe.kernels.launch import TARGETS, Launch, Product
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,6 @@ DEVICES = {
     "gfx950": Device("MI355X", {1: 5030e12, 2: 2520e12, 4: 157e12}, 8.0e12, 256 << 20, 17e12, 2.4e9, issue=4),
 }
 _L2_SHARE = 0.5  # of the capacity that whole tensors can count on beside what streams through
-_WRITTEN = {
-    "c_ptr", "pre_ptr", "wa_ptr", "dweights_ptr", "dpre_code_ptr", "dpre_scale_ptr", "dw_ptr", "y_ptr", "q_ptr",
-    "scale_ptr", "q_t_ptr", "scale_t_ptr", "rank_ptr", "table_ptr", "counts_ptr", "dlogits_ptr", "out_ptr", "flags_ptr",
-}  # fmt: skip
-_OPERANDS = {"grouped_gemm_kernel": ("a", "b"), "grouped_wgrad_kernel": ("g_ptr", "x_ptr")}  # loaded tile by tile
 
 
 @dataclass(frozen=True)
@@ -186,18 +181,18 @@ class _Tiles:
 
 
 def _estimate(arch: str, device: Device, launch: Launch, report: Report, counts: np.ndarray, cache: Cache) -> Estimate:
-    arguments = launch.arguments
-    moved, touched = 0, 0
-    for name, value in arguments.items():
-        tensor = getattr(value, "base", value)  # a descriptor's
-        if isinstance(tensor, torch.Tensor):
-            size, again = _touched(launch, name, tensor, counts)
-            first = arguments["n_first"] if name == "b" else 0
-            region = tensor.untyped_storage()._cdata, tensor.storage_offset(), first
-            moved += cache.write(region, size) if name in _WRITTEN else cache.read(region, size)
-            moved += round(again * size * max(0.0, 1 - cache.capacity / max(size, 1)))
-            touched += 0 if name in _OPERANDS.get(launch.kernel.__name__, ()) else size
-    tiles, flops = _cut(launch, counts)
+    moved, touched, product = 0, 0, launch.product
+    for name, tensor in _tensors(launch):
+        size, again = _touched(product, name, tensor, counts)
+        first = product.first if product and name == product.operands[1] else 0
+        region = tensor.untyped_storage()._cdata, tensor.storage_offset(), first
+        if name in launch.reads:
+            moved += cache.read(region, size)
+        if name in launch.writes:
+            moved += cache.write(region, size)
+        moved += round(again * size * max(0.0, 1 - cache.capacity / max(size, 1)))
+        touched += 0 if product and name in product.operands else size
+    tiles, flops = _cut(launch, counts) if product else (None, 0)
     on_processors = optimistic = 0.0
     if tiles:
         touched += tiles.loaded
@@ -217,49 +212,53 @@ def _estimate(arch: str, device: Device, launch: Launch, report: Report, counts:
     )
 
 
-def _touched(launch: Launch, name: str, tensor: torch.Tensor, counts: np.ndarray) -> tuple[int, int]:
+def _tensors(launch: Launch) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor of a launch with its parameter, in the kernel's order; a descriptor counts as what it describes.
+
+    Raises:
+        ValueError: the launch says of a tensor neither that it reads nor that it writes it, or says so of none.
+    """
+    found = []
+    for name, value in launch.arguments.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            tensor = getattr(each, "base", each)
+            if isinstance(tensor, torch.Tensor):
+                found.append((name, tensor))
+    undeclared = sorted({name for name, _ in found} - launch.reads - launch.writes)
+    if undeclared or not found:
+        raise ValueError(
+            f"launch {launch.label!r}: expected each tensor among reads or writes, got "
+            + (f"{', '.join(undeclared)} in neither" if found else "no tensor at all")
+            + "; name them where it is launched"
+        )
+    return found
+
+
+def _touched(product: Product | None, name: str, tensor: torch.Tensor, counts: np.ndarray) -> tuple[int, int]:
     """(bytes of an argument that are touched at all, how often gathered rows are read again)."""
-    size, arguments = tensor.numel() * tensor.element_size(), launch.arguments
-    if launch.kernel.__name__ == "grouped_gemm_kernel":
-        if name in ("b", "b_scale_ptr"):
-            columns = arguments["N"] * (2 if arguments["EPILOGUE"] == "swiglu" else 1)
-            return round(size * (counts > 0).mean() * columns / arguments["N_B"]), 0
-        if name == "a" and arguments["TOP_K"]:
-            return size, arguments["TOP_K"] - 1
-    if launch.kernel.__name__ == "grouped_wgrad_kernel" and name in ("g_ptr", "x_ptr"):
-        return size, max(0, arguments["TOP_K_G" if name == "g_ptr" else "TOP_K_X"] - 1)
-    return size, 0
+    size = tensor.numel() * tensor.element_size()
+    if product is None:
+        return size, 0
+    if name in product.of_experts:
+        return round(size * (counts > 0).mean() * product.of_experts[name]), 0
+    return size, max(0, product.gathered.get(name, 0) - 1)
 
 
-def _cut(launch: Launch, counts: np.ndarray) -> tuple[_Tiles | None, int]:
-    """The tiles of a GEMM and the products asked for; None for other kernels."""
-    a = launch.arguments
-    if launch.kernel.__name__ == "grouped_gemm_kernel":
-        halves = 2 if a["PAIR"] else 1
-        step_n = a["BLOCK_N"] * (halves if a["EPILOGUE"] == "store" else 1)
-        tiles = int(np.ceil(counts / a["BLOCK_M"]).sum()) * ceil(a["N"] / step_n)
-        width, k = a["BLOCK_N"] * halves, a["K"]
-        operand, weight = (getattr(a[name], "base", a[name]).element_size() for name in ("a", "b"))
-        cut = _Tiles(
-            tiles=tiles,
-            steps=ceil(k / a["BLOCK_K"]),
-            step_flops=2 * a["BLOCK_M"] * width * a["BLOCK_K"],
-            operand_bytes=operand,
-            loaded=tiles * k * (a["BLOCK_M"] * operand + width * weight),
-        )
-        return cut, int(2 * counts.sum() * k * a["N"] * (2 if a["EPILOGUE"] == "swiglu" else 1))
-    if launch.kernel.__name__ == "grouped_wgrad_kernel":
-        per_expert = ceil(a["N"] / a["BLOCK_N"]) * ceil(a["K"] / a["BLOCK_K"])
-        operand = a["g_ptr"].element_size()
-        cut = _Tiles(
-            tiles=len(counts) * per_expert,
-            steps=float(np.ceil(counts / a["BLOCK_R"]).mean()),
-            step_flops=2 * a["BLOCK_R"] * a["BLOCK_N"] * a["BLOCK_K"],
-            operand_bytes=1 if a["QUANTIZE"] else operand,
-            loaded=int(counts.sum()) * operand * per_expert * (a["BLOCK_N"] + a["BLOCK_K"]),
-        )
-        return cut, int(2 * counts.sum() * a["N"] * a["K"])
-    return None, 0
+def _cut(launch: Launch, counts: np.ndarray) -> tuple[_Tiles, int]:
+    """The tiles of a launch's product, and the operations asked for."""
+    product, a, b = launch.product, *(launch.arguments[name] for name in launch.product.operands)
+    a_bytes, b_bytes = (getattr(operand, "base", operand).element_size() for operand in (a, b))
+    m, n, k = (counts if size is None else np.full(len(counts), size) for size in product.size)
+    rows, columns, depth = product.tile
+    tiles = np.ceil(m / rows) * np.ceil(n / columns)
+    cut = _Tiles(
+        tiles=int(tiles.sum()),
+        steps=float(np.ceil(k / depth).mean()),
+        step_flops=2 * rows * columns * depth,
+        operand_bytes=product.unit_bytes,
+        loaded=int((tiles * k).sum()) * (rows * a_bytes + columns * b_bytes),
+    )
+    return cut, int(2 * (m * n * k).sum())
 
 
 def _processors_us(arch: str, device: Device, tiles: _Tiles, report: Report, staggered: bool) -> float:

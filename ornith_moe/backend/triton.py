@@ -32,9 +32,10 @@ class Triton:
     ) -> tuple[torch.Tensor, Saved]:  # fmt: skip
         from ornith_moe.kernels import moe
 
+        gate_up, down = (_loadable(w, recipe, x.dtype) for w in (gate_up, down))
         y, saved = moe.moe_forward(
-            x.contiguous(), indices, weights.float().contiguous(), _experts(gate_up, down, recipe, x.dtype),
-            recipe=recipe.name, save=save, ue8m0=gate_up.is_ue8m0, batch_invariant=batch_invariant,
+            x.contiguous(), indices, weights.float().contiguous(), gate_up, down, recipe=recipe, save=save,
+            tiles=moe.pass_tiles(x, gate_up, indices.numel(), batch_invariant),
         )  # fmt: skip
         return y, Saved(pre=saved.pre, a_scale=saved.a_scale) if save else Saved()
 
@@ -48,15 +49,15 @@ class Triton:
         from ornith_moe.kernels import moe
         from ornith_moe.kernels.plan import build_plan
 
-        experts, dy = _experts(gate_up, down, recipe, dy.dtype), dy.contiguous()
-        tiles = moe.pass_tiles(dy, experts.gate_up, indices.numel(), batch_invariant)  # those that backward will choose
-        plan = build_plan(indices, experts.gate_up.value.shape[0], tiles.block_m)
+        dy = dy.contiguous()
+        gate_up, down = (_loadable(w, recipe, dy.dtype) for w in (gate_up, down))
+        tiles = moe.pass_tiles(dy, gate_up, indices.numel(), batch_invariant)
+        plan = build_plan(indices, gate_up.value.shape[0], tiles.block_m)
         x = None if x is None else x.contiguous()
         kept = moe.Saved(x, saved.pre, weights.float().contiguous(), plan, saved.a_scale)
         return moe.moe_backward(
-            dy, kept, experts, recipe=recipe.name, wants=needs_grad, ue8m0=gate_up.is_ue8m0, grad_dtypes=grad_dtypes,
-            batch_invariant=batch_invariant,
-        )  # fmt: skip
+            dy, kept, gate_up, down, recipe=recipe, needs_grad=needs_grad, tiles=tiles, grad_dtypes=grad_dtypes
+        )
 
     @staticmethod
     def saved_sizes(slots: int, experts: int, inner: int, recipe: Recipe, dtype: torch.dtype) -> Sizes:
@@ -91,12 +92,6 @@ class Triton:
 BACKEND: Backend = Triton()
 
 
-def _experts(gate_up: Operand, down: Operand, recipe: Recipe, dtype: torch.dtype):
-    from ornith_moe.kernels import moe
-    from ornith_moe.kernels.grouped_gemm import Weights
-
-    sides = (gate_up, down)
-    if not recipe.is_fp8:  # the kernel that dequantizes as it loads knows row scales along the contraction only
-        sides = tuple(Operand(w.dequantized(dtype)) if w.per_row else w for w in sides)
-    transposed = [Weights(w.value_t, w.scale_t) for w in sides if w.value_t is not None]
-    return moe.Experts(*(Weights(w.value, w.scale) for w in sides), *transposed)
+def _loadable(w: Operand, recipe: Recipe, dtype: torch.dtype) -> Operand:
+    """The kernel that dequantizes as it loads knows row scales along the contraction only."""
+    return Operand(w.dequantized(dtype)) if w.per_row and not recipe.is_fp8 else w

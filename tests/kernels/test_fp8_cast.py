@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from launches import compiled
+
 from ornith_moe.kernels import fp8_cast
-from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS
 from ornith_moe.kernels.launch import recording
 from ornith_moe.quant import fp8
 
@@ -68,8 +70,7 @@ def test_every_bf16_value_below_an_amax(kind, amax):
     )
     if kind != "bf16":
         assert_same_bits(
-            fp8_cast.quantize_fp8_tokens_both(x, group=256, scale=kind),
-            fp8.quantize_fp8_tokens_both(x, group=256, scale=kind),
+            fp8_cast.quantize_fp8_tokens(x, group=256, scale=kind), fp8.quantize_fp8_tokens(x, group=256, scale=kind)
         )
 
 
@@ -102,8 +103,6 @@ def test_every_recipe_on_odd_shapes(shape, dtype):
     for group, kind in [(128, "fp32"), (128, "ue8m0"), (32, "fp32"), (None, "fp32")]:
         expected = fp8.quantize_fp8_tokens(x, group=group, scale=kind)
         assert_same_bits(fp8_cast.quantize_fp8_tokens(x, group=group, scale=kind), expected)
-    rows = x.flatten(0, -2)
-    assert_same_bits(fp8_cast.quantize_fp8_tokens_both(rows), fp8.quantize_fp8_tokens_both(rows))
     for group in (128, None):
         expected = fp8.roundtrip_fp8_tokens(x, group=group)
         assert_same_values(fp8_cast.roundtrip_fp8_tokens(x, group=group), expected)
@@ -126,15 +125,13 @@ def test_strided_operands_are_read_in_place():
 
     for view in (w[0, :, 8:40], w[1].T, w[:, 0, ::3]):
         assert_same_bits(fp8_cast.quantize_fp8_tokens(view), fp8.quantize_fp8_tokens(view))
-        assert_same_bits(fp8_cast.quantize_fp8_tokens_both(view), fp8.quantize_fp8_tokens_both(view))
         assert_same_values(fp8_cast.roundtrip_fp8_tokens(view), fp8.roundtrip_fp8_tokens(view))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 4, 4)], ids=str)
 def test_empty_input(shape):
     x = torch.empty(shape, device=DEVICE)
-    names = ["quantize_fp8_block", "quantize_fp8_block_both", "quantize_fp8_channel", "quantize_fp8_tokens"]
-    for name in names + ["quantize_fp8_tokens_both"] * (len(shape) == 2):
+    for name in ("quantize_fp8_block", "quantize_fp8_block_both", "quantize_fp8_channel", "quantize_fp8_tokens"):
         assert_same_bits(getattr(fp8_cast, name)(x), getattr(fp8, name)(x))
     assert fp8_cast.roundtrip_fp8_tokens(x).shape == x.shape
 
@@ -157,10 +154,6 @@ def test_errors_name_the_argument():
         fp8_cast.quantize_fp8_tokens(w, group=96)
     with pytest.raises(ValueError, match=r"x: .*strides.*contiguous"):
         fp8_cast.quantize_fp8_tokens(torch.randn(4, 6, 8, device=DEVICE).transpose(0, 1))
-    with pytest.raises(ValueError, match=r"x: .*\[R, K\].*\[1, 4, 4\]"):
-        fp8_cast.quantize_fp8_tokens_both(w[None])
-    with pytest.raises(ValueError, match=r"group: .*None"):
-        fp8_cast.quantize_fp8_tokens_both(w, group=None)
 
 
 KEPT = [
@@ -217,7 +210,7 @@ def launches(arch):
     w = torch.empty(256, 1024, 2048, dtype=torch.bfloat16, device="meta")
     with recording(arch) as started:
         fp8_cast.quantize_fp8_tokens(x)
-        fp8_cast.quantize_fp8_tokens_both(x, scale="ue8m0")
+        fp8_cast.quantize_fp8_tokens(x, scale="ue8m0")
         fp8_cast.quantize_fp8_block(w.float(), scale="ue8m0")
         fp8_cast.quantize_fp8_block_both(w)
         fp8_cast.quantize_fp8_channel(w)
@@ -229,10 +222,14 @@ def launches(arch):
     return started
 
 
+@pytest.fixture(scope="module")
+def reports():
+    return compiled(launches)
+
+
 @pytest.mark.parametrize("target", PROCESSORS)
-def test_compiles_for_every_target(target):
-    started = launches(target)
-    for one, report in zip(started, compile_launches([(target, one) for one in started]), strict=True):
+def test_compiles_for_every_target(target, reports):
+    for one, report in reports[target]:
         asm, name = report.asm, one.label
         assert report.spills == 0, name
         copies = 1 + (one.arguments.get("q_t_ptr") is not None)

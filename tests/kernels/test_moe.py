@@ -11,12 +11,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from launches import watch
 from moe_cases import DEVICE, OUTPUTS, Layer, exact_products
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference, sqnr_db
 
-from ornith_moe.kernels.grouped_gemm import Weights
-from ornith_moe.kernels.moe import Experts, moe_backward, moe_forward, strip_width
+from ornith_moe.kernels.moe import moe_backward, moe_forward, pass_tiles, strip_width
 from ornith_moe.quant import fp8
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import RECIPES
 from ornith_moe.routing import fold_shared
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -29,11 +31,12 @@ SHAPES = [  # T, H, I, E, top_k: nothing divides, one token, top_k = E, and the 
 ]
 
 
-def run(layer, recipe="bf16", scale="fp32", experts=None, **options):
-    experts = experts or layer.experts(recipe, scale)
-    options |= {"recipe": recipe, "ue8m0": scale == "ue8m0"}
-    y, saved = moe_forward(layer.x, layer.indices, layer.weights, experts, save=True, **options)
-    return dict(zip(OUTPUTS, (y, *moe_backward(layer.dy, saved, experts, **options)), strict=True))
+def run(layer, recipe="bf16", scale="fp32", operands=None, batch_invariant=False):
+    operands = operands or layer.operands(recipe, scale)
+    tiles = pass_tiles(layer.x, operands[0], layer.indices.numel(), batch_invariant)
+    options = {"recipe": RECIPES[recipe], "tiles": tiles}
+    y, saved = moe_forward(layer.x, layer.indices, layer.weights, *operands, save=True, **options)
+    return dict(zip(OUTPUTS, (y, *moe_backward(layer.dy, saved, *operands, **options)), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "skewed", "one", "sentinels"])
@@ -160,42 +163,29 @@ def test_only_sentinels():
 
 
 def test_ranks_of_an_expert_parallel_group_add_up():
+    """A rank counts ids from its first expert; those of other ranks lie outside [0, 2)."""
     layer = Layer(33, 96, 64, 6, 3)
     expected = layer.expected()["y"]
     total = torch.zeros_like(layer.x)
     for first in (0, 2, 4):
-        experts = Experts(Weights(layer.gate_up[first : first + 2]), Weights(layer.down[first : first + 2]))
-        total += moe_forward(layer.x, layer.indices, layer.weights, experts, first_expert=first)[0]
+        operands = [Operand(w[first : first + 2]) for w in (layer.gate_up, layer.down)]
+        total += moe_forward(layer.x, layer.indices - first, layer.weights, *operands)[0]
     assert_close("sum over ranks", total, expected, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(
-    "wants", [(True, False, False, False), (False, True, False, False), (False, False, False, True)]
+    "needs_grad", [(True, False, False, False), (False, True, False, False), (False, False, False, True)]
 )
-def test_a_subset_of_gradients_has_the_bits_of_all(wants):
+def test_a_subset_of_gradients_has_the_bits_of_all(needs_grad):
     layer = Layer(30, 96, 64, 4, 2)
-    experts = layer.experts()
-    _, saved = moe_forward(layer.x, layer.indices, layer.weights, experts, save=True)
-    everything, subset = moe_backward(layer.dy, saved, experts), moe_backward(layer.dy, saved, experts, wants=wants)
-    for name, wanted, full, part in zip(OUTPUTS[1:], wants, everything, subset, strict=True):
-        assert (part is not None) == wanted, name
-        if wanted:
+    operands = layer.operands()
+    _, saved = moe_forward(layer.x, layer.indices, layer.weights, *operands, save=True)
+    everything = moe_backward(layer.dy, saved, *operands)
+    subset = moe_backward(layer.dy, saved, *operands, needs_grad=needs_grad)
+    for name, needed, full, part in zip(OUTPUTS[1:], needs_grad, everything, subset, strict=True):
+        assert (part is not None) == needed, name
+        if needed:
             assert_same_bits(name, part, full)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weight_gradients_accumulate(dtype):
-    layer = Layer(30, 96, 64, 4, 2, kind="skewed")
-    experts = layer.experts()
-    _, saved = moe_forward(layer.x, layer.indices, layer.weights, experts, save=True)
-    expected = layer.expected()
-    held = [torch.randn_like(w).to(dtype) for w in (layer.gate_up, layer.down)]
-    given = [g.clone() for g in held]
-    _, _, *sums = moe_backward(layer.dy, saved, experts, dgate_up=given[0], ddown=given[1])
-    for name, before, memory, total in zip(OUTPUTS[3:], held, given, sums, strict=True):
-        assert total is memory
-        tolerance = TOLERANCE[dtype]
-        assert_close(name, total, before.double() + expected[name], tolerance)
 
 
 def test_fp8_wgrad_where_experts_have_many_rows(monkeypatch):
@@ -214,7 +204,7 @@ def test_a_shared_expert_rides_as_one_more_group():
     shared_gate_up, shared_down, gate = (t.to(DEVICE) for t in (shared_gate_up, shared_down, gate))
     indices, weights = fold_shared(layer.indices, layer.weights, 4, gate)
     stacked = [torch.cat((a, b[None])) for a, b in ((layer.gate_up, shared_gate_up), (layer.down, shared_down))]
-    y, _ = moe_forward(layer.x, indices, weights, Experts(*map(Weights, stacked)))
+    y, _ = moe_forward(layer.x, indices, weights, *map(Operand, stacked))
     up = layer.x.double() @ shared_gate_up.double().T
     alone = (torch.nn.functional.silu(up[:, :64]) * up[:, 64:]) @ shared_down.double().T * gate.double()[:, None]
     assert_close("y", y, layer.expected()["y"] + alone, TOLERANCE[torch.float32])
@@ -228,7 +218,8 @@ def test_a_strip_holds_half_of_the_columns(hidden):
 def test_saved_is_x_the_pre_activation_and_indices():
     layer = Layer(64, 256, 128, 4, 2, dtype=torch.bfloat16)
     for recipe, extra in (("bf16", 0), ("fp8", 0), ("fp8_full", 0), ("fp8_channel", 4)):
-        _, saved = moe_forward(layer.x, layer.indices, layer.weights, layer.experts(recipe), save=True, recipe=recipe)
+        options = {"save": True, "recipe": RECIPES[recipe]}
+        _, saved = moe_forward(layer.x, layer.indices, layer.weights, *layer.operands(recipe), **options)
         big = sum(t.nbytes for t in (saved.x, saved.pre))
         assert big == 64 * (256 * 2 + 2 * 2 * 128 * 2)
         maps = sum(v.nbytes for v in vars(saved.plan).values() if isinstance(v, torch.Tensor))
@@ -239,17 +230,12 @@ def test_saved_is_x_the_pre_activation_and_indices():
 
 def test_nothing_of_routed_rows_times_hidden_is_allocated(monkeypatch):
     """The largest tensor any launch touches besides the weights and their gradients is pre."""
-    sizes = []
-    from ornith_moe.kernels import combine, fp8_cast, grouped_gemm, grouped_wgrad, launch
-
-    def spy(label, kernel, grid, *args, **options):
-        sizes.extend(a.numel() for a in args if isinstance(a, torch.Tensor))
-        launch.launch(label, kernel, grid, *args, **options)
-
-    for module in (combine, fp8_cast, grouped_gemm, grouped_wgrad):
-        monkeypatch.setattr(module, "launch", spy)
     layer = Layer(96, 512, 32, 4, 2, dtype=torch.bfloat16)
+    started = watch(monkeypatch)
     run(layer)
+    pointers = [value for one in started for value in (one.reads | one.writes).values()]
+    sizes = [t.numel() for t in pointers if isinstance(t, torch.Tensor)]
+    assert sizes
     rows = 96 * 2
     assert not [s for s in sizes if s >= rows * 512 and s not in (layer.gate_up.numel(), layer.down.numel())]
 
@@ -258,16 +244,16 @@ def test_weights_stay_where_they_are():
     """Strided and transposed experts give the bits of contiguous ones."""
     layer = Layer(30, 128, 64, 4, 2)
     contiguous = run(layer)
-    turned = layer.gate_up.transpose(1, 2).contiguous().transpose(1, 2)
+    transposed = layer.gate_up.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.randn(4, 128, 130, device=DEVICE)[:, :, :64].copy_(layer.down)
-    got = run(layer, experts=Experts(Weights(turned), Weights(wide)))
+    got = run(layer, operands=(Operand(transposed), Operand(wide)))
     for name in OUTPUTS:
         assert_same_bits(name, got[name], contiguous[name])
 
 
 def test_quantized_weights_of_the_training_cast_are_those_of_the_file():
     layer = Layer(1, 256, 128, 2, 1, dtype=torch.bfloat16)
-    w = layer.experts("fp8").gate_up
+    w, _ = layer.operands("fp8")
     q, s = fp8.quantize_fp8_block(layer.gate_up)
     assert_same_bits("codes", w.value.view(torch.uint8), q.view(torch.uint8))
     assert_same_bits("scales", w.scale, s)

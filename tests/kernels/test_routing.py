@@ -11,8 +11,10 @@ from numeric import assert_close, assert_same_bits
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from launches import compiled
+
 import ornith_moe as om
-from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.routing import route_backward, route_forward
 
@@ -260,10 +262,14 @@ def launches(arch):
     return started
 
 
+@pytest.fixture(scope="module")
+def reports():
+    return compiled(launches)
+
+
 @pytest.mark.parametrize("target", PROCESSORS)
-def test_compiles_for_every_target(target):
-    started = launches(target)
-    for one, report in zip(started, compile_launches([(target, one) for one in started]), strict=True):
+def test_compiles_for_every_target(target, reports):
+    for one, report in reports[target]:
         asm, name = report.asm, f"{one.label}, E = {one.arguments['E']}"
         assert report.spills == 0, f"{name}: {report.spills}"
         assert "atom" not in asm and "red.global" not in asm, name

@@ -13,16 +13,21 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from launches import watch
+from moe_cases import Layer
+
 from ornith_moe.kernels import moe
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
+from ornith_moe.quant.recipes import RECIPES
 
-PASSES = [catalog.Pass("35B", 8192, recipe, way) for recipe in moe.RECIPES for way in ("forward", "backward")]
-PASSES += [catalog.Pass("35B", 64, recipe, way) for recipe in ("bf16", "fp8") for way in ("forward", "backward")]
-FP8_WGRAD = catalog.Pass("35B", moe.FP8_WGRAD_ROWS * 256 // 8, "fp8_full", "backward")
-ON_SM89 = [catalog.Pass("35B", 8192, *which) for which in (("fp8_full", "forward"), ("fp8_full", "backward"),
-                                                           ("fp8_channel", "forward"))]  # fmt: skip
+WAYS = ("forward", "backward")
+PASSES = [catalog.Pass("35B", 8192, way, recipe) for recipe in RECIPES.values() for way in WAYS]
+PASSES += [catalog.Pass("35B", 64, way, RECIPES[name]) for name in ("bf16", "fp8") for way in WAYS]
+FP8_WGRAD = catalog.Pass("35B", moe.FP8_WGRAD_ROWS * 256 // 8, "backward", RECIPES["fp8_full"])
+ON_SM89 = [catalog.Pass("35B", 8192, way, RECIPES["fp8_full"]) for way in WAYS]
+ON_SM89.append(catalog.Pass("35B", 8192, "forward", RECIPES["fp8_channel"]))
 GEMMS = ("gate_up", "down", "dswiglu", "ddown", "dgate_up", "dx")
 FP8_UNIT = {  # the CDNA3 unit multiplies another FP8, so Triton widens e4m3fn there
     "sm89": r"mma\.sync.*e4m3\.e4m3",
@@ -40,15 +45,22 @@ BF16_UNIT = {
 }
 
 
+@pytest.fixture(scope="module")
+def steps():
+    """Every pass on every target, compiled once: (arch, pass) to its launches and reports."""
+    pairs = [(arch, which) for arch in PROCESSORS for which in (ON_SM89 if arch == "sm89" else PASSES)]
+    return catalog.compiled(pairs + [(arch, FP8_WGRAD) for arch in PROCESSORS])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", PROCESSORS)
-def test_every_kernel_of_a_step(arch):
-    passes = [*(ON_SM89 if arch == "sm89" else PASSES), FP8_WGRAD]
-    found = catalog.compiled([(arch, which) for which in passes])
+def test_every_kernel_of_a_step(arch, steps):
     seen = set()
-    for (_, which), launches in found.items():
+    for (of, which), launches in steps.items():
+        if of != arch:
+            continue
         for launch, report in launches:
-            name = f"{launch.label}, {which.recipe}, T={which.tokens}"
+            name = f"{launch.label}, {which.name}, T={which.tokens}"
             casts = arch == "sm100" and which == FP8_WGRAD and launch.label in ("ddown fp8", "dgate_up fp8")
             assert report.spills <= (16 if casts else 0), f"{name}: {report.spills} spills"  # of 3,000 instructions
             assert report.programs >= 1, f"{name}: {report.shared_bytes} bytes of shared memory"
@@ -71,18 +83,17 @@ def test_every_kernel_of_a_step(arch):
     assert {product for product, operands in seen if operands == "fp8"} == set(GEMMS)
 
 
-def test_a_tile_that_spills_is_seen(monkeypatch):
+def test_a_tile_that_spills_is_seen():
     """What the test above looks for exists: the tile that the table avoids."""
-    tile = Tile(num_warps=8, num_stages=2, pair=True)
-    monkeypatch.setattr(moe, "tiles_for", lambda *_: Tiles(128, dict.fromkeys(PRODUCTS, tile)))
-    launches = catalog.record("sm90", catalog.Pass("35B", 8192, "fp8", "forward"))
+    tiles = Tiles(128, dict.fromkeys(PRODUCTS, Tile(num_warps=8, num_stages=2, pair=True)))
+    launches = catalog.record("sm90", catalog.Pass("35B", 8192, "forward", RECIPES["fp8"]), tiles)
     down = next(launch for launch in launches if launch.label == "down fp8")
     assert compile_launches([("sm90", down)])[0].spills > 0
 
 
 def test_rows_and_layers_as_json(monkeypatch):
     """One pass of each direction; a row has the pinned keys, a layer adds its rows up."""
-    pair = [catalog.Pass("35B", 64, "bf16", way) for way in ("forward", "backward")]
+    pair = [catalog.Pass("35B", 64, way, RECIPES["bf16"]) for way in WAYS]
     monkeypatch.setattr(catalog, "passes", lambda: pair)
     done = []
     rows, layers = catalog.catalog(["gfx950"], lambda phase, n, of: done.append((phase, n, of)))
@@ -102,27 +113,18 @@ def test_rows_and_layers_as_json(monkeypatch):
 
 def test_what_is_recorded_is_what_a_call_starts(monkeypatch):
     """Labels of a recorded pass are those of a real one, in the interpreter, on a layer of that kind."""
-    from moe_cases import Layer
-
-    from ornith_moe.kernels import combine, fp8_cast, grouped_gemm, grouped_wgrad, launch
-
-    started = []
-
-    def spy(label, kernel, grid, *args, **options):
-        started.append(label)
-        launch.launch(label, kernel, grid, *args, **options)
-
-    for module in (combine, fp8_cast, grouped_gemm, grouped_wgrad):
-        monkeypatch.setattr(module, "launch", spy)
     layer = Layer(40, 256, 128, 4, 2, dtype=torch.bfloat16)
-    experts = layer.experts("fp8")
-    _, saved = moe.moe_forward(layer.x, layer.indices, layer.weights, experts, recipe="fp8", save=True)
-    moe.moe_backward(layer.dy, saved, experts, recipe="fp8")
-    monkeypatch.undo()
+    operands = layer.operands("fp8")
+    with monkeypatch.context() as patch:
+        started = watch(patch)
+        options = {"recipe": RECIPES["fp8"]}
+        _, saved = moe.moe_forward(layer.x, layer.indices, layer.weights, *operands, save=True, **options)
+        moe.moe_backward(layer.dy, saved, *operands, **options)
+    started = [one.label for one in started if not one.label.startswith("plan")]
     recorded = [
         one.label
-        for way in ("forward", "backward")
-        for one in catalog.record("sm90", catalog.Pass("35B", 64, "fp8", way))
+        for way in WAYS
+        for one in catalog.record("sm90", catalog.Pass("35B", 64, way, RECIPES["fp8"]))
         if not one.label.startswith(("plan", "route"))
     ]
     assert started == recorded

@@ -13,7 +13,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ornith_moe.kernels import combine, plan
 from ornith_moe.kernels.examine.compile import (
-    PROCESSORS,
     Report,
     compile_launches,
     hot_loop,
@@ -155,7 +154,7 @@ def test_launches_that_specialize_alike_are_one_request():
     assert first.key == again.key != other.key
 
 
-@pytest.mark.parametrize("arch", PROCESSORS)
+@pytest.mark.parametrize("arch", ["sm90", "gfx942"])
 def test_a_kernel_that_does_not_compile_is_named(arch):
     broken = launches(arch)[-1]
     broken = dataclasses.replace(broken, arguments=broken.arguments | {"BLOCK_W": 24})

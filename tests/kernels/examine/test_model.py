@@ -12,11 +12,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ornith_moe.kernels import moe
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import Loop, Report, compile_launches
 from ornith_moe.kernels.examine.model import DEVICES, Cache, _shared_reads, bound_us, estimate, routing_counts, total
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
+from ornith_moe.quant.recipes import RECIPES
 
 FEW = Tiles(32, dict.fromkeys(PRODUCTS, Tile(num_stages=3, swap=True)))
 MANY = Tiles(128, dict.fromkeys(PRODUCTS, Tile(num_stages=4, pair=True)))  # vLLM's 128 x 256 x 64, 8 warps, 4 stages
@@ -43,11 +43,10 @@ def balanced(shape, tokens):
 
 
 @pytest.mark.slow
-def test_published_timings(monkeypatch):
+def test_published_timings():
     runs = []
     for model, tokens, recipe, tiles, published in PUBLISHED:
-        monkeypatch.setattr(moe, "tiles_for", lambda *_, tiles=tiles: tiles)
-        launches = catalog.record("sm90", catalog.Pass(model, tokens, recipe, "forward"))
+        launches = catalog.record("sm90", catalog.Pass(model, tokens, "forward", RECIPES[recipe]), tiles)
         runs.append((model, tokens, recipe, published, launches))
     reports = iter(compile_launches([("sm90", launch) for *_, launches in runs for launch in launches]))
     bandwidth = DEVICES["sm90"].hbm * DEVICES["sm90"].hbm_share
@@ -92,7 +91,9 @@ def test_cache_reads_what_it_holds_and_writes_what_it_evicts():
 
 
 def test_total_adds_up_and_keeps_the_larger_bound():
-    launches = catalog.record("sm90", catalog.Pass("35B", 0, "fp8_channel", "weights"))[::2]  # without those of a check
+    launches = catalog.record("sm90", catalog.Pass("35B", 0, "weights", RECIPES["fp8_channel"]))[
+        ::2
+    ]  # without those of a check
     reports = compile_launches([("sm90", launch) for launch in launches])
     first, second = estimate("sm90", zip(launches, reports, strict=True), np.zeros(256, int))
     both = total([first, second])
@@ -103,7 +104,7 @@ def test_total_adds_up_and_keeps_the_larger_bound():
 
 
 def test_meta_tensors_allocate_nothing():
-    launches = catalog.record("sm90", catalog.Pass("397B", 8192, "fp8_full", "forward"))
+    launches = catalog.record("sm90", catalog.Pass("397B", 8192, "forward", RECIPES["fp8_full"]))
     tensors = [getattr(v, "base", v) for launch in launches for v in launch.arguments.values()]
     assert all(t.is_meta for t in tensors if isinstance(t, torch.Tensor))
 

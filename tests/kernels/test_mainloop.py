@@ -1,4 +1,4 @@
-"""What a tile, a layout or an address width must not change: the bits of kernels/grouped_gemm.py and grouped_wgrad.py.
+"""What a tile, a layout or an address width must not change: the bits of kernels/mainloop.py and grouped_wgrad.py.
 
 One reference run with a plain tile, then every option of the tile tables on the same operands. The reference
 run itself is compared with float64 in tests/kernels/test_moe.py. In the interpreter equal bits show one arithmetic and
@@ -12,71 +12,78 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from launches import watch
 from moe_cases import DEVICE, OUTPUTS, Layer, exact_products
 from numeric import assert_same_bits
 
-from ornith_moe.kernels import arithmetic, grouped_gemm, grouped_wgrad, launch, moe
-from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
-from ornith_moe.kernels.tiles import tiles_for as table_entry
+from ornith_moe.kernels import arithmetic, grouped_wgrad, launch, mainloop, moe
+from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles, tiles_for
+from ornith_moe.quant.operand import Operand
+from ornith_moe.quant.recipes import RECIPES
 
 PLAIN = Tile(block_n=128, num_warps=4, num_stages=2)
 VARIANTS = {
     "swap": (32, {"swap": True}),
     "16 rows, swap": (16, {"swap": True}),
     "128 rows": (128, {"num_warps": 8}),
+    "halves of 64 rows": (64, {"block_m": 32}),
     "pair": (32, {"pair": True}),
     "late": (32, {"late": True}),
     "pair, late, swap": (64, {"pair": True, "late": True, "swap": True}),
 }
 
 
-def run(layer, recipe, block_m, tile, monkeypatch):
-    monkeypatch.setattr(moe, "tiles_for", lambda *_: Tiles(block_m, dict.fromkeys(PRODUCTS, tile)))
-    experts = layer.experts(recipe)
-    y, saved = moe.moe_forward(layer.x, layer.indices, layer.weights, experts, save=True, recipe=recipe)
-    return dict(zip(OUTPUTS, (y, *moe.moe_backward(layer.dy, saved, experts, recipe=recipe)), strict=True))
+def run(layer, recipe, block_m=32, tile=PLAIN):
+    options = {"recipe": RECIPES[recipe], "tiles": Tiles(block_m, dict.fromkeys(PRODUCTS, tile))}
+    operands = layer.operands(recipe)
+    y, saved = moe.moe_forward(layer.x, layer.indices, layer.weights, *operands, save=True, **options)
+    return dict(zip(OUTPUTS, (y, *moe.moe_backward(layer.dy, saved, *operands, **options)), strict=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp8_full", "fp8_channel"])
-def test_a_tile_changes_no_bit(recipe, variant, monkeypatch):
+def test_a_tile_changes_no_bit(recipe, monkeypatch):
     exact_products(monkeypatch)
-    layer = Layer(45, 512, 256, 3, 2, dtype=torch.bfloat16, kind="skewed")
-    block_m, options = VARIANTS[variant]
-    expected = run(layer, recipe, 32, PLAIN, monkeypatch)
-    got = run(layer, recipe, block_m, dataclasses.replace(PLAIN, **options), monkeypatch)
-    for name in OUTPUTS:
-        assert_same_bits(name, got[name], expected[name])
+    layer = Layer(40, 512, 256, 3, 2, dtype=torch.bfloat16, kind="skewed")
+    expected = run(layer, recipe)
+    for variant, (block_m, options) in VARIANTS.items():
+        got = run(layer, recipe, block_m, dataclasses.replace(PLAIN, **options))
+        for name in OUTPUTS:
+            assert_same_bits(f"{name}, {variant}", got[name], expected[name])
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8"])
 def test_descriptors_and_pointers_load_the_same(recipe, monkeypatch):
     layer = Layer(20, 256, 128, 3, 2, dtype=torch.bfloat16)
     sides = []
-    side = grouped_gemm._contiguous_side
-    monkeypatch.setattr(grouped_gemm, "_contiguous_side", lambda *a: sides.append(side(*a)) or sides[-1])
-    expected = run(layer, recipe, 32, PLAIN, monkeypatch)
+    side = mainloop._contiguous_side
+    monkeypatch.setattr(mainloop, "_contiguous_side", lambda *a: sides.append(side(*a)) or sides[-1])
+    expected = run(layer, recipe)
     assert set(sides) == {"k", "n"}  # forward reads rows of the weights, dgrad their columns
-    monkeypatch.setattr(grouped_gemm, "_contiguous_side", lambda *_: None)
-    got = run(layer, recipe, 32, PLAIN, monkeypatch)
+    monkeypatch.setattr(mainloop, "_contiguous_side", lambda *_: None)
+    got = run(layer, recipe)
     for name in OUTPUTS:
         assert_same_bits(name, got[name], expected[name])
 
 
 def test_64_bit_row_offsets(monkeypatch):
-    """Operands of 2^31 elements and more take the WIDE path; here it is forced on small ones."""
+    """Operands of 2^31 elements and more take the wide path; here it is forced on small ones."""
     layer = Layer(20, 128, 128, 3, 2, dtype=torch.bfloat16)
-    expected = run(layer, "bf16", 32, PLAIN, monkeypatch)
+    expected = run(layer, "bf16")
     seen = []
 
-    def wide(label, kernel, grid, *args, **options):
-        seen.append(options["WIDE"])
-        launch.launch(label, kernel, grid, *args, **options | {"WIDE": True})
+    def widen(started, start):
+        values = started.values
+        if "CUT" in values:
+            seen.append(values["CUT"].wide)
+            values["CUT"] = dataclasses.replace(values["CUT"], wide=True)
+        elif "WIDE" in values:
+            seen.append(values["WIDE"])
+            values["WIDE"] = True
+        start()
 
-    monkeypatch.setattr(grouped_gemm, "launch", wide)
-    monkeypatch.setattr(grouped_wgrad, "launch", wide)
-    got = run(layer, "bf16", 32, PLAIN, monkeypatch)
-    assert seen and not any(seen)
+    watch(monkeypatch, widen)
+    got = run(layer, "bf16")
+    assert len(seen) == 6 and not any(seen)
     for name in OUTPUTS:
         assert_same_bits(name, got[name], expected[name])
 
@@ -85,12 +92,12 @@ def test_an_operand_of_2_to_the_31_is_wide():
     """Liger#1248: a row offset that overflows 32 bits. Recorded on meta tensors: nothing is allocated."""
     with launch.recording("sm90") as launches:
         x = torch.empty(1 << 20, 2048, dtype=torch.bfloat16, device="meta")
-        weights = torch.empty(4, 512, 2048, dtype=torch.bfloat16, device="meta")
+        gate_up = torch.empty(4, 512, 2048, dtype=torch.bfloat16, device="meta")
         down = torch.empty(4, 2048, 256, dtype=torch.bfloat16, device="meta")
         indices = torch.empty(1 << 20, 2, dtype=torch.int32, device="meta")
-        experts = moe.Experts(moe.Weights(weights), moe.Weights(down))
-        moe.moe_forward(x, indices, torch.empty(1 << 20, 2, device="meta"), experts)
-    wide = {entry.label.split()[0]: entry.arguments["WIDE"] for entry in launches if "WIDE" in entry.arguments}
+        weights = torch.empty(1 << 20, 2, device="meta")
+        moe.moe_forward(x, indices, weights, Operand(gate_up), Operand(down))
+    wide = {entry.label.split()[0]: entry.arguments["CUT"].wide for entry in launches if "CUT" in entry.arguments}
     assert wide == {"gate_up": True, "down": False}  # x has 2^31 elements, a' [2^21, 256] has 2^29
 
 
@@ -115,7 +122,7 @@ def test_the_interpreter_multiplies_bf16_through_our_dot_only():
     expected = a.double() @ b.double()
     assert (ours.double() - expected).norm() < 1e-6 * expected.norm()
     assert not (raw.double() - expected).norm() < expected.norm()  # when this fails, the widening can go
-    for module in (grouped_gemm, grouped_wgrad):
+    for module in (mainloop, grouped_wgrad):
         assert "tl.dot(" not in inspect.getsource(module)
 
 
@@ -123,7 +130,7 @@ def test_the_tables_answer_every_question():
     for arch in ("sm90", "sm100", "gfx942", "gfx950", "sm89", "sm80", "interpreter"):
         for operands in ("bf16", "fp8", "fp32"):
             for rows in (0.01, 1, 20, 250, 10**6):
-                tiles = table_entry(arch, operands, rows)
+                tiles = tiles_for(arch, operands, rows)
                 assert tiles.block_m in (16, 32, 64, 128, 256)
                 for product in PRODUCTS:
                     assert tiles[product].block_n in (64, 128, 256), (arch, operands, rows, product)
