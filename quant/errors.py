@@ -6,6 +6,7 @@ the command line goes into a message as `brief(value)`: whatever it holds, the m
 """
 
 import reprlib
+from typing import Any
 
 BRIEF = 120  # characters of a value in a message
 
@@ -63,9 +64,9 @@ class UnstorableError(ConversionError):
 class BuildsFailed(ConversionError):
     """Some builds could not be made; `report` tells of those that could, which are finished."""
 
-    def __init__(self, sentence: str, report: object):
+    def __init__(self, sentence: str, report: Any):
         super().__init__(sentence)
-        self.report = report
+        self.report = report  # a ConversionReport
 
 
 class VerificationError(OrnithError):

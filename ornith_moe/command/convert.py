@@ -81,7 +81,7 @@ def convert(
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)
-    failure = None
+    failure: BuildsFailed | None = None
     with _resumable(target / PARTIAL), progress_bar() as progress:
         try:
             report = run(

@@ -39,7 +39,7 @@ class Options:
     tokenizer_pre: str | None = None
     kept: Mapping[int, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what `once` has made
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` gives, made once for all builds of these options."""

@@ -39,7 +39,7 @@ def sample(source: Source) -> str:
         dtype, (rows, columns) = source.dtype(index), weight_matrix(source.weights[index])
         wanted = max(SAMPLE_BYTES // max(columns * ITEM_BYTES[dtype], 1), 1)
         digest.update(f"{source.weights[index].name}\0{dtype}\0".encode())
-        digest.update(source.read(index, 0, min(wanted, rows)).raw)
+        digest.update(source.read(index, 0, min(wanted, rows)).raw.tobytes())
     return digest.hexdigest()
 
 

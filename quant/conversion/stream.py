@@ -54,7 +54,7 @@ def units(source: Source, slab_bytes: int, group: int = SLAB_ROWS) -> list[Unit]
     Args:
         group: rows of a unit are a multiple of it, but for the last of a weight.
     """
-    work = []
+    work: list[Unit] = []
     for index in sorted(range(len(source.weights)), key=source.position):
         rows, columns = weight_matrix(source.weights[index])
         row_bytes = max(columns * ITEM_BYTES[source.dtype(index)], 1)
