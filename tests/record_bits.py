@@ -7,8 +7,8 @@ FILE is JSON, {what: SHA-256 or the kind of error}. Three parts:
 
     moe       y and the four gradients of `moe_mlp` for every recipe, backend, dtype and kind of weight; `route`, `MoE`
     codecs    the FP8 quantizers and every GGUF encoder and decoder, on a fixed array, with and without importance
-    builds    every build of a small Qwen3.5-MoE, Qwen3.5 and Gemma 4: each tensor, the rest of each file, the manifest
-              without times and folders, an importance matrix, and what `verify`, `inspect` and `plan` say of them
+    builds    every build of a small Qwen3.5-MoE, Qwen3.5 and Gemma 4: the bytes of each file, the manifest without
+              times and folders, an importance matrix, and what `verify`, `inspect` and `plan` say of them
 
 Only the public API and the command line are used, so one script serves two versions of the code: record with the older
 one first on PYTHONPATH, compare with the newer one. Records of two machines differ: torch's products follow the
