@@ -37,7 +37,7 @@ class Triton:
             x.contiguous(), indices, weights.float().contiguous(), gate_up, down, recipe=recipe, save=save,
             tiles=moe.pass_tiles(x, gate_up, indices.numel(), batch_invariant),
         )  # fmt: skip
-        return y, Saved(pre=saved.pre, a_scale=saved.a_scale) if save else Saved()
+        return y, Saved(pre=saved.pre, a_scale=saved.a_scale) if saved is not None else Saved()
 
     @staticmethod
     def moe_backward(
@@ -49,15 +49,17 @@ class Triton:
         from ornith_moe.kernels import moe
         from ornith_moe.kernels.plan import build_plan
 
+        assert saved.pre is not None
         dy = dy.contiguous()
         gate_up, down = (_loadable(w, recipe, dy.dtype) for w in (gate_up, down))
         tiles = moe.pass_tiles(dy, gate_up, indices.numel(), batch_invariant)
         plan = build_plan(indices, gate_up.value.shape[0], tiles.block_m)
         x = None if x is None else x.contiguous()
         kept = moe.Saved(x, saved.pre, weights.float().contiguous(), plan, saved.a_scale)
-        return moe.moe_backward(
+        dx, dweights, dgate_up, ddown = moe.moe_backward(
             dy, kept, gate_up, down, recipe=recipe, needs_grad=needs_grad, tiles=tiles, grad_dtypes=grad_dtypes
         )
+        return dx, dweights, dgate_up, ddown
 
     @staticmethod
     def saved_sizes(slots: int, experts: int, inner: int, recipe: Recipe, dtype: torch.dtype) -> Sizes:
