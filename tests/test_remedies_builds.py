@@ -23,7 +23,7 @@ from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.conversion.journal import Journal
 from ornith_moe.quant.gguf.header import Entry, gguf_header, padded
 from ornith_moe.quant.gguf.imatrix import open_imatrix
-from ornith_moe.quant.gguf.tensor_types import parse_recipe
+from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.patterns import Patterns
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
@@ -93,26 +93,26 @@ def wide(tmp_path_factory):
 @follows("give one with --imatrix", "give them another type with {}")
 def test_importance_is_measured_and_given(wide, tmp_path, out):
     (tmp_path / "text").write_text(fixtures.TEXT)
-    low, more = parse_recipe(["ffn_up=iq2_xxs"]), {}
-    refused("give one with --imatrix", made, wide, out, ["gguf:Q8_0"], recipe=low)
+    low, more = parse_asked_types(["ffn_up=iq2_xxs"]), {}
+    refused("give one with --imatrix", made, wide, out, ["gguf:Q8_0"], asked=low)
     importance = make_imatrix(open_source(wide, mtp="drop"), tmp_path / "text", tmp_path / "i.gguf", chunks=1, ctx=8)
     more["imatrix"] = open_imatrix(importance.path)
-    made(wide, out, ["gguf:Q8_0"], recipe=low, **more)
+    made(wide, out, ["gguf:Q8_0"], asked=low, **more)
     for option, name in (("token_embedding_type", "token_embd"), ("output_tensor_type", "output")):
         for given in ({}, more):
-            low = parse_recipe([f"^{name}.weight$=iq2_xxs"])
-            told = refused("give them another type with", made, wide, out, ["gguf:Q8_0"], recipe=low, **given)
+            low = parse_asked_types([f"^{name}.weight$=iq2_xxs"])
+            told = refused("give them another type with", made, wide, out, ["gguf:Q8_0"], asked=low, **given)
             asked = re.search(rf"--{option.replace('_', '-')} (\w+)", told)[1]
-            low = parse_recipe([f"^{name}.weight$=iq2_xxs"], **{option: asked})
-            assert not plan_build(open_source(wide), "gguf:Q8_0", recipe=low, **given).needs_imatrix
+            low = parse_asked_types([f"^{name}.weight$=iq2_xxs"], **{option: asked})
+            assert not plan_build(open_source(wide), "gguf:Q8_0", asked=low, **given).needs_imatrix
     other = open_imatrix(importance.path)
     other.entries.pop("blk.0.ffn_up.weight"), other.entries.pop("blk.1.ffn_down.weight")
     low = ["ffn_(up|down)=iq2_xxs"]
     told = refused(
-        "give them another type with", made, wide, out, ["gguf:Q8_0"], imatrix=other, recipe=parse_recipe(low)
+        "give them another type with", made, wide, out, ["gguf:Q8_0"], imatrix=other, asked=parse_asked_types(low)
     )
     asked = re.search(r"--tensor-type '(.+)' before any other", told)[1]
-    made(wide, out.with_name("other"), ["gguf:Q8_0"], imatrix=other, recipe=parse_recipe([asked, *low]))
+    made(wide, out.with_name("other"), ["gguf:Q8_0"], imatrix=other, asked=parse_asked_types([asked, *low]))
 
 
 @follows("or is not F32; make it again", "sums for {} counts; make it again", "so make the importance matrix again")

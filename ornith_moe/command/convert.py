@@ -93,7 +93,7 @@ def convert(
                 restart=restart,
                 max_shard_bytes=max_shard_size,
                 tokenizer_pre=tokenizer_pre,
-                recipe=asked,
+                asked=asked,
                 imatrix=importance,
                 non_finite=non_finite,
                 encoders=gpu_encoders(where) if where == "cuda" else None,

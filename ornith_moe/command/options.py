@@ -13,7 +13,7 @@ from ornith_moe.quant.errors import brief
 
 if TYPE_CHECKING:
     from ornith_moe.quant.gguf.imatrix import Imatrix
-    from ornith_moe.quant.gguf.tensor_types import Recipe
+    from ornith_moe.quant.gguf.tensor_types import AskedTypes
 
 
 class NonFinite(StrEnum):
@@ -84,10 +84,10 @@ OutputType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type 
 
 def asked_of_gguf(
     imatrix: Path | None, tensor_type: list[str] | None, recipe: Path | None, embedding: str | None, output: str | None
-) -> tuple[Recipe, Imatrix | None]:
+) -> tuple[AskedTypes, Imatrix | None]:
     """What the options ask of a GGUF: a recipe and an importance matrix, or None."""
     from ornith_moe.quant.gguf.imatrix import open_imatrix
-    from ornith_moe.quant.gguf.tensor_types import parse_recipe
+    from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 
-    asked = parse_recipe(tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output)
+    asked = parse_asked_types(tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output)
     return asked, open_imatrix(imatrix) if imatrix else None

@@ -60,7 +60,7 @@ def plan(
     failed: dict[str, PlanError] = {}
     for build in [find_build(each).name for each in to]:
         try:
-            plans.append(plan_build(opened, build, recipe=asked, imatrix=importance))
+            plans.append(plan_build(opened, build, asked=asked, imatrix=importance))
         except PlanError as error:
             failed[build] = error
     files = [plan.build.files(plan, max_shard_size) for plan in plans]

@@ -21,7 +21,7 @@ from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import FoundTensor, StoredBuild
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.gguf.imatrix import Imatrix
-from ornith_moe.quant.gguf.tensor_types import Recipe
+from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.names import did_you_mean, plain_name
 from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.source import Source
@@ -33,7 +33,7 @@ T = TypeVar("T")
 class Options:
     """What decides the bytes of builds besides their source; see `plan_build` and `convert`."""
 
-    recipe: Recipe | None = None
+    asked: AskedTypes | None = None
     imatrix: Imatrix | None = None
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     tokenizer_pre: str | None = None

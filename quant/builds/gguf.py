@@ -24,7 +24,7 @@ from ornith_moe.quant.gguf.header import Entry
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, Imatrix
 from ornith_moe.quant.gguf.metadata import gguf_metadata
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, FileType, fit, tensor_types
-from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
+from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, AskedTypes
 from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
 from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.slab import matrix_shape
@@ -124,7 +124,7 @@ class GgufBuild(Build):
 def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
     """Plan a GGUF of a file type."""
     plan, model, file_type = BuildPlan(build), source.architecture, build.kind
-    recipe, imatrix, stored, kept = options.recipe or Recipe(), options.imatrix, options.stored, options.kept
+    asked, imatrix, stored, kept = options.asked or AskedTypes(), options.imatrix, options.stored, options.kept
     places = [model.gguf_places(weight) for weight in source.weights]
     shapes = {place.name: place.shape for each in places for place in each}
     types, plan.fallbacks = tensor_types(
@@ -134,7 +134,7 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
         experts=model.experts,
         gqa=model.heads // model.kv_heads,
         imatrix=imatrix is not None,
-        recipe=recipe,
+        asked=asked,
     )
     other = {name for name in types.keys() & stored.keys() if "F32" != types[name] != stored[name]}
     types |= {name: stored[name] for name in other}
@@ -147,7 +147,7 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
     mtp_places = (each for weight, each in zip(source.weights, places, strict=True) if weight.role == "mtp")
     mtp = {place.name for each in mtp_places for place in each}
     _without_importance(plan, file_type, types, shapes, mtp)
-    _note(plan, build, recipe, imatrix, types, other)
+    _note(plan, build, asked, imatrix, types, other)
 
     for name, values in model.gguf_constants().items():
         plan.tensors.append(OutputTensor(name, "F32", (len(values),), 4 * len(values), tuple(values)))
@@ -201,18 +201,18 @@ def _without_importance(
 def _note(
     plan: BuildPlan,
     build: GgufBuild,
-    recipe: Recipe,
+    asked: AskedTypes,
     imatrix: Imatrix | None,
     types: Mapping[str, str],
     other: set[str],
 ) -> None:
     """What a user should know of the types of a GGUF."""
     file_type = build.kind
-    if not file_type.quantized and any(block_shape(kind)[0] > 1 for _, kind in recipe.tensor_types):
+    if not file_type.quantized and any(block_shape(kind)[0] > 1 for _, kind in asked.tensor_types):
         plan.notes.append(
             f"{build}: quantized tensor types are for quantized file types, and are left out as by llama-quantize"
         )
-    elif unused := recipe.unused(types):
+    elif unused := asked.unused(types):
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         plan.notes.append(f"{build}: no tensor has a name that {brief(unused[0])}{more} fits")
     served = {name for name, kind in types.items() if kind in USES_IMATRIX}

@@ -8,7 +8,7 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.gguf.imatrix import Imatrix
-from ornith_moe.quant.gguf.tensor_types import Recipe
+from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.source.source import Source
 
 
@@ -17,7 +17,7 @@ def plan_build(
     source: Source,
     build: str,
     *,
-    recipe: Recipe | None = None,
+    asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
     kept: Mapping[int, str] | None = None,
     stored: Mapping[str, str] | None = None,
@@ -26,7 +26,7 @@ def plan_build(
 
     Args:
         build: one of `BUILDS`, in any case.
-        recipe: types that the user asks for in a GGUF.
+        asked: types that the user asks for in a GGUF.
         imatrix: importance of the columns of a GGUF's tensors.
         kept: {index of a weight: what is wrong with its values}; it stays BF16 (F32 where it would be), with all that
             its build stores or fuses with it.
@@ -34,5 +34,5 @@ def plan_build(
     Raises:
         PlanError: an unknown build, or one this model cannot have; an importance matrix of another model.
     """
-    options = Options(recipe=recipe, imatrix=imatrix, kept=kept or {}, stored=stored or {})
+    options = Options(asked=asked, imatrix=imatrix, kept=kept or {}, stored=stored or {})
     return find_build(build).plan(source, options)

@@ -48,7 +48,7 @@ from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, br
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
-from ornith_moe.quant.gguf.tensor_types import Recipe
+from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.source.source import Source
 
 PARTIAL = ".ornith-partial"
@@ -92,7 +92,7 @@ def convert(  # every option of the command line, by name: users need no object 
     resume: bool = True,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     tokenizer_pre: str | None = None,
-    recipe: Recipe | None = None,
+    asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
     non_finite: str = "error",
     encoders: Encoders | None = None,
@@ -111,7 +111,7 @@ def convert(  # every option of the command line, by name: users need no object 
         restart: drop what an unfinished conversion has left in `out`, and begin anew.
         resume: of earlier versions; going on goes without saying.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
-        recipe: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
+        asked: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
@@ -132,7 +132,7 @@ def convert(  # every option of the command line, by name: users need no object 
     if non_finite not in NON_FINITE:
         raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
     workers = Workers(*slabs(source, len(names), max_memory, jobs), encoders or {}, progress or silent)
-    options = Options(recipe, imatrix, max_shard_bytes, tokenizer_pre)
+    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre)
     conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":
         conversion.keep_non_finite()

@@ -30,7 +30,7 @@ import gguf
 
 from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.fallbacks import Fallback
-from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, Recipe
+from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, AskedTypes
 
 # Encoded without importance, these are noise; llama-quantize refuses them too.
 NEEDS_IMATRIX = {"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M"}
@@ -290,7 +290,7 @@ def tensor_types(
     experts: int,
     gqa: int = 1,
     imatrix: bool = False,
-    recipe: Recipe | None = None,
+    asked: AskedTypes | None = None,
 ) -> tuple[dict[str, str], list[Fallback]]:
     """The type of each tensor of a GGUF, and one sentence for each that had to give way.
 
@@ -300,7 +300,7 @@ def tensor_types(
         experts: routed experts per layer, 0 for a dense model.
         gqa: query heads per key head in the first block.
         imatrix: whether there is an importance matrix, which a few rules ask.
-        recipe: types the user asks for.
+        asked: types the user asks for.
     Returns:
         ({name: type}, [fallback sentences]).
     """
@@ -313,8 +313,8 @@ def tensor_types(
     def mixed(name: str, shape: tuple[int, ...]) -> str:
         """Rules 3 to 6."""
         if name == HEAD or (tied and name == EMBEDDING):
-            if recipe and recipe.output_tensor_type:
-                return recipe.output_tensor_type
+            if asked and asked.output_tensor_type:
+                return asked.output_tensor_type
             return file_type.head if shape[-1] % block_shape(file_type.base)[0] == 0 else "Q8_0"
         if file_type.name == "MXFP4_MOE":
             return "MXFP4" if len(shape) == 3 and shape[0] > 1 else "Q8_0"
@@ -336,7 +336,7 @@ def tensor_types(
         if len(shape) < 2 or _ALWAYS_F32.search(name):
             types[name] = "F32"
             continue
-        wanted = recipe and recipe.type_of(name, file_type.quantized)
+        wanted = asked and asked.type_of(name, file_type.quantized)
         if not wanted:
             wanted = mixed(name, shape) if file_type.quantized else file_type.base
         types[name] = fit(wanted, shape[-1])

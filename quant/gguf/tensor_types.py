@@ -40,7 +40,7 @@ _TYPES = {kind.name.lower(): kind.name for kind in gguf.GGMLQuantizationType if 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AskedTypes:
     """Types asked for; `tensor_types` are (pattern, type)."""
 
     tensor_types: tuple[tuple[str, str], ...] = ()
@@ -77,14 +77,14 @@ class Recipe:
 
 
 @budgeted
-def parse_recipe(
+def parse_asked_types(
     words: Iterable[str] = (),
     *,
     file: Path | None = None,
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
-) -> Recipe:
-    """A recipe from options as written: `words` are REGEX=TYPE and go before those of `file`.
+) -> AskedTypes:
+    """What options ask as they are written: `words` are REGEX=TYPE and go before those of `file`.
 
     Raises:
         PlanError: a word that is not REGEX=TYPE, an unknown type, a pattern that is no regular expression or too long.
@@ -94,14 +94,14 @@ def parse_recipe(
         asked += [_tensor_type(word, file.name) for word in _words(file)]
     if len(asked) > MAX_PATTERNS:
         raise PlanError(f"recipe: expected at most {MAX_PATTERNS} tensor types, got {len(asked)}")
-    recipe = Recipe(
+    types = AskedTypes(
         tuple(asked),
         token_embedding_type and parse_type(token_embedding_type, "--token-embedding-type"),
         output_tensor_type and parse_type(output_tensor_type, "--output-tensor-type"),
     )
     if asked:
-        _ = recipe._all  # compiled here: a broken pattern is told before a checkpoint is opened
-    return recipe
+        _ = types._all  # compiled here: a broken pattern is told before a checkpoint is opened
+    return types
 
 
 def parse_type(name: str, where: str) -> str:

@@ -23,7 +23,7 @@ OPENERS = {
 OURS = {"read_text", "read_bytes"}  # of files.py, as plain names or of the module `files`
 ALLOWED = {  # (file, call): why it need not go through files.py
     ("quant/conversion/convert.py", "Path.read_text"): "/proc/self/status",
-    ("quant/source/weights.py", "preset.read_bytes"): "a preset of the package",
+    ("quant/source/preset.py", "file.read_bytes"): "a preset of the package",
     ("quant/conversion/journal.py", "os.fdopen"): "a descriptor of files.py",
     ("ornith_moe/command/terminal.py", "os.open"): "/dev/null",
     ("ornith_moe/imatrix.py", "np.memmap"): "of an open file",

@@ -28,7 +28,7 @@ from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import BuildsFailed, CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.fp8 import dequantize_fp8, quantize_fp8_block, quantize_fp8_channel
-from ornith_moe.quant.gguf.tensor_types import parse_recipe
+from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
@@ -500,7 +500,7 @@ def test_a_build_that_cannot_hold_a_weight_costs_the_others_nothing(tmp_path, mo
     assert all(verify(build.path, open_source(folder)).ok for build in report.builds)
     assert {path.name for path in out.iterdir()} == {"bf16", "src-Q8_0.gguf", "src-Q8_0.gguf.manifest.json"}
     build, pattern = re.search(r"--to (\S+) --tensor-type '(.+)'", str(told.value)).groups()
-    report = convert(open_source(folder), out, [build], recipe=parse_recipe([pattern]))
+    report = convert(open_source(folder), out, [build], asked=parse_asked_types([pattern]))
     assert verify(report.builds[0].path, open_source(folder)).ok
     again = convert(open_source(folder), out, ["gguf:Q8_0", "bf16"])
     assert all(build.was_finished for build in again.builds)

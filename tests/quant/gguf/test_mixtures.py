@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
-from ornith_moe.quant.gguf.tensor_types import parse_recipe
+from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.source.weights import open_source, source_from_config
 
 RECORD = json.loads(Path(__file__).with_name("llama_quantize_types.json").read_text("utf-8"))
@@ -82,12 +82,12 @@ def test_every_tensor_gets_what_llama_quantize_gives_it(model):
 @pytest.mark.parametrize("number", range(len(RECORD["recipes"])))
 def test_recipes_mean_what_llama_quantize_means_by_them(number):
     case = RECORD["recipes"][number]
-    recipe = parse_recipe(
+    asked = parse_asked_types(
         case["patterns"],
         token_embedding_type=case["token_embedding_type"],
         output_tensor_type=case["output_tensor_type"],
     )
-    types = decided(case["model"], case["file_type"], recipe=recipe)
+    types = decided(case["model"], case["file_type"], asked=asked)
     assert types == expand(case["types"], types)
 
 
@@ -104,7 +104,7 @@ def test_the_record_has_the_sensitive_cases():
 def test_what_a_user_decides_does_not_count():
     """A value tensor with a type of its own passes its place among the first two to the next one."""
     plain = decided("ornith-1.0-9b", "Q3_K_M")
-    asked = decided("ornith-1.0-9b", "Q3_K_M", recipe=parse_recipe([r"blk\.0\.attn_qkv=q8_0"]))
+    asked = decided("ornith-1.0-9b", "Q3_K_M", asked=parse_asked_types([r"blk\.0\.attn_qkv=q8_0"]))
     changed = {name: kind for name, kind in asked.items() if plain[name] != kind}
     assert changed == {"blk.0.attn_qkv.weight": "Q8_0", "blk.2.attn_qkv.weight": "Q5_K"}
 

@@ -12,7 +12,7 @@ import pytest
 from ornith_moe.quant.budget import Budget, one_budget
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.errors import PlanError
-from ornith_moe.quant.gguf.tensor_types import parse_recipe
+from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.patterns import Patterns
 from ornith_moe.quant.source.weights import open_source
 
@@ -20,19 +20,19 @@ from ornith_moe.quant.source.weights import open_source
 def test_words_before_files_and_the_first_that_fits(tmp_path):
     file = tmp_path / "recipe.txt"
     file.write_text("# a comment = here\nffn_down=q4_K ATTN_V=Q5_0\n\n  blk\\.7\\.=bf16\n")
-    recipe = parse_recipe(["ffn_down_exps=iq4_nl"], file=file)
-    assert recipe.tensor_types == (
+    asked = parse_asked_types(["ffn_down_exps=iq4_nl"], file=file)
+    assert asked.tensor_types == (
         ("ffn_down_exps", "IQ4_NL"),
         ("ffn_down", "Q4_K"),
         ("attn_v", "Q5_0"),
         (r"blk\.7\.", "BF16"),
     )
-    assert recipe.type_of("blk.7.ffn_down_exps.weight", True) == "IQ4_NL"
-    assert recipe.type_of("blk.7.ffn_down_shexp.weight", True) == "Q4_K"
-    assert recipe.type_of("blk.7.attn_q.weight", True) == "BF16"
-    assert recipe.type_of("blk.6.attn_q.weight", True) is None
-    assert recipe.type_of("blk.6.ffn_down.weight", False) is None  # Q4_K is nothing for a file that is not quantized
-    assert recipe.type_of("blk.7.ffn_down.weight", False) == "BF16"
+    assert asked.type_of("blk.7.ffn_down_exps.weight", True) == "IQ4_NL"
+    assert asked.type_of("blk.7.ffn_down_shexp.weight", True) == "Q4_K"
+    assert asked.type_of("blk.7.attn_q.weight", True) == "BF16"
+    assert asked.type_of("blk.6.attn_q.weight", True) is None
+    assert asked.type_of("blk.6.ffn_down.weight", False) is None  # Q4_K is nothing for a file that is not quantized
+    assert asked.type_of("blk.7.ffn_down.weight", False) == "BF16"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_words_before_files_and_the_first_that_fits(tmp_path):
 )
 def test_bad_words_are_one_sentence(word, told):
     try:
-        parse_recipe([word]).type_of("blk.0.ffn_down.weight", True)
+        parse_asked_types([word]).type_of("blk.0.ffn_down.weight", True)
     except PlanError as error:
         assert str(error).startswith(("--tensor-type: ", "tensor type ")) and "\n" not in str(error)
         assert told is None or told in str(error)
@@ -67,7 +67,7 @@ def test_bad_files_are_one_sentence(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(PlanError, match="expected a recipe"):
-        parse_recipe(file=file)
+        parse_asked_types(file=file)
 
 
 SLOW = ("(([a-z_]+)+)+$", "(.*)*(.*)*(.*)*(.*)*(.*)*#", r"^(\w+\.?)*$", "(.+.+)+!", "(?:.+?)" * 6 + "[^\\w.]$")
@@ -94,7 +94,7 @@ def test_one_budget_for_all_patterns_and_names():
 def test_compiling_is_paid_from_the_budget(pattern):
     tracemalloc.start()
     with pytest.raises(PlanError, match="bytes of memory, and"):
-        parse_recipe([f"{pattern}=q4_k"])
+        parse_asked_types([f"{pattern}=q4_k"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
@@ -112,18 +112,18 @@ def test_a_long_recipe_of_plain_patterns_is_quick():
 
 def test_plans_tell_what_a_recipe_does_not_reach():
     source = open_source("ornith-1.0-9b")
-    recipe = parse_recipe(["fnn_down=q8_0", "norm=q4_k"], token_embedding_type="q8_0", output_tensor_type="bf16")
-    plan = plan_build(source, "gguf:Q4_K_M", recipe=recipe)
+    asked = parse_asked_types(["fnn_down=q8_0", "norm=q4_k"], token_embedding_type="q8_0", output_tensor_type="bf16")
+    plan = plan_build(source, "gguf:Q4_K_M", asked=asked)
     types = {tensor.name: tensor.dtype for tensor in plan.tensors}
     assert (types["token_embd.weight"], types["output.weight"], types["output_norm.weight"]) == ("Q8_0", "BF16", "F32")
     assert any("no tensor has a name that 'fnn_down' fits" in note for note in plan.notes)
-    plan = plan_build(source, "gguf:BF16", recipe=recipe)
+    plan = plan_build(source, "gguf:BF16", asked=asked)
     assert any("left out as by llama-quantize" in note for note in plan.notes)
     assert {tensor.dtype for tensor in plan.tensors} == {"BF16", "F32", "Q8_0"}
 
 
 def test_types_that_are_noise_without_importance_are_told():
-    plan = plan_build(open_source("ornith-1.0-9b"), "gguf:Q4_K_M", recipe=parse_recipe(["ffn_up=iq2_xxs"]))
+    plan = plan_build(open_source("ornith-1.0-9b"), "gguf:Q4_K_M", asked=parse_asked_types(["ffn_up=iq2_xxs"]))
     assert len(plan.needs_imatrix) == 32 and any("give one with --imatrix" in note for note in plan.notes)
     assert not plan_build(open_source("ornith-1.0-9b"), "gguf:Q2_K").needs_imatrix
     assert plan_build(open_source("ornith-1.0-9b"), "gguf:Q2_K_S").needs_imatrix
