@@ -1,7 +1,7 @@
 """Hostile inputs against the command line, in forked workers: the corpus of minimised ones, and 500 made from seed 0.
 
-tests/fuzz/ makes and runs them; `make fuzz ARGS="--cases 5000 --seed 7"` makes others. `compare`, which runs two
-models, has a tenth of the share of another class.
+tests/fuzz/ makes and runs them; `make fuzz ARGS="--cases 5000 --seed 7"` makes others. `imatrix` and `compare`, which
+run models, have a fourth and a tenth of the share of another class.
 """
 
 import subprocess

@@ -22,12 +22,14 @@ import rich.progress  # noqa: F401
 import torch  # noqa: F401
 import typer
 
-from ornith_moe import cli, gpu_encoders  # noqa: F401
+from ornith_moe import cli, clients, gpu_encoders  # noqa: F401
 from ornith_moe.quant.codecs import fp8_slabs  # noqa: F401
 from ornith_moe.quant.codecs import gguf as gguf_codecs  # noqa: F401
 from ornith_moe.quant.conversion import convert  # noqa: F401
 from ornith_moe.quant.source import hub  # noqa: F401
 from ornith_moe.quant.verification import inspect, verify  # noqa: F401
+
+clients.LlamaCpp.__init__.__kwdefaults__["threads"] = 1  # more of them wait for one another by spinning
 
 SECONDS, MEMORY, LONGEST = 20, int(2.2 * 2**30), 2_000
 DATA_LIMIT = 6 << 30  # beyond MEMORY, so that the peak is measured and not only a MemoryError
