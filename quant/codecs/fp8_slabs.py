@@ -124,12 +124,12 @@ def _scale_of(amax, shift):
     if amax == 0:
         return np.float32(1)
     s = max(np.float32(amax / E4M3_MAX), MIN_SCALE)
-    bits = np.float32(s).view(np.uint32)
-    if shift == 16:  # to nearest even
-        bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    elif shift == 23:  # up: any mantissa bit carries into the exponent
-        bits = (bits + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
-    return np.uint32(bits).view(np.float32)
+    if shift == 16:
+        return rounded(s)
+    if shift == 23:  # up: any mantissa bit carries into the exponent
+        bits = (np.float32(s).view(np.uint32) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000)
+        return np.uint32(bits).view(np.float32)
+    return s
 
 
 @compiled

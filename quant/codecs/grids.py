@@ -190,9 +190,9 @@ def magnitudes(sub, even, values, w, x, signs):
         if even:
             for i in range(8):
                 value, magnitude = load(values, at + LANES * i), load(x, at + LANES * i)
-                turned = (odd == ONE) & (weakest == np.float32(i))
-                store(x, at + LANES * i, select(turned, -magnitude, magnitude))
-                bits = bits + select(turned, select(value < ZERO, -ONE, ONE), ZERO) * np.float32(1 << i)
+                negated = (odd == ONE) & (weakest == np.float32(i))
+                store(x, at + LANES * i, select(negated, -magnitude, magnitude))
+                bits = bits + select(negated, select(value < ZERO, -ONE, ONE), ZERO) * np.float32(1 << i)
             bits = bits - floor(bits / np.float32(128)) * np.float32(128)
         store(signs, LANES * k, bits)
 

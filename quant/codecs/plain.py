@@ -7,6 +7,7 @@ import numpy as np
 from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
 from ornith_moe.quant.simd.compiled import compiled
 from ornith_moe.quant.simd.fp16 import half_bits, half_value
+from ornith_moe.quant.simd.small_floats import bf16_bits, bf16_value
 
 HALF_INFINITY = 0x7C00  # bits
 
@@ -39,9 +40,8 @@ class BF16(GgufCodec):
     name = "BF16"
 
     def encode(self, rows, imatrix=None):
-        bits = np.ascontiguousarray(rows, np.float32).view(np.uint32)
-        codes = np.empty(bits.shape, np.uint16)
-        _bf16(bits.reshape(-1), codes.reshape(-1))
+        codes = np.empty(rows.shape, np.uint16)
+        _bf16(frozen(np.ascontiguousarray(rows, np.float32)), codes.reshape(-1))
         return codes.view(np.uint8)
 
     def decode(self, rows):
@@ -69,7 +69,7 @@ def _from_f16(bits, out):
 @compiled
 def _from_bf16(bits, out):
     for i in range(bits.size):
-        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
+        out[i] = bf16_value(bits[i])
 
 
 @compiled
@@ -83,9 +83,6 @@ def _f16(values, codes):
 
 
 @compiled
-def _bf16(bits, codes):
-    for i in range(bits.size):
-        b = bits[i]
-        rounded = (b + (np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-        quiet = (b >> np.uint32(16)) | np.uint32(64)
-        codes[i] = quiet if (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
+def _bf16(values, codes):
+    for i in range(values.size):
+        codes[i] = bf16_bits(values[i])

@@ -20,17 +20,19 @@ from itertools import product
 
 from llvmlite import ir
 from numba import float32, types
-from numba.core.cgutils import get_or_insert_function
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import lower_builtin, models, register_model
 
+from ornith_moe.quant.simd import emit
+from ornith_moe.quant.simd.emit import F32, I8, I16, I32, I64, constant, shuffle
+
 LANES = 16
-_I32 = ir.IntType(32)
-_FLOATS, _INTS, _BITS = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), _I32, ir.IntType(1)))
+FLOATS, INTS, SHORTS, BYTES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16, I8))
+_BITS = ir.VectorType(ir.IntType(1), LANES)
 
 
 class LanesType(types.Type):
-    vector = _FLOATS
+    vector = FLOATS
 
 
 class MaskType(types.Type):
@@ -144,17 +146,9 @@ def lowest(lanes):
     """The smallest number of all lanes, as float32; none may be NaN."""
 
 
-def _splat(vector_type, value):
-    return ir.Constant(vector_type, [value] * LANES)
-
-
 def _wide(builder, value):
     """A number broadcast over all lanes; vectors pass."""
-    if isinstance(value.type, ir.VectorType):
-        return value
-    vector = ir.VectorType(value.type, LANES)
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(single, single, _splat(_INTS, 0))
+    return value if isinstance(value.type, ir.VectorType) else emit.broadcast(builder, value, LANES)
 
 
 def _pick(predicate):
@@ -163,37 +157,33 @@ def _pick(predicate):
 
 
 def _nearest(builder, v):
-    bits = builder.bitcast(builder.fadd(v, _splat(_FLOATS, 12582912.0)), _INTS)
-    mantissa = builder.and_(bits, _splat(_INTS, 0x7FFFFF))
-    return builder.sitofp(builder.sub(mantissa, _splat(_INTS, 0x400000)), _FLOATS)
+    bits = builder.bitcast(builder.fadd(v, constant(FLOATS, 12582912.0)), INTS)
+    mantissa = builder.and_(bits, constant(INTS, 0x7FFFFF))
+    return builder.sitofp(builder.sub(mantissa, constant(INTS, 0x400000)), FLOATS)
 
 
 def _nearest_within(builder, v, low, high):
     def whole(number):
-        return builder.bitcast(builder.fadd(number, magic), _INTS)
+        return builder.bitcast(builder.fadd(number, magic), INTS)
 
-    magic = _splat(_FLOATS, 12582912.0)  # a float32 near 1.5 * 2^23 has no fraction, and its bits have its order
+    magic = constant(FLOATS, 12582912.0)  # a float32 near 1.5 * 2^23 has no fraction, and its bits have its order
     bits, low, high = whole(v), whole(low), whole(high)
     bits = builder.select(builder.icmp_signed(">", bits, low), bits, low)
     bits = builder.select(builder.icmp_signed("<", bits, high), bits, high)
-    return builder.fsub(builder.bitcast(bits, _FLOATS), magic)
+    return builder.fsub(builder.bitcast(bits, FLOATS), magic)
 
 
 def _interleave(half):
     order = [lane // 2 + LANES // 2 * half + LANES * (lane % 2) for lane in range(LANES)]
-    return lambda builder, a, b: builder.shuffle_vector(a, b, ir.Constant(_INTS, order))
+    return lambda builder, a, b: shuffle(builder, a, b, order)
 
 
 def _low_byte(builder, v):
-    return builder.sitofp(builder.and_(builder.fptosi(v, _INTS), _splat(_INTS, 255)), _FLOATS)
+    return builder.sitofp(builder.and_(builder.fptosi(v, INTS), constant(INTS, 255)), FLOATS)
 
 
 def _llvm(name):
-    def build(builder, v):
-        kind = ir.FunctionType(_FLOATS, [_FLOATS])
-        return builder.call(get_or_insert_function(builder.module, kind, f"{name}.v{LANES}f32"), [v])
-
-    return build
+    return lambda builder, v: emit.call(builder, f"{name}.v{LANES}f32", FLOATS, [v])
 
 
 def _any(builder, mask):
@@ -201,7 +191,7 @@ def _any(builder, mask):
 
 
 def _bits(builder, mask):
-    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _I32)
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), I32)
 
 
 def _mask_of(context, builder, signature, arguments):
@@ -209,107 +199,102 @@ def _mask_of(context, builder, signature, arguments):
 
 
 def _first(builder, mask):
-    kind = ir.FunctionType(_I32, [_I32, ir.IntType(1)])
-    count = get_or_insert_function(builder.module, kind, "llvm.cttz.i32")
-    bits = builder.or_(_bits(builder, mask), _I32(1 << LANES))
-    return builder.zext(builder.call(count, [bits, ir.IntType(1)(1)]), ir.IntType(64))
+    bits = builder.or_(_bits(builder, mask), I32(1 << LANES))
+    return builder.zext(emit.call(builder, "llvm.cttz.i32", I32, [bits, ir.IntType(1)(1)]), I64)
 
 
-def _across(predicate):
-    """Halves against each other until one lane is left: the order does not matter to a maximum."""
-
-    def build(builder, v):
-        step = LANES // 2
-        while step:
-            order = ir.Constant(_INTS, [(lane + step) % LANES for lane in range(LANES)])
-            v = _pick(predicate)(builder, v, builder.shuffle_vector(v, v, order))
-            step //= 2
-        return builder.extract_element(v, _I32(0))
-
-    return build
+def across(builder, v, best):
+    """The best of all lanes: halves against each other until one is left, since the order does not matter to it."""
+    step = LANES // 2
+    while step:
+        v = best(builder, v, shuffle(builder, v, v, [(lane + step) % LANES for lane in range(LANES)]))
+        step //= 2
+    return builder.extract_element(v, I32(0))
 
 
 def _load(context, builder, signature, arguments):
-    return builder.load(_place(context, builder, signature, arguments, _FLOATS), align=4)
+    return builder.load(element(context, builder, signature, arguments, FLOATS), align=4)
 
 
 def _load_broadcast(context, builder, signature, arguments):
-    place = _place(context, builder, signature, arguments, ir.FloatType())
+    place = element(context, builder, signature, arguments, F32)
     return _wide(builder, builder.load(place, align=4))
 
 
 def _load_bytes(context, builder, signature, arguments):
-    place = _place(context, builder, signature, arguments, ir.VectorType(ir.IntType(8), LANES))
-    return builder.uitofp(builder.load(place, align=1), _FLOATS)
+    place = element(context, builder, signature, arguments, BYTES)
+    return builder.uitofp(builder.load(place, align=1), FLOATS)
 
 
 def _load_field(context, builder, signature, arguments):
-    place = _place(context, builder, signature, arguments, ir.VectorType(ir.IntType(8), LANES))
-    shift, mask = (_wide(builder, builder.trunc(number, _I32)) for number in arguments[2:])
-    codes = builder.lshr(builder.zext(builder.load(place, align=1), _INTS), shift)
-    return builder.sitofp(builder.and_(codes, mask), _FLOATS)
+    place = element(context, builder, signature, arguments, BYTES)
+    shift, mask = (_wide(builder, builder.trunc(number, I32)) for number in arguments[2:])
+    codes = builder.lshr(builder.zext(builder.load(place, align=1), INTS), shift)
+    return builder.sitofp(builder.and_(codes, mask), FLOATS)
 
 
 def _store(context, builder, signature, arguments):
     vector, align = arguments[2], 4
     if signature.args[0] == _CODES:
-        vector, align = builder.fptoui(vector, ir.VectorType(ir.IntType(8), LANES)), 1
-    builder.store(vector, _place(context, builder, signature, arguments, vector.type), align=align)
+        vector, align = builder.fptoui(vector, BYTES), 1
+    builder.store(vector, element(context, builder, signature, arguments, vector.type), align=align)
     return context.get_dummy_value()
 
 
-def _place(context, builder, signature, arguments, vector):
+def element(context, builder, signature, arguments, kind):
+    """Where element arguments[1] of the array arguments[0] lies, as a pointer to `kind`."""
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
-    return builder.bitcast(builder.gep(array.data, [arguments[1]]), vector.as_pointer())
+    return builder.bitcast(builder.gep(array.data, [arguments[1]]), kind.as_pointer())
 
 
-def _register(function, lower, result, cases):
+def register(function, lower, result, cases):
+    """Give `function` its meaning in compiled code: `lower` writes it, for each of the cases of argument types."""
     template = type(function.__name__, (ConcreteTemplate,), {"cases": [signature(result, *case) for case in cases]})
     infer_global(function)(template)
     for case in cases:
         lower_builtin(function, *case)(lower)
 
 
-def _define(function, build, result, *choices):
-    """Give `function` its meaning in compiled code for all combinations of types but those of numbers alone."""
+def define(function, build, result, *choices):
+    """`register` for all combinations of types but those of numbers alone; build(builder, *values) gets vectors."""
 
     def lower(context, builder, signature, values):
         return build(builder, *(_wide(builder, value) for value in values))
 
     cases = [case for case in product(*choices) if case.count(float32) < len(case) or len(case) == 1]
-    _register(function, lower, result, cases)
+    register(function, lower, result, cases)
 
 
 _EITHER = (Lanes, float32)
-_register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
-_register(load, _load_bytes, Lanes, [(kind, types.intp) for kind in (_CODES, _CODES.copy(readonly=True))])
-_register(load_field, _load_field, Lanes, [(kind, *[types.intp] * 3) for kind in (_CODES, _CODES.copy(readonly=True))])
-_register(mask_of, _mask_of, Mask, [(types.uint32,)])
-_register(load_broadcast, _load_broadcast, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
-_register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
-_define(broadcast, lambda builder, v: v, Lanes, (float32,))
-_define(select, lambda builder, mask, a, b: builder.select(mask, a, b), Lanes, (Mask,), _EITHER, _EITHER)
-_define(maximum, _pick(">"), Lanes, _EITHER, _EITHER)
-_define(minimum, _pick("<"), Lanes, _EITHER, _EITHER)
-_define(nearest, _nearest, Lanes, (Lanes,))
-_define(nearest_within, _nearest_within, Lanes, (Lanes,), (float32,), (float32,))
-_define(interleave_first, _interleave(0), Lanes, (Lanes,), (Lanes,))
-_define(interleave_second, _interleave(1), Lanes, (Lanes,), (Lanes,))
-_define(low_byte, _low_byte, Lanes, (Lanes,))
-_define(absolute, _llvm("llvm.fabs"), Lanes, (Lanes,))
-_define(root, _llvm("llvm.sqrt"), Lanes, (Lanes,))
-_define(floor, _llvm("llvm.floor"), Lanes, (Lanes,))
-_define(any_lane, _any, types.boolean, (Mask,))
-_define(first_lane, _first, types.intp, (Mask,))
-_define(bits, _bits, types.uint32, (Mask,))
-_define(highest, _across(">"), float32, (Lanes,))
-_define(lowest, _across("<"), float32, (Lanes,))
-_define(operator.neg, lambda builder, v: builder.fneg(v), Lanes, (Lanes,))
-_define(operator.invert, lambda builder, mask: builder.not_(mask), Mask, (Mask,))
-_define(operator.and_, lambda builder, a, b: builder.and_(a, b), Mask, (Mask,), (Mask,))
-_define(operator.or_, lambda builder, a, b: builder.or_(a, b), Mask, (Mask,), (Mask,))
+register(load, _load, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
+register(load, _load_bytes, Lanes, [(kind, types.intp) for kind in (_CODES, _CODES.copy(readonly=True))])
+register(load_field, _load_field, Lanes, [(kind, *[types.intp] * 3) for kind in (_CODES, _CODES.copy(readonly=True))])
+register(mask_of, _mask_of, Mask, [(types.uint32,)])
+register(load_broadcast, _load_broadcast, Lanes, [(kind, types.intp) for kind in (_NUMBERS, _ONLY_READ)])
+register(store, _store, types.void, [(kind, types.intp, Lanes) for kind in (_NUMBERS, _CODES)])
+define(broadcast, lambda builder, v: v, Lanes, (float32,))
+define(select, lambda builder, mask, a, b: builder.select(mask, a, b), Lanes, (Mask,), _EITHER, _EITHER)
+define(maximum, _pick(">"), Lanes, _EITHER, _EITHER)
+define(minimum, _pick("<"), Lanes, _EITHER, _EITHER)
+define(nearest, _nearest, Lanes, (Lanes,))
+define(nearest_within, _nearest_within, Lanes, (Lanes,), (float32,), (float32,))
+define(interleave_first, _interleave(0), Lanes, (Lanes,), (Lanes,))
+define(interleave_second, _interleave(1), Lanes, (Lanes,), (Lanes,))
+define(low_byte, _low_byte, Lanes, (Lanes,))
+define(absolute, _llvm("llvm.fabs"), Lanes, (Lanes,))
+define(root, _llvm("llvm.sqrt"), Lanes, (Lanes,))
+define(floor, _llvm("llvm.floor"), Lanes, (Lanes,))
+define(any_lane, _any, types.boolean, (Mask,))
+define(first_lane, _first, types.intp, (Mask,))
+define(bits, _bits, types.uint32, (Mask,))
+define(highest, lambda builder, v: across(builder, v, _pick(">")), float32, (Lanes,))
+define(lowest, lambda builder, v: across(builder, v, _pick("<")), float32, (Lanes,))
+define(operator.neg, lambda builder, v: builder.fneg(v), Lanes, (Lanes,))
+define(operator.invert, lambda builder, mask: builder.not_(mask), Mask, (Mask,))
+define(operator.and_, lambda builder, a, b: builder.and_(a, b), Mask, (Mask,), (Mask,))
+define(operator.or_, lambda builder, a, b: builder.or_(a, b), Mask, (Mask,), (Mask,))
 for _operator, _name in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}.items():
-    _define(
+    define(
         getattr(operator, _operator),
         lambda builder, a, b, name=_name: getattr(builder, name)(a, b),
         Lanes,
@@ -317,7 +302,7 @@ for _operator, _name in {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv":
         _EITHER,
     )
 for _operator, _symbol in {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}.items():
-    _define(
+    define(
         getattr(operator, _operator),
         lambda builder, a, b, symbol=_symbol: (
             builder.fcmp_unordered(symbol, a, b) if symbol == "!=" else builder.fcmp_ordered(symbol, a, b)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ornith_moe as om
 from ornith_moe.backend import choice as backend
-from ornith_moe.backend.cpu import machine
+from ornith_moe.backend.cpu import probe
 from ornith_moe.command.doctor import as_lines, examine
 
 FP8 = ("fp8", "fp8_full", "fp8_channel")
@@ -88,7 +88,7 @@ def test_the_listing_cannot_be_changed_by_its_reader():
 def test_only_doctor_measures_the_machine(monkeypatch):
     """Asking for a backend, in a config too, compiled and timed kernels: 47 s on a cold cache."""
     timed = []
-    monkeypatch.setattr(machine, "bf16_rates", lambda: timed.append(1) or machine.Rates(1.0, 2.0, 3.0))
+    monkeypatch.setattr(probe, "bf16_rates", lambda: timed.append(1) or probe.Rates(1.0, 2.0, 3.0))
     assert om.backends()["cpu"].reason == "tensors in main memory; the default there"
     om.MoE(om.MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, backend="cpu"))
     assert not timed
@@ -102,7 +102,7 @@ def test_a_config_names_a_backend_that_exists():
 
 
 def test_doctor_fits_100_columns(monkeypatch):
-    monkeypatch.setattr(machine, "bf16_rates", lambda: machine.Rates(1.0, 2.0, 3.0))
+    monkeypatch.setattr(probe, "bf16_rates", lambda: probe.Rates(1.0, 2.0, 3.0))
     lines = as_lines(examine())
     assert max(map(len, lines)) <= 100 and "builds" in lines
     text = " ".join(line.strip() for line in lines)
@@ -111,7 +111,7 @@ def test_doctor_fits_100_columns(monkeypatch):
 
 
 def test_doctor_lists_every_recipe_of_every_backend(monkeypatch):
-    monkeypatch.setattr(machine, "bf16_rates", lambda: machine.Rates(1.0, 2.0, 3.0))
+    monkeypatch.setattr(probe, "bf16_rates", lambda: probe.Rates(1.0, 2.0, 3.0))
     gpu(monkeypatch, (8, 0))
     told = examine()["MoE recipes"]
     assert list(told) == ["bf16", *FP8]

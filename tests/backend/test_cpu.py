@@ -9,12 +9,13 @@ Not covered: speed, the vector widths of other processors, AMX, what the system 
 import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference
 
-from ornith_moe.backend.cpu import BACKEND, describe, loop, machine, memory, native
+from ornith_moe.backend.cpu import BACKEND, describe, loop, machine, memory, native, probe
 from ornith_moe.backend.cpu.register_tiles import BF16_DOT, BF16_WIDE, HAS_BF16_DOT, VECTOR_BYTES
 from ornith_moe.backend.cpu.routed import group_by_expert
 from ornith_moe.backend.protocol import Saved
@@ -88,7 +89,7 @@ def bf16_kind(request, monkeypatch):
     kind = {"dot": BF16_DOT, "wide": BF16_WIDE}[request.param]
     if request.param == "dot" and not HAS_BF16_DOT:
         pytest.skip("this processor has no BF16 dot product")
-    monkeypatch.setattr(native, "bf16_kind", lambda: kind)
+    monkeypatch.setattr("ornith_moe.backend.cpu.bf16_kind", lambda: kind)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -307,6 +308,38 @@ def test_saved_has_the_sizes_that_shapes_give():
     assert layer.forward()[1] == Saved()
 
 
+def test_kernels_write_within_their_scratch(monkeypatch):
+    """Behind the end of each layout, and before its start, bytes stay as they were."""
+    lent = []
+
+    def scratch(nbytes):
+        memory = np.full(nbytes + 8192, 0xA5, np.uint8)
+        start = 4096 + -memory.ctypes.data % 64
+        lent.append((memory, start, start + nbytes))
+        return memory.ctypes.data + start
+
+    monkeypatch.setattr(machine, "_scratch", scratch)
+    for shape, dtype in itertools.product([*SHAPES, (600, 2, 192, 320, 1)], (torch.float32, torch.bfloat16)):
+        layer = Layer(*shape, dtype=dtype)
+        layer.run()
+        layer.run(layer.quantized("fp8_channel"))
+    assert len(lent) >= 5 * 2 * 2 * 6
+    for lent_bytes, start, end in lent:
+        assert (lent_bytes[:start] == 0xA5).all() and (lent_bytes[end:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("step", ["gate_up", "down", "activation_gradient", "weight_gradient", "input_gradient"])
+def test_a_wrong_total_of_scratch_is_caught(step, monkeypatch):
+    """By the kernel, before it writes."""
+
+    def short(kernel, tasks, work_ns, scratch_bytes, arguments):
+        machine.run(kernel, tasks, work_ns, scratch_bytes - 8 * (kernel.__name__ == step), arguments)
+
+    monkeypatch.setattr(native, "run", short)
+    with pytest.raises(AssertionError):
+        Layer(9, 4, 64, 40, 2).run()
+
+
 def test_memory_of_idle_experts_is_never_touched():
     """A gradient of 1 GiB of which one expert is written: resident memory grows by a few pages (Linux)."""
 
@@ -353,4 +386,4 @@ def test_refuses_in_one_sentence(recipe, inner, quantized, says):
 
 def test_describe_names_the_way_that_is_used():
     text = describe()
-    assert ("dot product" in text) == (machine.bf16_kind() == BF16_DOT) and f"{VECTOR_BYTES} bytes" in text
+    assert ("dot product" in text) == (probe.bf16_kind() == BF16_DOT) and f"{VECTOR_BYTES} bytes" in text

@@ -7,9 +7,9 @@
                                                          ->  input_gradient: dx
 
 Files: `register_tiles` (products), `rows` (formats), `forward` and `backward` (kernels), `native` (one call each),
-`loop` (the same in torch), `routed` (the sort), `memory` (lazily zero gradients), `machine` (threads, the probe).
+`loop` (the same in torch), `routed` (the sort), `memory` (lazily zero gradients), `machine` (threads), `probe`.
 float32 and BF16 go through our kernels; float16 and float64 through `loop`, and so do experts with many rows where the
-machine's torch.mm is much faster (AMX; `machine.torch_wins`).
+machine's torch.mm is much faster (AMX; `probe.torch_wins`).
 
 What is not done, because on a CPU it is what costs: x and dy are not gathered, nothing of size T * top_k * H exists,
 FP8 weights are decoded into cache four rows at a time, gradients are written once and into lazily zero memory, so an
@@ -41,7 +41,9 @@ from types import ModuleType
 import torch
 
 from ornith_moe.backend.cpu import loop, native
-from ornith_moe.backend.cpu.machine import describe, torch_wins
+from ornith_moe.backend.cpu.native import Native
+from ornith_moe.backend.cpu.probe import bf16_kind, describe, torch_wins
+from ornith_moe.backend.cpu.register_tiles import FP32
 from ornith_moe.backend.cpu.routed import RoutedRows, group_by_expert, regroup
 from ornith_moe.backend.protocol import Backend, Gradients, Saved, Sizes
 from ornith_moe.backend.routing_torch import route_backward, route_forward
@@ -130,11 +132,11 @@ class Cpu:
         ddown = dgate_up = dx = None
         if needs_ddown:
             dtype = grad_dtypes[1] or dy.dtype
-            ddown = _weight_gradient(engine, dy, wa, (True, False), rows, down.value.shape, dtype)
+            ddown = engine.weight_gradient(dy, wa, (True, False), rows, down.value.shape, dtype)
         del wa
         if needs_dgate_up:
             dtype = grad_dtypes[0] or dy.dtype
-            dgate_up = _weight_gradient(engine, dpre, cast(x), (False, True), rows, gate_up.value.shape, dtype)
+            dgate_up = engine.weight_gradient(dpre, cast(x), (False, True), rows, gate_up.value.shape, dtype)
         if needs_dx:
             if recipe.input_gradient:
                 dpre[: rows.used] = cast_gradient(dpre[: rows.used])
@@ -153,21 +155,14 @@ class Cpu:
 BACKEND: Backend = Cpu()
 
 
-def _weight_gradient(
-    engine: ModuleType, left: torch.Tensor, right: torch.Tensor, gathered: tuple[bool, bool], rows: RoutedRows,
-    shape: torch.Size, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    if engine is native and dtype not in (torch.float32, torch.bfloat16):
-        return native.weight_gradient(left, right, gathered, rows, shape, torch.float32).to(dtype)
-    return engine.weight_gradient(left, right, gathered, rows, shape, dtype)
-
-
-def _engine(x: torch.Tensor, rows: RoutedRows, *weights: Operand) -> ModuleType:
-    """`native` or `loop`, which have the same five functions."""
+def _engine(x: torch.Tensor, rows: RoutedRows, *weights: Operand) -> Native | ModuleType:
+    """What takes the five steps: our kernels, or `loop`, which has the same five functions."""
     if not native.serves(x, *weights):
         return loop
     many = x.dtype == torch.bfloat16 and rows.used >= _MANY_ROWS * max(len(rows.active), 1)
-    return loop if many and torch_wins() else native
+    if many and torch_wins():
+        return loop
+    return Native(FP32 if x.dtype == torch.float32 else bf16_kind())
 
 
 def _cast(cast: Cast | None, weight: Operand) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -16,36 +16,74 @@ Letters: T tokens, E experts, H hidden, I expert intermediate, R rows (slots sor
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from ornith_moe.backend.cpu.forward import int32s, outer_rows, share, sigmoid, words_of
+from ornith_moe.backend.cpu.forward import outer_rows, share, sigmoid, words_of
 from ornith_moe.backend.cpu.register_tiles import ADD, BF16, FP32, PANEL, STORE, take
-from ornith_moe.backend.cpu.rows import float_of, floats, integers, narrow, pack, pack_weight, rounded, widen
+from ornith_moe.backend.cpu.rows import floats, int32s, integers, narrow, pack, pack_weight, widen
 from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.small_floats import rounded
+
+
+class Wanted(NamedTuple):
+    """Addresses of the results of `activation_gradient`, 0 for what is not wanted."""
+
+    partial: int  # float32 [R, panels of I], whose row sums are dweights
+    wa: int  # [R, I] in d
+    dpre: int  # [R, 2I] in d
+
+
+class ActivationScratch(NamedTuple):
+    """Addresses in the memory of a thread."""
+
+    a_rows: int  # int64 [chunk]: addresses, as all that ends in _rows
+    c_rows: int
+    c: int  # float32 [chunk, PANEL]: da'
+    gate: int  # float32 [PANEL], as the next two
+    up: int
+    a: int
+    decoded: int  # two rows of a panel
+    weight_rows: int  # int64 [H]
+    panel: int  # of H words
+    end: int
 
 
 @compiled
-def activation_gradient(counter, scratch, kind, dy, dy_row, rows, weights, matrix, pre, a_given, a_row, hidden, inner,
-                        chunk, needs_da, partial, wa, dpre):  # fmt: skip
-    """partial [R, panels of I] float32, whose row sums are dweights; wa [R, a_row bytes] and dpre [R, 2I] in d.
-
-    What is 0 is not wanted. `a_given` [R, a_row bytes]: a' where it is not silu(gate) * up, because it was quantized.
-    """
-    size, bf16 = 4 if kind == FP32 else 2, kind != FP32
-    panels = (inner + PANEL - 1) // PANEL
-    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    a_rows, c_rows, c = scratch, scratch + 8 * chunk, scratch + 16 * chunk
-    gate_at = c + 4 * PANEL * chunk
-    up_at, a_at = gate_at + 4 * PANEL, gate_at + 8 * PANEL
-    decoded = gate_at + 12 * PANEL
+def activation_gradient_layout(scratch, hidden, chunk):
+    c_rows = scratch + 8 * chunk
+    c = c_rows + 8 * chunk
+    gate = c + 4 * PANEL * chunk
+    up, a = gate + 4 * PANEL, gate + 8 * PANEL
+    decoded = a + 4 * PANEL
     weight_rows = decoded + 8 * PANEL
     panel = weight_rows + 8 * hidden
+    end = panel + 4 * PANEL * (hidden + 1)
+    return ActivationScratch(scratch, c_rows, c, gate, up, a, decoded, weight_rows, panel, end)
+
+
+@compiled
+def activation_gradient(thread, kind, dy, dy_row, rows, weights, matrix, pre, a_given, wanted, chunk):
+    """What is `wanted`, from dy [T, dy_row bytes] and pre [R, 2I] in d.
+
+    `a_given` [R, I] in d: a' where it is not silu(gate) * up, because it was quantized; else 0.
+    """
+    size, bf16 = 4 if kind == FP32 else 2, kind != FP32
+    hidden, inner = matrix.rows, matrix.columns
+    partial, wa, dpre = wanted
+    needs_da, a_row = partial != 0 or dpre != 0, inner * size
+    panels = (inner + PANEL - 1) // PANEL
+    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
+    layout = activation_gradient_layout(thread.scratch, hidden, chunk)
+    assert layout.end - thread.scratch == thread.scratch_bytes
+    a_rows, c_rows, c, gate_at, up_at, a_at, decoded, weight_rows, panel, _ = layout
     gate, up, a = floats(gate_at, PANEL), floats(up_at, PANEL), floats(a_at, PANEL)
     starts, places = integers(a_rows, chunk), integers(c_rows, chunk)
     for i in range(chunk):
         places[i] = c + 4 * PANEL * i
     while True:
-        task = take(counter)
+        task = take(thread.counter)
         if task >= rows.active_count * panels:
             return
         e, column = active[task // panels], task % panels * PANEL
@@ -72,7 +110,7 @@ def activation_gradient(counter, scratch, kind, dy, dy_row, rows, weights, matri
                     widen(a_given + a_row * r + column * size, bf16, a_at, width)
                 elif bf16:
                     for j in range(width):
-                        a[j] = float_of(rounded(gate[j] * sigmoid(gate[j]) * up[j]))
+                        a[j] = rounded(gate[j] * sigmoid(gate[j]) * up[j])
                 else:
                     for j in range(width):
                         a[j] = gate[j] * sigmoid(gate[j]) * up[j]
@@ -104,18 +142,39 @@ def activation_gradient(counter, scratch, kind, dy, dy_row, rows, weights, matri
             first += m
 
 
+class InputScratch(NamedTuple):
+    """Addresses in the memory of a thread."""
+
+    a_rows: int  # int64 [chunk]
+    c_rows: int
+    decoded: int  # two rows of a panel
+    weight_rows: int  # int64 [2I]
+    panel: int  # of 2I words
+    end: int
+
+
 @compiled
-def input_gradient(counter, scratch, kind, dpre, rows, matrix, dx32, dx32_row, dx, tokens, hidden, inner, chunk):
-    """dx [T, H] in d where `dx` is not 0; dx32 [T, dx32_row bytes] is float32, with room for whole panels."""
-    size = 4 if kind == FP32 else 2
-    panels = (hidden + PANEL - 1) // PANEL
-    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    a_rows, c_rows, decoded = scratch, scratch + 8 * chunk, scratch + 16 * chunk
+def input_gradient_layout(scratch, inner, chunk):
+    c_rows = scratch + 8 * chunk
+    decoded = c_rows + 8 * chunk
     weight_rows = decoded + 8 * PANEL
     panel = weight_rows + 16 * inner
+    return InputScratch(scratch, c_rows, decoded, weight_rows, panel, panel + 4 * PANEL * (2 * inner + 1))
+
+
+@compiled
+def input_gradient(thread, kind, dpre, rows, matrix, dx32, dx32_row, dx, chunk):
+    """dx [T, H] in d where `dx` is not 0; dx32 [T, dx32_row bytes] is float32, with room for whole panels."""
+    size = 4 if kind == FP32 else 2
+    tokens, hidden, inner = rows.tokens, matrix.columns, matrix.rows // 2
+    panels = (hidden + PANEL - 1) // PANEL
+    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
+    layout = input_gradient_layout(thread.scratch, inner, chunk)
+    assert layout.end - thread.scratch == thread.scratch_bytes
+    a_rows, c_rows, decoded, weight_rows, panel, _ = layout
     starts, places = integers(a_rows, chunk), integers(c_rows, chunk)
     while True:
-        task = take(counter)
+        task = take(thread.counter)
         if task >= panels:
             return
         column = task * PANEL
@@ -140,28 +199,60 @@ def input_gradient(counter, scratch, kind, dpre, rows, matrix, dx32, dx32_row, d
                 narrow(dx32 + t * dx32_row + 4 * column, True, dx + 2 * (hidden * t + column), width)
 
 
-@compiled
-def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right, right_row, right_gathered, rows,
-                    gradient, bf16, columns_left, columns_right, block, chunk):  # fmt: skip
-    """gradient [E, columns_left, columns_right] = left^T @ right over the rows of each active expert, float32 or BF16.
+class Side(NamedTuple):
+    """One operand of `weight_gradient`: [R, columns] in d, or [T, columns] where a row is gathered by its token."""
 
-    An operand is [R, .], or [T, .] where it is gathered. A task is `block` (whole panels) rows of one gradient.
-    """
-    size = 2 if bf16 else 4
-    blocks = (columns_left + block - 1) // block
-    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    left_rows, right_rows, a_rows = scratch, scratch + 8 * chunk, scratch + 16 * chunk
+    address: int
+    columns: int
+    row_bytes: int
+    gathered: bool
+
+
+class WeightScratch(NamedTuple):
+    """Addresses in the memory of a thread."""
+
+    left_rows: int  # int64 [chunk], as right_rows
+    right_rows: int
+    a_rows: int  # int64 [block], as c_rows
+    c_rows: int
+    c: int  # float32 [block, PANEL]
+    right_panel: int  # of chunk words
+    left_panels: int  # as many as a block has
+    end: int
+
+
+@compiled
+def weight_gradient_layout(scratch, block, chunk):
+    right_rows = scratch + 8 * chunk
+    a_rows = right_rows + 8 * chunk
     c_rows = a_rows + 8 * block
     c = c_rows + 8 * block
     right_panel = c + 4 * PANEL * block
     left_panels = right_panel + 4 * PANEL * chunk
+    end = left_panels + 4 * PANEL * chunk * (block // PANEL)
+    return WeightScratch(scratch, right_rows, a_rows, c_rows, c, right_panel, left_panels, end)
+
+
+@compiled
+def weight_gradient(thread, kind, left, right, rows, gradient, bf16, block, chunk):
+    """gradient [E, N, K] = left^T @ right over the rows of each active expert, float32 or BF16; `left` has N columns.
+
+    A task is `block` (whole panels) rows of one gradient.
+    """
+    size = 2 if bf16 else 4
+    columns_left, columns_right = left.columns, right.columns
+    blocks = (columns_left + block - 1) // block
+    active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
+    layout = weight_gradient_layout(thread.scratch, block, chunk)
+    assert layout.end - thread.scratch == thread.scratch_bytes
+    left_rows, right_rows, a_rows, c_rows, c, right_panel, left_panels, _ = layout
     panel_bytes = 4 * PANEL * chunk
     lefts, rights = integers(left_rows, chunk), integers(right_rows, chunk)
     starts, places = integers(a_rows, block), integers(c_rows, block)
     for i in range(block):
         starts[i] = left_panels + i // PANEL * panel_bytes + 4 * (i % PANEL)
     while True:
-        task = take(counter)
+        task = take(thread.counter)
         if task >= rows.active_count * blocks:
             return
         e, row = active[task // blocks], task % blocks * block
@@ -181,8 +272,8 @@ def weight_gradient(counter, scratch, kind, left, left_row, left_gathered, right
                     row_to_slot = int32s(slots + 4 * first, m)
                     for i in range(m):
                         token = row_to_slot[i] // rows.top_k
-                        lefts[i] = left + (token if left_gathered else first + i) * left_row
-                        rights[i] = right + (token if right_gathered else first + i) * right_row
+                        lefts[i] = left.address + (token if left.gathered else first + i) * left.row_bytes
+                        rights[i] = right.address + (token if right.gathered else first + i) * right.row_bytes
                     for p in range(0, height, PANEL):
                         place = left_panels + p // PANEL * panel_bytes
                         pack(kind, left_rows, m, row + p, min(PANEL, height - p), place)

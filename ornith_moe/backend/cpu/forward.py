@@ -31,12 +31,21 @@ from ornith_moe.backend.cpu.register_tiles import (
     pointer,
     take,
 )
-from ornith_moe.backend.cpu.rows import float_of, floats, integers, narrow, read_row, rounded, row_of
+from ornith_moe.backend.cpu.rows import floats, int32s, integers, narrow, read_row, row_of
 from ornith_moe.quant.simd.compiled import compiled
 from ornith_moe.quant.simd.lanes import LANES, load, store
+from ornith_moe.quant.simd.small_floats import rounded
 from ornith_moe.quant.simd.transpose import transpose16
 
 AHEAD = 2 * DOT_COLUMNS  # rows of a weight that are fetched ahead
+
+
+class Thread(NamedTuple):
+    """What one thread of a kernel has: the counter that all take tasks from, and memory of its own."""
+
+    counter: int
+    scratch: int
+    scratch_bytes: int
 
 
 class Rows(NamedTuple):
@@ -46,6 +55,7 @@ class Rows(NamedTuple):
     row_to_slot: int
     active: int  # experts that have rows
     active_count: int
+    tokens: int
     top_k: int
 
 
@@ -76,11 +86,6 @@ def group_by_expert(indices, offsets, row_to_slot, active):
 
 
 @compiled
-def int32s(address, count):
-    return carray(pointer(address), (count,), np.int32)
-
-
-@compiled
 def share(rest, most):
     """How many of `rest` to take next, so that as few parts as `most` allows are about equal, and all but one even."""
     parts = (rest + most - 1) // most
@@ -100,7 +105,8 @@ def sigmoid(x):
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
-    denominator = np.float32(1.0) + p * float_of(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    power = np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
+    denominator = np.float32(1.0) + p * power
     return np.divide(np.float32(1.0), denominator)  # `/` would look for zero, and no loop around it be vectorized
 
 
@@ -110,7 +116,7 @@ def activate(gate, up, bf16, width, pre_gate, pre_up, a):
     gates, ups = floats(gate, width), floats(up, width)
     if bf16:
         for i in range(width):
-            gates[i], ups[i] = float_of(rounded(gates[i])), float_of(rounded(ups[i]))
+            gates[i], ups[i] = rounded(gates[i]), rounded(ups[i])
     if pre_gate:
         narrow(gate, bf16, pre_gate, width)
         narrow(up, bf16, pre_up, width)
@@ -123,7 +129,7 @@ def activate(gate, up, bf16, width, pre_gate, pre_up, a):
 def four_columns(kind, m, k, k_bytes, a_rows, matrix, expert, row, count, room, c_rows, c_offset, factors, add):
     """C[i][c_offset ...] (+)= factors[i] * <A[i], w[row + j]> for m rows of A and up to four rows of a weight.
 
-    `room`: four addresses and, where the weight has to be decoded or padded to k_bytes, four rows.
+    `room`: `four_columns_bytes`, for four addresses and, where the weight has to be decoded or padded, four rows.
     """
     size = 4 if kind == FP32 else 2
     b_rows = integers(room, DOT_COLUMNS)
@@ -149,6 +155,11 @@ def four_columns(kind, m, k, k_bytes, a_rows, matrix, expert, row, count, room, 
         dot_tile(kind, rows, streams, a_rows + 8 * done, room, k_bytes, ahead, c_rows + 8 * done, c_offset,
                  factors + 4 * done, add)  # fmt: skip
         done += rows
+
+
+@compiled
+def four_columns_bytes(k_bytes):
+    return 64 + DOT_COLUMNS * k_bytes
 
 
 @compiled
@@ -201,21 +212,48 @@ def whole_panel(kind, starts, words, matrix, expert, column, half, width, room, 
 
 
 @compiled
-def gate_up(counter, scratch, kind, x, x_row, rows, matrix, pre, a, a_row, hidden, x_bytes, inner, strip, chunk,
-            panels):  # fmt: skip
+def whole_panel_bytes(x_bytes, strip):
+    return 16 * strip + PANEL * x_bytes + 4 * PANEL * strip
+
+
+class GateUpScratch(NamedTuple):
+    """Addresses in the memory of a thread."""
+
+    a_rows: int  # int64 [chunk]: addresses, as all that ends in _rows
+    c_rows: int
+    factors: int  # float32 [chunk]
+    c: int  # float32 [chunk, 2 * strip]
+    room: int  # of `four_columns` or `whole_panel`
+    end: int
+
+
+@compiled
+def gate_up_layout(scratch, x_bytes, strip, chunk, panels):
+    c_rows = scratch + 8 * chunk
+    factors = c_rows + 8 * chunk
+    c = factors + 4 * chunk
+    room = c + 8 * strip * chunk
+    bytes_of_room = four_columns_bytes(x_bytes)
+    if panels:
+        bytes_of_room = max(bytes_of_room, whole_panel_bytes(x_bytes, strip))
+    return GateUpScratch(scratch, c_rows, factors, c, room, room + bytes_of_room)
+
+
+@compiled
+def gate_up(thread, kind, x, x_bytes, rows, matrix, pre, a, a_row, strip, chunk, panels):
     """a' [R, a_row bytes] and, where `pre` is not 0, the pre-activation [R, 2I], both in d; `x_bytes` of a row of x.
 
     `panels`: whole panels of rows of an expert go through `whole_panel`, the rest of its rows through `four_columns`.
     """
     size, bf16 = 4 if kind == FP32 else 2, kind != FP32
+    hidden, inner = matrix.columns, matrix.rows // 2
     strips = (inner + strip - 1) // strip
     active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    a_rows, c_rows = scratch, scratch + 8 * chunk
-    factors, c = scratch + 16 * chunk, scratch + 20 * chunk
-    room = c + 8 * strip * chunk
+    a_rows, c_rows, factors, c, room, end = gate_up_layout(thread.scratch, x_bytes, strip, chunk, panels)
+    assert end - thread.scratch == thread.scratch_bytes
     floats(factors, chunk)[:] = 1
     while True:
-        task = take(counter)
+        task = take(thread.counter)
         if task >= rows.active_count * strips:
             return
         e, column = active[task // strips], task % strips * strip
@@ -228,7 +266,7 @@ def gate_up(counter, scratch, kind, x, x_row, rows, matrix, pre, a, a_row, hidde
             row_to_slot = int32s(slots + 4 * first, m)
             starts, places = integers(a_rows, m), integers(c_rows, m)
             for i in range(m):
-                starts[i] = x + row_to_slot[i] // rows.top_k * x_row
+                starts[i] = x + row_to_slot[i] // rows.top_k * x_bytes
                 places[i] = c + 8 * strip * i
             if first < whole:
                 whole_panel(kind, starts, x_bytes // 4, matrix, e, column, inner, width, room, c, strip)
@@ -249,15 +287,34 @@ def gate_up(counter, scratch, kind, x, x_row, rows, matrix, pre, a, a_row, hidde
             first += m
 
 
+class DownScratch(NamedTuple):
+    """Addresses in the memory of a thread."""
+
+    a_rows: int  # int64 [chunk]
+    c_rows: int
+    factors: int  # float32 [chunk]
+    room: int  # of `four_columns`
+    end: int
+
+
 @compiled
-def down(counter, scratch, kind, a, a_row, rows, weights, matrix, y32, y32_row, y, tokens, hidden, inner, strip, chunk):
+def down_layout(scratch, a_row, chunk):
+    c_rows = scratch + 8 * chunk
+    factors = c_rows + 8 * chunk
+    room = factors + 4 * chunk
+    return DownScratch(scratch, c_rows, factors, room, room + four_columns_bytes(a_row))
+
+
+@compiled
+def down(thread, kind, a, a_row, rows, weights, matrix, y32, y32_row, y, strip, chunk):
     """y [T, H] in d where `y` is not 0; y32 [T, y32_row bytes] is float32, and columns past H are scratch."""
+    tokens, hidden, inner = rows.tokens, matrix.rows, matrix.columns
     strips = (hidden + strip - 1) // strip
     active, offsets, slots = int32s(rows.active, rows.active_count), rows.offsets, rows.row_to_slot
-    a_rows, c_rows = scratch, scratch + 8 * chunk
-    factors, room = scratch + 16 * chunk, scratch + 20 * chunk
+    a_rows, c_rows, factors, room, end = down_layout(thread.scratch, a_row, chunk)
+    assert end - thread.scratch == thread.scratch_bytes
     while True:
-        task = take(counter)
+        task = take(thread.counter)
         if task >= strips:
             return
         column = task * strip

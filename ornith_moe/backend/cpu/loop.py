@@ -7,15 +7,19 @@ Precision: products in d by torch.mm; activation, weighting and the sums over sl
 Letters: T tokens, E experts, H hidden, I expert intermediate, R slots, m rows of one expert.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 
 from ornith_moe.backend.cpu import memory
+from ornith_moe.backend.cpu.routed import RoutedRows
 from ornith_moe.backend.cpu.rows import scale_block
 from ornith_moe.quant.fp8 import dequantize_fp8
+from ornith_moe.quant.operand import Operand
 
 
-def gate_up(x, rows, weight, save):
+def gate_up(x: torch.Tensor, rows: RoutedRows, weight: Operand, save: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape = (rows.slots, weight.value.shape[1])
     pre = x.new_empty(shape) if save else None
     a = x.new_empty(shape[0], shape[1] // 2)
@@ -28,7 +32,7 @@ def gate_up(x, rows, weight, save):
     return a, pre
 
 
-def down(a, rows, weights, weight):
+def down(a: torch.Tensor, rows: RoutedRows, weights: torch.Tensor, weight: Operand) -> torch.Tensor:
     y = _wide(a.new_zeros(rows.tokens, weight.value.shape[1]))
     for e, first, last in rows.groups():
         factor = weights.reshape(-1)[rows.slots_of(first, last)].to(y.dtype)[:, None]
@@ -37,7 +41,15 @@ def down(a, rows, weights, weight):
     return y.to(a.dtype)
 
 
-def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
+def activation_gradient(
+    dy: torch.Tensor,
+    rows: RoutedRows,
+    weights: torch.Tensor,
+    weight: Operand,
+    pre: torch.Tensor,
+    a_given: torch.Tensor | None,
+    wants: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     wants_dweights, wants_wa, wants_dpre = wants
     slot_weights = _wide(weights.reshape(-1))
     dweights = dy.new_zeros(rows.slots, dtype=torch.float32) if wants_dweights else None
@@ -62,7 +74,14 @@ def activation_gradient(dy, rows, weights, weight, pre, a_given, wants):
     return dweights.view(weights.shape) if wants_dweights else None, wa, dpre
 
 
-def weight_gradient(left, right, gathered, rows, shape, dtype):
+def weight_gradient(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    gathered: tuple[bool, bool],
+    rows: RoutedRows,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     gradient = memory.weight_gradient(shape, dtype, rows.active.tolist())
     for e, first, last in rows.groups():
         chosen = [rows.tokens_of(first, last) if gather else slice(first, last) for gather in gathered]
@@ -70,25 +89,25 @@ def weight_gradient(left, right, gathered, rows, shape, dtype):
     return gradient
 
 
-def input_gradient(dpre, rows, weight):
+def input_gradient(dpre: torch.Tensor, rows: RoutedRows, weight: Operand) -> torch.Tensor:
     dx = _wide(dpre.new_zeros(rows.tokens, weight.value.shape[2]))
     for e, first, last in rows.groups():
         _add_rows(dx, rows.tokens_of(first, last), _wide(dpre[first:last] @ _expert(weight, e, dpre.dtype)))
     return dx.to(dpre.dtype)
 
 
-def _wide(t):
+def _wide(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _expert(weight, e, dtype):
+def _expert(weight: Operand, e: int, dtype: torch.dtype) -> torch.Tensor:
     if weight.scale is None:
         return weight.value[e].to(dtype)
     value, scale = weight.value[e], weight.scale[e]
     return dequantize_fp8(value, scale, block=scale_block(value.shape, scale.shape), dtype=torch.float32).to(dtype)
 
 
-def _add_rows(total, tokens, values):
+def _add_rows(total: torch.Tensor, tokens: torch.Tensor, values: torch.Tensor) -> None:
     """total[tokens[i]] += values[i], i in order; a token may choose an expert twice."""
     if len(tokens.unique()) == len(tokens):
         total[tokens] += values

@@ -11,6 +11,7 @@ The pool keeps at most a quarter of the machine's memory; `release` empties it.
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ _MANY = 8  # one active expert in so many, and clearing the others is cheaper th
 _pool: list[mmap.mmap] = []
 
 
-def empty(shape, dtype):
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A tensor with any content, to be written."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes < LARGE_BYTES or _wants_nan():
@@ -30,7 +31,7 @@ def empty(shape, dtype):
     return _tensor(_from_pool(nbytes) or _map(nbytes), shape, dtype)
 
 
-def weight_gradient(shape, dtype, active):
+def weight_gradient(shape: Sequence[int], dtype: torch.dtype, active: list[int]) -> torch.Tensor:
     """[E, ...] for a gradient that will be written for the experts in `active` and is zero for the others.
 
     Where few are active, their pages alone come into being; where many are, memory of the last step is used again.
@@ -49,24 +50,24 @@ def weight_gradient(shape, dtype, active):
     return gradient
 
 
-def release():
+def release() -> None:
     """Give all unused memory back to the system."""
     _pool.clear()
 
 
-def _wants_nan():
+def _wants_nan() -> bool:
     """torch's own way to make unwritten memory visible, which tests use."""
     return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
 
 
-def _map(nbytes):
+def _map(nbytes: int) -> mmap.mmap:
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, **private)  # shared memory, Python's default, gets no huge pages
     _advise(memory, "MADV_HUGEPAGE")
     return memory
 
 
-def _tensor(memory, shape, dtype, keep=True):
+def _tensor(memory: mmap.mmap, shape: Sequence[int], dtype: torch.dtype, keep: bool = True) -> torch.Tensor:
     whole = np.frombuffer(memory, np.uint8)
     if keep:
         weakref.finalize(whole, _give_back, memory).atexit = False
@@ -75,7 +76,7 @@ def _tensor(memory, shape, dtype, keep=True):
     return tensor.set_(torch.from_numpy(whole).untyped_storage(), start // dtype.itemsize, torch.Size(shape))
 
 
-def _from_pool(nbytes):
+def _from_pool(nbytes: int) -> mmap.mmap | None:
     """The smallest of the pool that fits and is not twice as large."""
     fitting = [m for m in _pool if nbytes + _HUGE_PAGE <= len(m) < 2 * (nbytes + _HUGE_PAGE)]
     for memory in sorted(fitting, key=len):
@@ -87,14 +88,14 @@ def _from_pool(nbytes):
     return None
 
 
-def _give_back(memory):
+def _give_back(memory: mmap.mmap) -> None:
     kept = sum(map(len, _pool)) + len(memory)
     if kept <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _KEPT_SHARE:
         _advise(memory, "MADV_FREE")
         _pool.append(memory)
 
 
-def _advise(memory, name):
+def _advise(memory: mmap.mmap, name: str) -> None:
     if hasattr(mmap, name):
         try:
             memory.madvise(getattr(mmap, name))

@@ -30,6 +30,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ornith_moe.quant.simd.emit import F32, I8, I16, I32, I64, bf16_bits, broadcast, call, constant, shuffle
+
 FP32, BF16_DOT, BF16_WIDE = range(3)
 try:
     FEATURES = dict(llvm.get_host_cpu_features())
@@ -48,8 +50,6 @@ STORE, ADD, BF16 = range(3)
 PANEL = _VECTORS * LANES  # words of one row of a packed panel
 VECTOR_BYTES = 4 * LANES
 
-_I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
-
 
 class _BFloat(ir.Type):
     def _to_string(self):
@@ -62,15 +62,9 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_FLOATS, _WORDS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_FLOATS, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 _HALVES = ir.VectorType(_BFloat(), 2 * LANES)
-_ZERO = ir.Constant(_FLOATS, [0.0] * LANES)
-
-
-def _call(builder, name, result, arguments):
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(function, arguments)
+_ZERO = constant(_FLOATS, 0.0)
 
 
 def _at(builder, address, kind):
@@ -82,28 +76,18 @@ def _load(builder, address, kind):
 
 
 def _row(builder, rows, index):
-    return builder.load(_at(builder, builder.add(rows, _I64(8 * index)), _I64))
-
-
-def _spread(builder, value):
-    vector = ir.VectorType(value.type, LANES)
-    single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(single, single, ir.Constant(_WORDS, [0] * LANES))
-
-
-def _shuffle(builder, a, b, order):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
+    return builder.load(_at(builder, builder.add(rows, I64(8 * index)), I64))
 
 
 def _fma(builder, a, b, total):
     if not _HAS_FMA:  # a call into the C library otherwise
         return builder.fadd(builder.fmul(a, b), total)
-    return _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [a, b, total])
+    return call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, [a, b, total])
 
 
 def _halves(builder, words):
-    low = builder.shl(words, ir.Constant(_WORDS, [16] * LANES))
-    high = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
+    low = builder.shl(words, constant(_WORDS, 16))
+    high = builder.and_(words, constant(_WORDS, 0xFFFF0000))
     return builder.bitcast(low, _FLOATS), builder.bitcast(high, _FLOATS)
 
 
@@ -120,7 +104,7 @@ def _multiply_add(builder, kind, a, b, total):
     if kind == FP32:
         return _fma(builder, a, b, total)
     if kind == BF16_DOT:
-        return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [total, a, b])
+        return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [total, a, b])
     return _fma(builder, a[1], b[1], _fma(builder, a[0], b[0], total))
 
 
@@ -129,14 +113,14 @@ def _loop(builder, sums, bound, step):
     entry, body, done = builder.block, builder.append_basic_block("k"), builder.append_basic_block("done")
     builder.branch(body)
     builder.position_at_end(body)
-    k = builder.phi(_I64)
-    k.add_incoming(_I64(0), entry)
+    k = builder.phi(I64)
+    k.add_incoming(I64(0), entry)
     totals = [builder.phi(_FLOATS) for _ in range(sums)]
     for total in totals:
         total.add_incoming(_ZERO, entry)
 
     def close(new):
-        following = builder.add(k, _I64(step))
+        following = builder.add(k, I64(step))
         k.add_incoming(following, body)
         for total, value in zip(totals, new, strict=True):
             total.add_incoming(value, body)
@@ -154,13 +138,13 @@ def _sum_lanes(builder, vectors):
         low = [start + i for start in range(0, LANES, segment) for i in range(half)]
         both = [low + [LANES + i for i in low], [i + half for i in low] + [LANES + i + half for i in low]]
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.fadd(*(_shuffle(builder, u, v, order) for order in both)) for u, v in pairs]
+        vectors = [builder.fadd(*(shuffle(builder, u, v, order) for order in both)) for u, v in pairs]
         segment = half
     (vector,) = vectors
     while segment > 1:
         segment //= 2
-        vector = builder.fadd(vector, _shuffle(builder, vector, vector, [i ^ segment for i in range(LANES)]))
-    return _shuffle(builder, vector, vector, [i * LANES // DOT_COLUMNS for i in range(DOT_COLUMNS)])
+        vector = builder.fadd(vector, shuffle(builder, vector, vector, [i ^ segment for i in range(LANES)]))
+    return shuffle(builder, vector, vector, [i * LANES // DOT_COLUMNS for i in range(DOT_COLUMNS)])
 
 
 def _dot(builder, kind, rows, streams, arguments):
@@ -169,7 +153,7 @@ def _dot(builder, kind, rows, streams, arguments):
     b = [_row(builder, b_rows, j) for j in range(DOT_COLUMNS)]
     k, sums, close = _loop(builder, rows * DOT_COLUMNS, k_bytes, VECTOR_BYTES)
     for stream in range(streams):
-        address = builder.add(builder.add(ahead, builder.mul(k, _I64(streams))), _I64(VECTOR_BYTES * stream))
+        address = builder.add(builder.add(ahead, builder.mul(k, I64(streams))), I64(VECTOR_BYTES * stream))
         _prefetch(builder, address)
     left = [_operand(builder, kind, _load(builder, builder.add(row, k), _WORDS)) for row in a]
     new = list(sums)
@@ -180,9 +164,8 @@ def _dot(builder, kind, rows, streams, arguments):
     close(new)
     for i in range(rows):
         result = _sum_lanes(builder, new[i * DOT_COLUMNS : (i + 1) * DOT_COLUMNS])
-        factor = _load(builder, builder.add(factors, _I64(4 * i)), _F32)
-        lanes = builder.insert_element(ir.Constant(result.type, ir.Undefined), factor, _I32(0))
-        result = builder.fmul(result, _shuffle(builder, lanes, lanes, [0] * DOT_COLUMNS))
+        factor = _load(builder, builder.add(factors, I64(4 * i)), F32)
+        result = builder.fmul(result, broadcast(builder, factor, DOT_COLUMNS))
         _put(builder, result, builder.add(_row(builder, c_rows, i), c_offset), add)
 
 
@@ -190,14 +173,14 @@ def _outer(builder, kind, rows, arguments):
     a_rows, a_step, panel, words, c_rows, c_offset, store = arguments
     a = [_row(builder, a_rows, i) for i in range(rows)]
     k, sums, close = _loop(builder, rows * _VECTORS, words, 1)
-    base = builder.add(panel, builder.mul(k, _I64(4 * PANEL)))
+    base = builder.add(panel, builder.mul(k, I64(4 * PANEL)))
     right = [
-        _operand(builder, kind, _load(builder, builder.add(base, _I64(VECTOR_BYTES * v)), _WORDS))
+        _operand(builder, kind, _load(builder, builder.add(base, I64(VECTOR_BYTES * v)), _WORDS))
         for v in range(_VECTORS)
     ]
     offset, new = builder.mul(k, a_step), list(sums)
     for i, row in enumerate(a):
-        left = _operand(builder, kind, _spread(builder, _load(builder, builder.add(row, offset), _I32)))
+        left = _operand(builder, kind, broadcast(builder, _load(builder, builder.add(row, offset), I32), LANES))
         for v in range(_VECTORS):
             new[i * _VECTORS + v] = _multiply_add(builder, kind, left, right[v], sums[i * _VECTORS + v])
     close(new)
@@ -207,8 +190,8 @@ def _outer(builder, kind, rows, arguments):
         for index, value in enumerate(new):
             i, v = divmod(index, _VECTORS)
             if how == BF16:
-                value = _narrow(builder, value)
-            place = builder.add(starts[i], _I64((2 if how == BF16 else 4) * LANES * v))
+                value = bf16_bits(builder, value)
+            place = builder.add(starts[i], I64((2 if how == BF16 else 4) * LANES * v))
             place = _at(builder, place, value.type)
             if how == ADD:
                 value = builder.fadd(builder.load(place, align=4), value)
@@ -217,23 +200,9 @@ def _outer(builder, kind, rows, arguments):
     _choose(builder, [(STORE,), (ADD,), (BF16,)], [store], write)
 
 
-def _narrow(builder, value):
-    """<16-bit>: float32 rounded to BF16, to nearest even; NaN stays NaN."""
-    bits = builder.bitcast(value, _WORDS)
-
-    def constant(number):
-        return ir.Constant(_WORDS, [number] * LANES)
-
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    up = builder.add(builder.add(bits, constant(0x7FFF)), odd)
-    nan = builder.or_(bits, constant(0x7FFF0000))
-    bits = builder.select(builder.fcmp_ordered("==", value, value), up, nan)
-    return builder.trunc(builder.lshr(bits, constant(16)), ir.VectorType(ir.IntType(16), LANES))
-
-
 def _prefetch(builder, address):
     """To read, into the second level of cache: the first is for this tile, and was 3 % to 40 % slower."""
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [_at(builder, address, _I8), _I32(0), _I32(2), _I32(1)])
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [_at(builder, address, I8), I32(0), I32(2), I32(1)])
 
 
 def _put(builder, value, address, add):
@@ -250,7 +219,7 @@ def _choose(builder, choices, selectors, emit):
     end = builder.append_basic_block("end")
     for choice in choices:
         body, following = builder.append_basic_block("case"), builder.append_basic_block("next")
-        equal = [builder.icmp_signed("==", s, _I64(value)) for s, value in zip(selectors, choice, strict=True)]
+        equal = [builder.icmp_signed("==", s, I64(value)) for s, value in zip(selectors, choice, strict=True)]
         builder.cbranch(reduce(builder.and_, equal), body, following)
         builder.position_at_end(body)
         emit(*choice)
@@ -300,8 +269,8 @@ def narrow_row(context, source, place):
     def generate(context, builder, signature, arguments):
         source, place = arguments
         for v in range(_VECTORS):
-            value = _narrow(builder, _load(builder, builder.add(source, _I64(VECTOR_BYTES * v)), _FLOATS))
-            builder.store(value, _at(builder, builder.add(place, _I64(2 * LANES * v)), value.type), align=2)
+            value = bf16_bits(builder, _load(builder, builder.add(source, I64(VECTOR_BYTES * v)), _FLOATS))
+            builder.store(value, _at(builder, builder.add(place, I64(2 * LANES * v)), value.type), align=2)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
@@ -313,8 +282,8 @@ def fetch(context, address, lines):
 
     def generate(context, builder, signature, arguments):
         for line in range(4 * PANEL // 64):
-            with builder.if_then(builder.icmp_signed(">", arguments[1], _I64(line))):
-                _prefetch(builder, builder.add(arguments[0], _I64(64 * line)))
+            with builder.if_then(builder.icmp_signed(">", arguments[1], I64(line))):
+                _prefetch(builder, builder.add(arguments[0], I64(64 * line)))
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp), generate
@@ -326,21 +295,21 @@ def pack_row(context, kind, low, high, place):
 
     def generate(context, builder, signature, arguments):
         kind, low, high, place = arguments
-        shorts, shift = ir.VectorType(ir.IntType(16), LANES), ir.Constant(_WORDS, [16] * LANES)
+        shorts, shift = ir.VectorType(I16, LANES), constant(_WORDS, 16)
 
         def words(address):
             return builder.zext(builder.load(_at(builder, address, shorts), align=2), _WORDS)
 
-        with builder.if_else(builder.icmp_signed("==", kind, _I64(FP32))) as (single, pair):
+        with builder.if_else(builder.icmp_signed("==", kind, I64(FP32))) as (single, pair):
             with single:
-                for step in (_I64(VECTOR_BYTES * v) for v in range(_VECTORS)):
+                for step in (I64(VECTOR_BYTES * v) for v in range(_VECTORS)):
                     value = _load(builder, builder.add(low, step), _WORDS)
                     builder.store(value, _at(builder, builder.add(place, step), _WORDS), align=4)
             with pair:
                 for v in range(_VECTORS):
-                    first, second = (words(builder.add(a, _I64(2 * LANES * v))) for a in (low, high))
+                    first, second = (words(builder.add(a, I64(2 * LANES * v))) for a in (low, high))
                     value = builder.or_(first, builder.shl(second, shift))
-                    builder.store(value, _at(builder, builder.add(place, _I64(VECTOR_BYTES * v)), _WORDS), align=4)
+                    builder.store(value, _at(builder, builder.add(place, I64(VECTOR_BYTES * v)), _WORDS), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 4), generate
@@ -351,7 +320,7 @@ def take(context, counter):
     """The next number of an int64 counter at this address, to be had once among all threads."""
 
     def generate(context, builder, signature, arguments):
-        return builder.atomic_rmw("add", _at(builder, arguments[0], _I64), _I64(1), "monotonic")
+        return builder.atomic_rmw("add", _at(builder, arguments[0], I64), I64(1), "monotonic")
 
     return types.intp(types.intp), generate
 
@@ -361,6 +330,6 @@ def pointer(context, address):
     """An address as numba's `carray` wants it."""
 
     def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], _I8.as_pointer())
+        return builder.inttoptr(arguments[0], I8.as_pointer())
 
     return types.voidptr(types.intp), generate

@@ -19,32 +19,31 @@ class RoutedRows(NamedTuple):
     top_k: int
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         return self.tokens * self.top_k
 
     @property
-    def used(self):
+    def used(self) -> int:
         return int(self.offsets[-1])
 
     @property
-    def addresses(self):
-        return forward.Rows(
-            self.offsets.data_ptr(), self.row_to_slot.data_ptr(), self.active.data_ptr(), len(self.active), self.top_k
-        )
+    def addresses(self) -> forward.Rows:
+        arrays = (t.data_ptr() for t in (self.offsets, self.row_to_slot, self.active))
+        return forward.Rows(*arrays, len(self.active), self.tokens, self.top_k)
 
-    def groups(self):
+    def groups(self) -> list[tuple[int, int, int]]:
         """(expert, its first row, the row after its last) for every expert that has rows."""
         offsets = self.offsets.tolist()
         return [(e, offsets[e], offsets[e + 1]) for e in self.active.tolist()]
 
-    def slots_of(self, first, last):
+    def slots_of(self, first: int, last: int) -> torch.Tensor:
         return self.row_to_slot[first:last].long()
 
-    def tokens_of(self, first, last):
+    def tokens_of(self, first: int, last: int) -> torch.Tensor:
         return self.slots_of(first, last) // self.top_k
 
 
-def group_by_expert(indices, experts):
+def group_by_expert(indices: torch.Tensor, experts: int) -> RoutedRows:
     """RoutedRows of indices [T, top_k]."""
     offsets, active, row_to_slot = (
         torch.empty(size, dtype=torch.int32, device="cpu") for size in (experts + 1, experts, indices.numel())
@@ -54,7 +53,7 @@ def group_by_expert(indices, experts):
     return RoutedRows(offsets, row_to_slot, active[:count], *indices.shape)
 
 
-def regroup(offsets, row_to_slot, tokens, top_k):
+def regroup(offsets: torch.Tensor, row_to_slot: torch.Tensor, tokens: int, top_k: int) -> RoutedRows:
     """RoutedRows of what a forward has saved."""
     active = (offsets[1:] > offsets[:-1]).nonzero().flatten().to(torch.int32)
     return RoutedRows(offsets.contiguous(), row_to_slot.contiguous(), active, tokens, top_k)

@@ -12,14 +12,15 @@ Letters: E experts, N K rows and columns of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 
 from ornith_moe.backend.cpu.register_tiles import FP32, PANEL, fetch, narrow_row, pack_row, pointer
 from ornith_moe.quant.simd.compiled import compiled
+from ornith_moe.quant.simd.small_floats import bf16_bits, bf16_value, e4m3_value
 
 AHEAD = 32  # rows that packing asks memory for before it reads them
 
@@ -28,6 +29,8 @@ class Matrix(NamedTuple):
     """[E, N, K] of one weight, rows contiguous; all numbers, so that numba takes it as it is."""
 
     base: int
+    rows: int
+    columns: int
     expert_bytes: int
     row_bytes: int
     scale: int  # address of float32 [E, scale_rows, scale_columns], 0 where the values are stored in d
@@ -37,26 +40,12 @@ class Matrix(NamedTuple):
     block_columns: int
 
 
-def scale_block(shape, scales):
+def scale_block(shape: Sequence[int], scales: Sequence[int]) -> tuple[int, int]:
     """(rows, columns) of an [N, K] weight that share a scale, from the shape of its scales: blocks of 128 or all."""
-    pairs = zip(shape, scales, strict=True)
-    return tuple(128 if count == -(-size // 128) else -(-size // count) for size, count in pairs)
-
-
-@intrinsic
-def bits_of(context, number):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
-def float_of(context, bits):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), generate
+    rows, columns = (
+        128 if count == -(-size // 128) else -(-size // count) for size, count in zip(shape, scales, strict=True)
+    )
+    return rows, columns
 
 
 @compiled
@@ -70,16 +59,13 @@ def halves(address, count):
 
 
 @compiled
-def integers(address, count):
-    return carray(pointer(address), (count,), np.int64)
+def int32s(address, count):
+    return carray(pointer(address), (count,), np.int32)
 
 
 @compiled
-def rounded(value):
-    """The bits of a float32 rounded to BF16, in the upper half."""
-    bits = bits_of(value)
-    up = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return up if value == value else bits | np.uint32(0x7FFF0000)
+def integers(address, count):
+    return carray(pointer(address), (count,), np.int64)
 
 
 @compiled
@@ -89,7 +75,7 @@ def widen(source, bf16, out, count):
     if bf16:
         values = halves(source, count)
         for i in range(count):
-            target[i] = float_of(np.uint32(values[i]) << np.uint32(16))
+            target[i] = bf16_value(values[i])
     else:
         target[:] = floats(source, count)
 
@@ -103,20 +89,9 @@ def narrow(source, bf16, out, count):
     elif bf16:
         target = halves(out, count)
         for i in range(count):
-            target[i] = np.uint16(rounded(values[i]) >> np.uint32(16))
+            target[i] = bf16_bits(values[i])
     else:
         floats(out, count)[:] = values
-
-
-@compiled
-def e4m3(code):
-    """The value of an e4m3fn code, exactly. Integer operations: what passes through a denormal is slow on many CPUs."""
-    magnitude = np.uint32(code & np.uint8(0x7F))
-    normal = float_of((magnitude << np.uint32(20)) + np.uint32(120 << 23))
-    subnormal = float_of((magnitude << np.uint32(20)) | np.uint32(121 << 23)) - np.float32(0.015625)
-    value = normal if magnitude >= np.uint32(8) else subnormal
-    value = value if magnitude != np.uint32(0x7F) else np.float32(np.nan)
-    return float_of(bits_of(value) | (np.uint32(code & np.uint8(0x80)) << np.uint32(24)))
 
 
 @compiled
@@ -126,11 +101,11 @@ def decode(codes, scale, bf16, out, count):
     if bf16:
         target = halves(out, count)
         for i in range(count):
-            target[i] = np.uint16(rounded(e4m3(source[i]) * scale) >> np.uint32(16))
+            target[i] = bf16_bits(e4m3_value(source[i]) * scale)
     else:
         wide = floats(out, count)
         for i in range(count):
-            wide[i] = e4m3(source[i]) * scale
+            wide[i] = e4m3_value(source[i]) * scale
 
 
 @compiled
