@@ -219,11 +219,11 @@ class Block32(BlockCodec):
     affine: bool
     important = True
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode = decode_affine if self.affine else decode_signed
         decode(blocks, self.code_bits, block_shape(self.name)[1], out)
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         if not columns.size:
             encode = encode_affine if self.affine else encode_signed
             return encode(x, self.code_bits, out.reshape(-1), out.shape[1])
@@ -255,8 +255,8 @@ class Q5_1(Block32):
 class Q8_0(BlockCodec):
     name, halves = "Q8_0", (0,)
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         encode_q8_0(x, out.reshape(-1))
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q8_0(blocks, out)

@@ -183,24 +183,24 @@ def decode_iq4_xs(blocks, out):
 class IQ4_NL(BlockCodec):
     name, halves, important = "IQ4_NL", (0,), True
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         scales = np.empty(x.size // BLOCK, np.float32)
         table_scales(x, columns, BLOCK, scales)
         encode_iq4_nl(x, scales, out.reshape(-1))
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_iq4_nl(blocks, out)
 
 
 class IQ4_XS(BlockCodec):
     name, halves, important = "IQ4_XS", (0,), True
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         scales = np.empty(x.size // BLOCK, np.float32)
         table_scales(x, columns, SUPER, scales)
         encode_iq4_xs(x, scales, out.reshape(-1))
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_iq4_xs(blocks, out)
 
 
@@ -245,10 +245,10 @@ def decode_mxfp4(blocks, out):
 class MXFP4(BlockCodec):
     name = "MXFP4"
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         encode_mxfp4(x, out.reshape(-1))
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_mxfp4(blocks, out)
 
 
@@ -294,11 +294,11 @@ def decode_nvfp4(blocks, out):
 class NVFP4(BlockCodec):
     name = "NVFP4"
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         codes, d = np.empty(x.size, np.uint8), np.empty(x.size // LANES, np.uint8)
         encode_nvfp4(x, codes, d)
         out[:, :4] = d.reshape(-1, 4)
         pack(codes, 0, 4, 8, out, 4)
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_nvfp4(blocks, out)

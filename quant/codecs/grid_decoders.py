@@ -9,6 +9,7 @@ ggml-quants.c (`dequantize_row_iq*`); the points come from the `gguf` package.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import gguf
@@ -69,10 +70,15 @@ class GridDecoder(BlockCodec):
     [32 or 64], eight signs in each of [32] bytes and scales [8 or 16].
     """
 
-    sub: int  # values that share a scale
+    unpack: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
     unit, delta = np.float32(0.25), ZERO
 
-    def decode_blocks(self, blocks, out):
+    @property
+    def sub(self) -> int:
+        """How many values share a scale."""
+        raise NotImplementedError
+
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         count = out.size // SUPER
         d, indices = np.empty(count, np.uint16), np.empty((count, SUPER // self.points.itemsize), np.uint16)
         signs, scales = np.empty((count, SUPER // 8), np.uint8), np.empty((count, SUPER // self.sub), np.uint8)

@@ -323,7 +323,7 @@ class GridCodec(GridDecoder):
     def sub(self) -> int:
         return self.rule.sub
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         groups, eights, count = SUPER // self.rule.group, SUPER // 8, SUPER // self.rule.sub
         indices, signs = np.empty(len(out) * groups, np.uint16), np.empty(len(out) * eights, np.uint8)
         scales, d = np.empty((len(out), count), np.uint8), np.empty((len(out), 1), np.uint16)
@@ -339,11 +339,11 @@ class GridCodec(GridDecoder):
         index_of[points @ self.rule.levels ** np.arange(self.rule.group)] = np.arange(len(points))
         return Grid(points, index_of, *neighbours(points, self.rule.levels, self.distances))
 
-    def pack(self, indices, signs, scales, out) -> None:
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         raise NotImplementedError
 
 
-def words(signs, scales):
+def words(signs: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Four times seven signs and four bits of scale, little-endian, of every 32 values."""
     signs = signs.reshape(len(signs), -1, 4).astype(np.uint32)
     word = (
@@ -427,7 +427,7 @@ class IQ2_XXS(GridCodec):
     unpack = staticmethod(unpack_iq2_xxs)
     rule = Rule(32, 8, 3, True, F(1), F(0), F(1e-15), 6, F(0.1), True, 2, F(1), True)
 
-    def pack(self, indices, signs, scales, out):
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         points = indices.reshape(len(out), -1, 4).astype(np.uint8)
         out[:, 2:] = np.concatenate([points, words(signs, scales)], axis=2).reshape(len(out), -1)
 
@@ -437,7 +437,7 @@ class IQ2_XS(GridCodec):
     unpack = staticmethod(unpack_iq2_xs)
     rule = Rule(16, 8, 3, True, F(1), F(0), F(1e-15), 9, F(0.1), False, 0, F(1), True)
 
-    def pack(self, indices, signs, scales, out):
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         out[:, 2:66] = (indices | signs.astype(np.uint16) << 9).astype("<u2").view(np.uint8)
         out[:, 66:] = scales[:, ::2] | scales[:, 1::2] << 4
 
@@ -447,7 +447,7 @@ class IQ2_S(GridCodec):
     unpack = staticmethod(unpack_iq2_s)
     rule = Rule(16, 8, 3, False, F(2), F(0.25), F(1e-8), 9, F(0.1), False, 0, F(0.9875), False)
 
-    def pack(self, indices, signs, scales, out):
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         out[:, 2:34], out[:, 34:66] = indices & 255, signs
         pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 2, 1, out, 66)
         out[:, 74:] = scales[:, ::2] | scales[:, 1::2] << 4
@@ -458,7 +458,7 @@ class IQ3_XXS(GridCodec):
     unpack = staticmethod(unpack_iq3_xxs)
     rule = Rule(32, 4, 8, True, F(2), F(0), F(1e-8), 15, F(0.2), False, 0, F(1.0125), True)
 
-    def pack(self, indices, signs, scales, out):
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         out[:, 2:66] = indices
         out[:, 66:] = words(signs, scales).reshape(len(out), -1)
 
@@ -468,7 +468,7 @@ class IQ3_S(GridCodec):
     unpack = staticmethod(unpack_iq3_s)
     rule = Rule(32, 4, 8, False, F(2), F(0), F(1e-45), 9, F(0.2), False, 1, F(1.033), False)
 
-    def pack(self, indices, signs, scales, out):
+    def pack(self, indices: np.ndarray, signs: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         out[:, 2:66], out[:, 74:106] = indices & 255, signs
         pack((indices >> 8).astype(np.uint8).reshape(-1), 0, 1, 1, out, 66)
         out[:, 106:] = scales[:, ::2] | scales[:, 1::2] << 4

@@ -285,7 +285,7 @@ class Affine(BlockCodec):
         )  # fmt: skip
         self.pack(codes, scales, lows, d.view(np.uint8), out)
 
-    def pack(self, codes, scales, lows, d, out) -> None:
+    def pack(self, codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
         raise NotImplementedError
 
 
@@ -293,12 +293,12 @@ class Q2_K(Affine):
     name, halves = "Q2_K", (80, 82)
     bits, sub, scale_limit, search = 2, 16, 15, (-0.5, 0.1, 15)
 
-    def pack(self, codes, scales, lows, d, out):
+    def pack(self, codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
         out[:, :16] = scales | lows << 4
         pack(codes, 0, 2, 32, out, 16)
         out[:, 80:] = d
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q2_k(blocks, out)
 
 
@@ -306,11 +306,11 @@ class Q4_K(Affine):
     name, halves = "Q4_K", (0, 2)
     bits, sub, scale_limit, search = 4, 32, 63, (-1.0, 0.1, 20)
 
-    def pack(self, codes, scales, lows, d, out):
+    def pack(self, codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
         pack_header(scales, lows, d, out)
         pack(codes, 0, 4, 32, out, 16)
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q45_k(blocks, 4, out)
 
 
@@ -318,16 +318,16 @@ class Q5_K(Affine):
     name, halves = "Q5_K", (0, 2)
     bits, sub, scale_limit, search = 5, 32, 63, (-0.5, 0.1, 15)
 
-    def pack(self, codes, scales, lows, d, out):
+    def pack(self, codes: np.ndarray, scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
         pack_header(scales, lows, d, out)
         pack(codes, 4, 1, 32, out, 16)
         pack(codes, 0, 4, 32, out, 48)
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q45_k(blocks, 5, out)
 
 
-def pack_header(scales, lows, d, out) -> None:
+def pack_header(scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
     """d and dmin, then eight pairs of 6 bits: four whole with their spare bits, and the low halves of the others."""
     out[:, :4] = d
     out[:, 4:8] = scales[:, :4] | scales[:, 4:] >> 4 << 6
@@ -338,7 +338,7 @@ def pack_header(scales, lows, d, out) -> None:
 class Q3_K(BlockCodec):
     name, halves, important = "Q3_K", (108,), True
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         codes, scales, d = signed(x, columns, 3, len(out))
         pack(codes, 2, 1, 32, out, 0)
         pack(codes, 0, 2, 32, out, 32)
@@ -347,25 +347,26 @@ class Q3_K(BlockCodec):
         pack(s, 4, 2, 4, out, 104)
         out[:, 108:] = d
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q3_k(blocks, out)
 
 
 class Q6_K(BlockCodec):
     name, halves, important = "Q6_K", (208,), True
 
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         codes, scales, d = signed(x, columns, 6, len(out))
         pack(codes, 0, 4, 64, out, 0)
         pack(codes, 4, 2, 32, out, 128)
         out[:, 192:208] = scales.view(np.uint8)
         out[:, 208:] = d
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q6_k(blocks, out)
 
 
-def signed(x, columns, bits, blocks):
+def signed(x: np.ndarray, columns: np.ndarray, bits: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, scales [blocks, 16] and bytes of d [blocks, 2]."""
     codes, d = np.empty(x.size, np.uint8), np.empty((blocks, 1), np.uint16)
     scales = np.empty((blocks, 16), np.int8)
     encode_signed(x, columns, bits, codes, scales, d[:, 0])

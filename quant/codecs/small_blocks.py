@@ -28,4 +28,4 @@ def has_small(raw: np.ndarray, dtype: str, run: int, limit: float) -> bool:
     else:
         top = np.float32(limit).view(np.uint32) >> np.uint32(0 if dtype == "F32" else 16)
     flat = np.ascontiguousarray(raw).view(bits).reshape(-1)
-    return bool(any_small(flat, min(run, flat.size), magnitude, bits(top + bits(1)))) if flat.size else False
+    return bool(any_small(flat, min(run, flat.size), magnitude, bits(int(top) + 1))) if flat.size else False

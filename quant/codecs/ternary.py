@@ -87,30 +87,33 @@ def decode_tq2_0(blocks, out):
 
 
 class Ternary(BlockCodec):
-    def encode_blocks(self, x, columns, out):
+    def encode_blocks(self, x: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
         trits, d = np.empty(x.size, np.uint8), np.empty(len(out), np.uint16)
         encode_trits(x, trits, d)
         self.pack(trits, out)
         out[:, -2:] = d[:, None].view(np.uint8)
 
+    def pack(self, trits: np.ndarray, out: np.ndarray) -> None:
+        raise NotImplementedError
+
 
 class TQ1_0(Ternary):
     name, halves = "TQ1_0", (52,)
 
-    def pack(self, trits, out):
+    def pack(self, trits: np.ndarray, out: np.ndarray) -> None:
         """32 bytes of trits 32 apart, 16 of trits 16 apart, and 4 of four trits 4 apart with a fifth that is zero."""
         for at, start, run, digits in ((0, 0, 32, 5), (32, 160, 16, 5), (48, 240, 4, 4)):
             pack_digits(trits, start, run, digits, out, at)
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_tq1_0(blocks, out)
 
 
 class TQ2_0(Ternary):
     name, halves = "TQ2_0", (64,)
 
-    def pack(self, trits, out):
+    def pack(self, trits: np.ndarray, out: np.ndarray) -> None:
         pack(trits, 0, 2, 32, out, 0)
 
-    def decode_blocks(self, blocks, out):
+    def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_tq2_0(blocks, out)
