@@ -198,8 +198,8 @@ class _Workers:
     def __enter__(self) -> _Workers:
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         command = [sys.executable, "-c", f"import {__name__} as compile; compile._serve()"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.idle = [subprocess.Popen(command, env=env, **pipes) for _ in range(self.count)]
+        pipe = subprocess.PIPE
+        self.idle = [subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe) for _ in range(self.count)]
         self.processes = list(self.idle)
         self.threads = ThreadPoolExecutor(max(self.count, 1))
         return self
@@ -207,7 +207,7 @@ class _Workers:
     def __exit__(self, kind: object, *_: object) -> None:
         self.threads.shutdown(wait=kind is None, cancel_futures=True)
         for process in self.processes:
-            if kind is None:
+            if kind is None and process.stdin is not None:
                 process.stdin.close()
             else:
                 process.kill()
@@ -220,6 +220,7 @@ class _Workers:
 
     def _one(self, request: Request) -> Report:
         process = self.idle.pop()
+        assert process.stdin is not None and process.stdout is not None  # pipes
         try:
             pickle.dump(request, process.stdin)
             process.stdin.flush()
@@ -240,6 +241,7 @@ def _serve() -> None:
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             request = pickle.load(sys.stdin.buffer)
+            answer: Report | str
             try:
                 answer = _compile(request)
             except Exception as error:  # any compiler error is an answer; the parent names the kernel
@@ -311,7 +313,7 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
     code = list(parse_sass(sass.splitlines()))
     matrix = re.findall(r"^.*\b((?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)\.\S+)", asm["ptx"], re.MULTILINE)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "registers": _number(r"REG:(\d+)", usage),
         "spills": sum(line.opcode.startswith(("LDL", "STL")) for line in code),
         "matrix_instructions": dict(Counter(matrix)),
         "tma": any(line.opcode.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for line in code),
@@ -325,7 +327,7 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     text = asm["amdgcn"]
     code = list(parse_amdgcn(text.splitlines()))
     return {
-        "registers": int(re.search(r"^\s*\.vgpr_count:\s*(\d+)", text, re.MULTILINE)[1]),  # AGPRs included
+        "registers": _number(r"^\s*\.vgpr_count:\s*(\d+)", text),  # AGPRs included
         # Scalar registers that are spilled go to lanes of a vector register, not to memory.
         "spills": sum(map(int, re.findall(r"vgpr_spill_count:\s*(\d+)", text)))
         + sum(line.opcode.startswith("scratch_") for line in code),
@@ -335,6 +337,15 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
         "loop": hot_loop(code, r"v_s?mfma", r"v_s?mfma"),
         "asm": text,
     }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text, re.MULTILINE)
+    if found is None:
+        raise ValueError(
+            f"expected {pattern} in what the compiler's tools print, found none; they may be of a new version"
+        )
+    return int(found[1])
 
 
 def _output(*command: str) -> str:
@@ -402,7 +413,7 @@ def hot_loop(code: Sequence[Line], matrix: str, waits: str) -> Loop | None:
     def innermost(nodes: set[int]) -> set[int] | None:
         inside = graph.subgraph(nodes)
         loops = [part for part in networkx.strongly_connected_components(inside) if len(part) > 1]
-        best = max(loops, key=lambda part: sum(is_matrix[i] for i in part), default=set())
+        best: set[int] = max(loops, key=lambda part: sum(is_matrix[i] for i in part), default=set())
         if not any(is_matrix[i] for i in best):
             return None
         entries = {i for i in best if any(j not in best for j in graph.predecessors(i))}
