@@ -71,7 +71,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint; the same command again goes on where it was."""
-    from ornith_moe.quant.conversion.convert import PARTIAL
+    from ornith_moe.quant.conversion.convert import PARTIAL, ConversionReport
     from ornith_moe.quant.conversion.convert import convert as run
     from ornith_moe.quant.errors import BuildsFailed
     from ornith_moe.quant.source.hub import open_any
@@ -100,6 +100,7 @@ def convert(
                 progress=progress,
             )
         except BuildsFailed as error:
+            assert isinstance(error.report, ConversionReport)
             report, failure = error.report, error
     if as_json:
         print_json(conversion_json(report, where, opened.notes))

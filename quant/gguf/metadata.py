@@ -125,6 +125,6 @@ def _sampling(folder: Path) -> list[Entry]:
         value = found.get(name)
         if kind == Type.STRING and isinstance(value, str):
             entries[key] = Entry(key, value, kind)
-        elif kind != Type.STRING and type(value) in (int, float) and abs(value) < 1e9:
+        elif kind != Type.STRING and isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e9:
             entries.setdefault(key, Entry(key, int(value) if kind == Type.INT32 else float(value), kind))
     return list(entries.values())

@@ -184,11 +184,12 @@ def _locate_all(
     """
     used: set[str] = set()
     rows = [_locate(weight, tensors, used) for weight in weights]
+    located = [row for row in rows if row is not None]
     missing = [weight for weight, row in zip(weights, rows, strict=True) if row is None]
     unknown = sorted(tensors.keys() - used)
     if missing or unknown:
         raise CheckpointError(_mismatch(checkpoint, model, weights, missing, [tensors[key].name for key in unknown]))
-    return tuple(rows)
+    return tuple(located)
 
 
 def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -> tuple[TensorInfo, int] | None:
@@ -198,8 +199,11 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
         raise CheckpointError(
             f"{alone.path.name}: expert weight {weight.name} is there on its own and inside {packed.name}; keep one"
         )
-    info, shape, row = (alone, weight.shape, 0) if alone else (packed, getattr(weight.packed, "shape", None), None)
-    if info is None:
+    if alone:
+        info, shape, row, name = alone, weight.shape, 0, weight.name
+    elif packed and weight.packed:
+        info, shape, row, name = packed, weight.packed.shape, weight.packed.row, weight.packed.name
+    else:
         return None
     advice = MTP_ADVICE if weight.role == "mtp" else ""
     if info.dtype not in ITEM_BYTES:
@@ -213,8 +217,8 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
             f"{info.path.name}: tensor {bare(info.name)} has shape {list(info.shape)}, config.json means "
             f"{list(shape)}; config and shards are not of one model{advice}"
         )
-    used.add(weight.name if alone else weight.packed.name)
-    return info, weight.packed.row if row is None else row
+    used.add(name)
+    return info, row
 
 
 def _mismatch(

@@ -24,8 +24,8 @@ def compare(stored: StoredBuild, source: Source, result: Verification, progress:
     found = stored.tensors
     try:
         plan = find_build(result.build).as_stored(source, stored)
-    except OrnithError as error:
-        result.problem(str(error))
+    except OrnithError as refusal:
+        result.problem(str(refusal))
         return
     for note in plan.notes:
         result.note(note)

@@ -10,8 +10,8 @@ the rest. Sources: transformers' `modeling_gemma4.py`; llama.cpp's loader for `g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from gguf import GGUFValueType as Type
 from gguf import Keys
@@ -53,7 +53,11 @@ class Gemma4(Architecture):
     """One dense Gemma 4 config."""
 
     MODEL_TYPES = ("gemma4", "gemma4_text")
-    TOP_LEVEL = Architecture.TOP_LEVEL | {"vision_tower": "model.", "embed_vision": "model."}
+    TOP_LEVEL: ClassVar[Mapping[str, str | None]] = {
+        **Architecture.TOP_LEVEL,
+        "vision_tower": "model.",
+        "embed_vision": "model.",
+    }
     VISION_PREFIX = "model.vision_tower."
     TIED = True
     CHANNEL_IGNORE = (*Architecture.CHANNEL_IGNORE, r"re:.*vision_tower.*", r"re:.*embed_vision.*")
@@ -170,7 +174,7 @@ class Gemma4(Architecture):
         is_sliding = [attention == "sliding_attention" for attention in self.attentions]
         kv_heads = [self.kv_heads if slides else self.global_kv_heads for slides in is_sliding]
         heads = (kv_heads, Type.ARRAY, Type.INT32) if set(kv_heads) != {self.kv_heads} else (self.kv_heads, Type.UINT32)
-        first = [
+        first: list[Key] = [
             (Keys.LLM.BLOCK_COUNT, self.layers, Type.UINT32),
             *self.gguf_common_keys(heads),
             (Keys.Rope.FREQ_BASE, everywhere.number("rope_theta", 1e6), Type.FLOAT32),
@@ -179,7 +183,7 @@ class Gemma4(Architecture):
             (Keys.Attention.KEY_LENGTH, self.global_head_dim, Type.UINT32),
             (Keys.Attention.VALUE_LENGTH, self.global_head_dim, Type.UINT32),
         ]
-        after = []
+        after: list[Key] = []
         if text.values.get("final_logit_softcapping") is not None:
             softcap = text.number("final_logit_softcapping", None)
             after.append((Keys.LLM.FINAL_LOGIT_SOFTCAPPING, softcap, Type.FLOAT32))
@@ -210,7 +214,7 @@ def _full_attention(text: Settings, attentions: list[str]) -> Settings:
         return Settings(text.values | own, text.where)
     full = {layer for layer, attention in enumerate(attentions) if attention == "full_attention"}
     sound = isinstance(per_layer, dict) and all(key.isdecimal() and len(key) < 8 for key in per_layer)
-    by_layer = {int(layer): own for layer, own in per_layer.items()} if sound else {-1: None}
+    by_layer: dict[int, Any] = {int(layer): own for layer, own in per_layer.items()} if sound else {-1: None}
     own = next(iter(by_layer.values()), {})
     known = isinstance(own, dict) and own.keys() <= {"head_dim", "num_key_value_heads"}
     if not known or (own and by_layer.keys() != full) or any(other != own for other in by_layer.values()):

@@ -15,9 +15,9 @@ Letters: E experts, H hidden, I expert intermediate; KD, VD summed widths of key
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from gguf import GGUFValueType as Type
 from gguf import Keys
@@ -73,9 +73,9 @@ class Qwen35(Architecture):
     """One Qwen3.5 config."""
 
     MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
-    TOP_LEVEL = Architecture.TOP_LEVEL | {"mtp": "", "visual": "model."}
+    TOP_LEVEL: ClassVar[Mapping[str, str | None]] = {**Architecture.TOP_LEVEL, "mtp": "", "visual": "model."}
     VISION_PREFIX = "model.visual."
-    FUSED = Architecture.FUSED | {"in_proj_qkv": "qkvz", "in_proj_z": "qkvz"}
+    FUSED: ClassVar[Mapping[str, str]] = {**Architecture.FUSED, "in_proj_qkv": "qkvz", "in_proj_z": "qkvz"}
     # Skip lists of the official builds. Channel: Ornith-1.0-*-FP8; MTP stays BF16 there and must be named (vllm#41994).
     CHANNEL_IGNORE = (
         *Architecture.CHANNEL_IGNORE,
@@ -292,7 +292,7 @@ class Qwen35(Architecture):
                 "differ; llama.cpp knows one state size for both"
             )
         recurrent = [mixer == "linear_attention" for mixer in self.mixers] + [False] * mtp_layers
-        first = [
+        first: list[Key] = [
             (Keys.LLM.BLOCK_COUNT, self.layers + mtp_layers, Type.UINT32),
             *self.gguf_common_keys((self.kv_heads, Type.UINT32)),
             (Keys.Rope.DIMENSION_SECTIONS, self._mrope_sections(rope), Type.ARRAY, Type.INT32),
@@ -309,7 +309,7 @@ class Qwen35(Architecture):
             (Keys.Attention.KEY_LENGTH, self.head_dim, Type.UINT32),
             (Keys.Attention.VALUE_LENGTH, self.head_dim, Type.UINT32),
         ]
-        after = [
+        after: list[Key] = [
             (Keys.LLM.EXPERT_FEED_FORWARD_LENGTH, self.intermediate, Type.UINT32),
             (Keys.LLM.EXPERT_SHARED_FEED_FORWARD_LENGTH, self.shared_intermediate, Type.UINT32),
         ] if self.moe else []  # fmt: skip
