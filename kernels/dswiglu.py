@@ -130,7 +130,7 @@ def dswiglu(
     wa = pre.new_empty(rows if save_wa else 0, inner)
     partial = pre.new_empty(rows, triton.cdiv(inner, tile.block_n), dtype=torch.float32)
     code = pre.new_empty(rows, 2 * inner, dtype=torch.uint8) if dpre_fp8 else None
-    code_scale = new_scale(code, 2 * inner, ue8m0) if dpre_fp8 else None
+    code_scale = None if code is None else new_scale(code, 2 * inner, ue8m0)
     work = grouped(dy, dy_scale, weights, plan, tile, columns=inner, block_n=block_n, gather=True)
     launch(
         f"dswiglu {work.kind}", dswiglu_kernel, work.grid,
@@ -141,4 +141,5 @@ def dswiglu(
         QUANTIZE=None if quantize is None else "row" if quantize[1] is None else "group",
         SHIFT=23 if dpre_fp8 and ue8m0 else 0, SAVE=save_wa, DPRE_FP8=dpre_fp8,
     )  # fmt: skip
-    return dpre, wa if save_wa else None, partial, code.view(FP8) if dpre_fp8 else None, as_scale(code_scale)
+    dpre_q = None if code is None else code.view(FP8)
+    return dpre, wa if save_wa else None, partial, dpre_q, as_scale(code_scale)

@@ -24,6 +24,9 @@ h and mix are bijections and keys are odd, so that one changed element always ch
 Legend: E experts (or 1), N rows (output channels or tokens), K columns (the contraction).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -262,12 +265,16 @@ def quantize_fp8_tokens(
 
 def roundtrip_fp8_tokens(x: torch.Tensor, *, group: int | None = FP8_BLOCK, scale: str = "fp32") -> torch.Tensor:
     """`ornith_moe.quant.fp8.roundtrip_fp8_tokens` on the GPU, bit for bit; `group` is None or a power of two."""
-    return _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, values=True)
+    (x_seen,) = _launch("x", x, 1, group, scale, ("fp32", "ue8m0"), weight=False, values=True)
+    return x_seen
 
 
 @torch.no_grad()
-def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False):
-    """Check, allocate, choose the tile, launch. bk None: one scale per row."""
+def _launch(
+    name: str, x: torch.Tensor, bn: int, bk: int | None, scale: str, allowed: tuple[str, ...], *, weight: bool,
+    both: bool = False, values: bool = False,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Check, allocate, choose the tile, launch. bk None: one scale per row. `values`: codes * scales alone."""
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {x.dtype}; convert it first")
     if x.dim() < (2 if weight else 1):
@@ -302,13 +309,15 @@ def _launch(name, x, bn, bk, scale, allowed, *, weight, both=False, values=False
         for scales in (s, s_t):  # of partial blocks without elements
             if scales is not None:
                 scales.fill_(0x3F800000 >> shift)
-    if values:
-        return q
-    pairs = ((q, s), (q_t, s_t)) if both else ((q, s),)
-    return tuple(t for codes, scales in pairs for t in (codes.view(torch.float8_e4m3fn), scales.view(dtype)))
+    if s is None:
+        return (q,)
+    pair = q.view(torch.float8_e4m3fn), s.view(dtype)
+    if q_t is None or s_t is None:
+        return pair
+    return *pair, q_t.view(torch.float8_e4m3fn), s_t.view(dtype)
 
 
-def _as_matrices(name, x, E, N, K):
+def _as_matrices(name: str, x: torch.Tensor, E: int, N: int, K: int) -> torch.Tensor:
     try:
         return x.view(E, N, K)
     except RuntimeError:
@@ -318,14 +327,19 @@ def _as_matrices(name, x, E, N, K):
         ) from None
 
 
-def _start(label, x, out, tile_n, bk, per_row, shift, through_bf16, active=None, digests=None):
+def _start(
+    label: str, x: torch.Tensor, out: Sequence[torch.Tensor | None], tile_n: int, bk: int | None, per_row: bool,
+    shift: int, through_bf16: bool, active: torch.Tensor | None = None, digests: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """One launch over x [E, N, K], into q, scale, q_t and scale_t of `out`."""
     q, s, q_t, s_t = out
     E, N, K = x.shape
     reads = {"x_ptr": x, "active_ptr": active, "digest_ptr": digests}
     writes = {"q_ptr": q, "scale_ptr": s, "digest_ptr": digests}
-    sizes = dict(zip(("N", "K", "stride_xe", "stride_xn", "stride_xk"), (N, K, *x.stride()), strict=True))
-    constants = {"SHIFT": shift, "THROUGH_BF16": through_bf16}
+    sizes: dict[str, Any] = dict(
+        zip(("N", "K", "stride_xe", "stride_xn", "stride_xk"), (N, K, *x.stride()), strict=True)
+    )
+    constants: dict[str, Any] = {"SHIFT": shift, "THROUGH_BF16": through_bf16}
     if bk is None:
         launch(
             label, quantize_row_kernel, (E * triton.cdiv(N, ROWS),), reads=reads, writes=writes, **sizes, **constants,

@@ -17,6 +17,8 @@ last kernel, and lets the CPU's encoder name row and column.
 Legend: R rows, K values in a row; L lanes; B blocks of a tile.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -79,7 +81,7 @@ def affine_search_kernel(
     else:
         sigma2 = 2.0 * mean_square(x_ptr, lane // 8 * SUPER, mask, SUPER)
         a = _importance(a_ptr, lane, mask, subs_of_matrix, K, 32)
-        w = ()
+        w = ()  # type: ignore[assignment]  # Triton's tuples grow
         for i in tl.static_range(32):
             w += (a[i] * tl.sqrt_rn(sigma2 + x[i] * x[i]),)
         fit = affine_scale(x, w, 32, (1 << BITS) - 1, -0.9, 0.05, 36, True)
@@ -290,7 +292,9 @@ ENCODED = {"Q8_0": 8, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}  # bits of a code
 
 
 @torch.no_grad()
-def encode(x: torch.Tensor, type_name: str, importance: torch.Tensor | None = None):
+def encode(
+    x: torch.Tensor, type_name: str, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(blocks [R, row_bytes] uint8, flags): launches and nothing else. Where a flag is set, the bytes are of no use.
 
     x is contiguous [R, K]; importance is fp32 [E, K], a row for each R / E rows of x, on the device of x.
@@ -306,20 +310,21 @@ def encode(x: torch.Tensor, type_name: str, importance: torch.Tensor | None = No
 
     flags = torch.empty(triton.cdiv(blocks, rows), dtype=torch.int32, device=x.device)
     label = f"gguf_encode {type_name}" + ("" if importance is None else " with importance")
-    last = {"writes": {"out_ptr": out, "flags_ptr": flags}, "blocks": blocks, "B": rows}
+    last: dict[str, Any] = {"writes": {"out_ptr": out, "flags_ptr": flags}, "blocks": blocks, "B": rows}
     if type_name == "Q8_0":
         launch(f"{label} blocks", q8_0_kernel, (len(flags),), reads={"x_ptr": x}, **last)
         return out, flags
     affine, guarded = type_name != "Q6_K", importance is not None
     subs = blocks * (8 if affine else 16)
+    width: dict[str, Any] = {"BITS": bits} if affine else {}
     fits = torch.empty((FITS, subs), device=x.device)
     launch(
         f"{label} search", affine_search_kernel if affine else signed_search_kernel, (triton.cdiv(subs, lanes),),
         reads={"x_ptr": x, "a_ptr": importance}, writes={"fits_ptr": fits}, subs=subs,
         subs_of_matrix=subs // (1 if importance is None else len(importance)), K=K, L=lanes,
-        **({"BITS": bits} if affine else {}),
+        **width,
     )  # fmt: skip
-    scales = {"reads": {"fits_ptr": fits}, "blocks": blocks, "L": lanes}
+    scales: dict[str, Any] = {"reads": {"fits_ptr": fits}, "blocks": blocks, "L": lanes}
     last["reads"] = {"x_ptr": x, "fits_ptr": fits}
     if affine:
         launch(

@@ -61,7 +61,7 @@ def values(ptr, at, mask, N: tl.constexpr):
         even, odd = tl.split(tl.reshape(four, [at.shape[0], 2, 2]))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)
-        found += (first, second, third, fourth)
+        found += (first, second, third, fourth)  # type: ignore[assignment]  # Triton's tuples grow
     return found
 
 
@@ -202,7 +202,7 @@ def positive_scale(x, w, N: tl.constexpr, TOP: tl.constexpr):
             new_qq = rest_qq + w[j] * tried * tried
             better = (rest_xq > 0.0) & (rest_qq > 0.0) & (tried != q[j])
             better = better & (new_xq * new_xq * sum_qq > sum_xq * sum_xq * new_qq)
-            moved += (tl.where(better, low_byte(tried), q[j]),)
+            moved += (tl.where(better, low_byte(tried), q[j]),)  # type: ignore[assignment]  # Triton's tuples grow
             sum_xq, sum_qq = tl.where(better, new_xq, sum_xq), tl.where(better, new_qq, sum_qq)
         q = moved
     zero = high < EPSILON

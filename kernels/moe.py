@@ -47,6 +47,9 @@ FP8_WGRAD_ROWS = 2048  # rows per expert from which fp8_full quantizes wgrad: be
 _BF16 = recipe_of("bf16")
 
 
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class Saved:
     """What backward needs. Of T tokens: x, T * H; pre, T * top_k * 2I; routing weights and the plan's index data."""
@@ -90,6 +93,7 @@ def moe_forward(
     _through_strips("down", a, a_scale, down_proj, plan, tiles["down"], weights, y)
     if not save:
         return y, None
+    assert pre is not None
     return y, Saved(x, pre, weights, plan, a_scale if whole_rows else None)
 
 
@@ -97,7 +101,7 @@ def moe_backward(
     dy: torch.Tensor, saved: Saved, gate_up_proj: Operand, down_proj: Operand, *, recipe: Recipe = _BF16,
     needs_grad: tuple[bool, bool, bool, bool] = (True, True, True, True), tiles: Tiles | None = None,
     grad_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
-) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """Gradients of x, weights, gate_up_proj and down_proj; `needs_grad` says which, the others are not computed.
 
     Args:
@@ -123,16 +127,18 @@ def moe_backward(
     fp8_wgrad = full and slots >= FP8_WGRAD_ROWS * num_experts
     ddown = dgate_up = dx = None
     if needs_ddown:
+        assert wa is not None
         ddown = _gradient(down_proj, grad_dtypes[1] or dy.dtype)
         wgrad("ddown", dy, wa, plan, tiles["wgrad"], ddown, gather_g=True, fp8=fp8_wgrad)
     if needs_dgate_up:
+        assert x is not None
         if recipe.activations and not fp8_wgrad:
             x = roundtrip_fp8_tokens(x, group=recipe.group, scale=kind)
         dgate_up = _gradient(gate_up_proj, grad_dtypes[0] or dy.dtype)
         wgrad("dgate_up", dpre, x, plan, tiles["wgrad"], dgate_up, gather_x=True, fp8=fp8_wgrad)
     if needs_dx:
         dx = torch.empty_like(dy)
-        rows, scale = (dpre_q, dpre_scale) if full else (dpre, None)
+        rows, scale = (dpre, None) if dpre_q is None else (dpre_q, dpre_scale)
         _through_strips("dx", rows, scale, gate_up_proj.transposed, plan, tiles["dx"], None, dx)
     return dx, dweights, dgate_up, ddown
 

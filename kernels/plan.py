@@ -19,6 +19,7 @@ is outside [0, E) are sentinels: no row, no tile.
 Legend: T tokens, E experts, slots T * top_k, chunks of `_CHUNK` slots. Maps are named as in docs/notation.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ def plan_reference(indices: torch.Tensor, experts: int, block_m: int) -> Routing
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     tiles = [(e, row) for e in range(experts) for row in range(int(offsets[e]), int(offsets[e + 1]), block_m)]
 
-    def padded(values, length):
+    def padded(values: Sequence[int] | torch.Tensor, length: int) -> torch.Tensor:
         out = torch.full((length,), -1, dtype=torch.int32, device=indices.device)
         out[: len(values)] = torch.as_tensor(values, dtype=torch.int32, device=indices.device)
         return out
@@ -210,7 +211,7 @@ def build_plan(indices: torch.Tensor, experts: int, block_m: int) -> RoutingPlan
     wide = target(indices.device).arch == "interpreter"  # what its programs cost is their number
     part, block_e, tiles = (_CHUNK, 256, 256) if wide else (_PART, 8, _TILES)
 
-    def new(*shape):
+    def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=indices.device)
 
     table, counts, offsets = new(chunks, experts), new(experts), new(experts + 1)

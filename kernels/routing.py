@@ -221,19 +221,20 @@ def route_backward_kernel(
     tl.store(dlogits_ptr + tokens[:, None] * E + expert[None, :], out, mask=mask)
 
 
-def _block(lanes):
+def _block(lanes: int) -> int:
     """Tokens of a program, from the number of experts alone: 4096 lanes are 32 for each thread of four warps."""
     return max(1, min(64, 4096 // lanes))
 
 
-def _dense(x):
+def _dense(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None else x.contiguous()
 
 
 def route_forward(
-    logits, top_k, *, score="softmax", norm_topk_prob=True, bias=None, n_group=None, topk_group=None, replay=None,
-    losses=False,
-):  # fmt: skip
+    logits: torch.Tensor, top_k: int, *, score: str = "softmax", norm_topk_prob: bool = True,
+    bias: torch.Tensor | None = None, n_group: int | None = None, topk_group: int | None = None,
+    replay: torch.Tensor | None = None, losses: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """The routing of logits [T, E] in fp32, fp16 or BF16; options as in `ornith_moe.route`, which checks them.
 
     Returns:
@@ -246,7 +247,7 @@ def route_forward(
     block = _block(groups_pad * size_pad)
     programs = triton.cdiv(T, block)
 
-    def new(dtype, *shape):
+    def new(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     indices, weights = new(torch.int32, T, top_k), new(torch.float32, T, top_k)
@@ -262,13 +263,15 @@ def route_forward(
         OPEN=topk_group or 0, BLOCK_T=block, GROUPS_PAD=groups_pad, SIZE_PAD=size_pad,
         K_PAD=triton.next_power_of_2(top_k),
     )  # fmt: skip
-    sums = (q.sum(0), square.sum(0)) if losses else (None, None)
-    return indices, weights, counts.sum(0, dtype=torch.int32), *sums
+    q_sum, square_sum = (None if rows is None else rows.sum(0) for rows in (q, square))
+    return indices, weights, counts.sum(0, dtype=torch.int32), q_sum, square_sum
 
 
 def route_backward(
-    logits, indices, weights, dweights, dq=None, dsquare=None, *, score="softmax", norm_topk_prob=True
-):  # fmt: skip
+    logits: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, dweights: torch.Tensor,
+    dq: torch.Tensor | None = None, dsquare: torch.Tensor | None = None, *, score: str = "softmax",
+    norm_topk_prob: bool = True,
+) -> torch.Tensor:  # fmt: skip
     """dlogits [T, E] in the dtype of the logits, from what `route_forward` took and gave.
 
     Args:

@@ -25,7 +25,7 @@ from ornith_moe.quant.errors import brief
 FP8_BLOCK = 128  # values that share a scale along the contraction, and rows of a weight's block
 
 Cast = tuple[int, int | None]
-BLOCK: Cast = (FP8_BLOCK, FP8_BLOCK)
+BLOCK = (FP8_BLOCK, FP8_BLOCK)
 GROUP: Cast = (1, FP8_BLOCK)
 ROW: Cast = (1, None)
 

@@ -48,7 +48,7 @@ class Pass:
     @property
     def name(self) -> str:
         """Of the recipe or type."""
-        return self.recipe.name if self.recipe else self.gguf_type
+        return self.recipe.name if self.recipe else self.gguf_type or ""
 
     @property
     def shape(self) -> str:
@@ -73,20 +73,21 @@ def passes() -> list[Pass]:
 
 def record(arch: str, which: Pass, tiles: Tiles | None = None) -> list[Launch]:
     """The launches of a pass, in order; of its products with `tiles` instead of those of the table."""
+    shape, recipe = SHAPES[which.model], which.recipe
     with recording(arch) as launches:
-        if which.direction == "weights":
-            _record_weights(SHAPES[which.model], which.recipe)
-        elif which.direction == "encode":
-            _record_encode(SHAPES[which.model], which.gguf_type)
+        if recipe is None:
+            _record_encode(shape, which.name)
+        elif which.direction == "weights":
+            _record_weights(shape, recipe)
         else:
-            _record_layer(which, tiles, launches)
+            _record_layer(which, recipe, tiles, launches)
     return launches
 
 
 def _record_weights(s: Shape, recipe: Recipe) -> None:
     for n, k in ((2 * s.inner, s.hidden), (s.hidden, s.inner)):
         weight = torch.empty(s.experts, n, k, dtype=torch.bfloat16, device="meta")
-        if recipe.weights == ROW:
+        if recipe.weights is None or recipe.weights == ROW:
             _kept(weight, ROW, fp8_cast.quantize_fp8_channel(weight))
         else:
             _kept(weight, recipe.weights, fp8_cast.quantize_fp8_block(weight))
@@ -100,8 +101,8 @@ def _record_encode(s: Shape, gguf_type: str) -> None:
         gguf_encode.encode(rows, gguf_type, torch.empty(s.experts, s.hidden, device="meta"))
 
 
-def _record_layer(which: Pass, tiles: Tiles | None, launches: list[Launch]) -> None:
-    s, recipe = SHAPES[which.model], which.recipe
+def _record_layer(which: Pass, recipe: Recipe, tiles: Tiles | None, launches: list[Launch]) -> None:
+    s = SHAPES[which.model]
 
     def experts(n: int, k: int) -> Operand:
         if recipe.weights is None:
@@ -118,15 +119,19 @@ def _record_layer(which: Pass, tiles: Tiles | None, launches: list[Launch]) -> N
     _, saved = moe.moe_forward(x, indices, weights, *layer, recipe=recipe, save=True, tiles=tiles)
     if which.direction == "backward":
         launches.clear()
+        assert saved is not None
         _, dweights, *_ = moe.moe_backward(torch.empty_like(x), saved, *layer, recipe=recipe, tiles=tiles)
+        assert dweights is not None
         routing.route_backward(logits, indices, weights, dweights)
 
 
 def _kept(weight: torch.Tensor, block: Cast, copy: tuple[torch.Tensor, ...]) -> None:
     """The check of a copy that is kept; its model is that of a weight which has changed throughout."""
     experts = torch.empty(len(weight), dtype=torch.bool, device="meta")
-    copy = (*copy, None, None)[:4]
-    fp8_cast.quantize_fp8_experts(weight, *copy, experts, fp8_cast.new_digests(weight, block), block=block)
+    q, scale, *both = copy
+    q_t, scale_t = both or (None, None)
+    digests = fp8_cast.new_digests(weight, block)
+    fp8_cast.quantize_fp8_experts(weight, q, scale, q_t, scale_t, experts, digests, block=block)
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def catalog(
         if which.direction == "forward":
             forward[layer] = total(estimates)
         elif which.direction == "backward":
-            bound = bound_us(DEVICES[arch], shape, which.tokens, fp8=which.recipe.is_fp8)
+            bound = bound_us(DEVICES[arch], shape, which.tokens, fp8=which.recipe is not None and which.recipe.is_fp8)
             layers.append(Layer(arch, which, forward[layer], total(estimates), bound))
     return rows, layers
 

@@ -139,7 +139,8 @@ class Cache:
     """Whole tensors, the least recently used evicted first. Reads and writes give the bytes that pass through HBM."""
 
     def __init__(self, capacity: float):
-        self.capacity, self.held = capacity, OrderedDict()  # region -> (bytes, written)
+        self.capacity = capacity
+        self.held: OrderedDict[Any, tuple[int, bool]] = OrderedDict()  # region -> (bytes, written)
 
     def read(self, region: Any, size: int) -> int:
         found = region in self.held
@@ -246,7 +247,9 @@ def _touched(product: Product | None, name: str, tensor: torch.Tensor, counts: n
 
 def _cut(launch: Launch, counts: np.ndarray) -> tuple[_Tiles, int]:
     """The tiles of a launch's product, and the operations asked for."""
-    product, a, b = launch.product, *(launch.arguments[name] for name in launch.product.operands)
+    product = launch.product
+    assert product is not None
+    a, b = (launch.arguments[name] for name in product.operands)
     a_bytes, b_bytes = (getattr(operand, "base", operand).element_size() for operand in (a, b))
     m, n, k = (counts if size is None else np.full(len(counts), size) for size in product.size)
     rows, columns, depth = product.tile
