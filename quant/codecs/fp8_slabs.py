@@ -84,8 +84,9 @@ def decode_fp8(
     n, k = codes.shape
     x, padded = _whole_lanes(codes)
     bn, bk = _block(block, padded)
-    rows = out
-    if out is None or padded != k:
+    if out is not None and padded == k:
+        rows = out
+    else:
         rows = np.empty((n, padded), {"fp32": np.float32, "bf16": np.uint16}[dtype])
     _decode(x, n, padded, bn, bk, np.ascontiguousarray(factors), rows.reshape(-1))
     return _without_padding(rows, k, out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
 from ornith_moe.quant.simd.compiled import compiled
@@ -15,45 +18,45 @@ HALF_INFINITY = 0x7C00  # bits
 class F32(GgufCodec):
     name = "F32"
 
-    def encode(self, rows, imatrix=None):
+    def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         return np.ascontiguousarray(rows, np.float32).view(np.uint8)
 
-    def decode(self, rows):
+    def decode(self, rows: np.ndarray) -> np.ndarray:
         return _aligned(rows, np.float32)
 
 
 class F16(GgufCodec):
     name = "F16"
 
-    def encode(self, rows, imatrix=None):
+    def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         codes = np.empty(rows.shape, np.uint16)
         if _f16(frozen(rows), codes.reshape(-1)) >= HALF_INFINITY:
             row, column = map(int, np.argwhere(codes & 0x7FFF >= HALF_INFINITY)[0])
             raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows, row, column)
         return codes.view(np.uint8)
 
-    def decode(self, rows):
+    def decode(self, rows: np.ndarray) -> np.ndarray:
         return _widened(rows, _from_f16)
 
 
 class BF16(GgufCodec):
     name = "BF16"
 
-    def encode(self, rows, imatrix=None):
+    def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         codes = np.empty(rows.shape, np.uint16)
         _bf16(frozen(np.ascontiguousarray(rows, np.float32)), codes.reshape(-1))
         return codes.view(np.uint8)
 
-    def decode(self, rows):
+    def decode(self, rows: np.ndarray) -> np.ndarray:
         return _widened(rows, _from_bf16)
 
 
-def _aligned(rows, dtype):
+def _aligned(rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Rows of bytes as numbers; a copy only of those that lie askew in memory, which numba would compile anew for."""
     return np.require(rows.view(dtype), requirements="A")
 
 
-def _widened(rows, kernel):
+def _widened(rows: np.ndarray, kernel: Callable[[np.ndarray, np.ndarray], None]) -> np.ndarray:
     bits = _aligned(rows, np.uint16)
     out = np.empty(bits.shape, np.float32)
     kernel(frozen(bits), out.reshape(-1))

@@ -131,13 +131,16 @@ class Cpu:
         )  # fmt: skip
         ddown = dgate_up = dx = None
         if needs_ddown:
+            assert wa is not None
             dtype = grad_dtypes[1] or dy.dtype
             ddown = engine.weight_gradient(dy, wa, (True, False), rows, down.value.shape, dtype)
         del wa
         if needs_dgate_up:
+            assert x is not None and dpre is not None
             dtype = grad_dtypes[0] or dy.dtype
             dgate_up = engine.weight_gradient(dpre, cast(x), (False, True), rows, gate_up.value.shape, dtype)
         if needs_dx:
+            assert dpre is not None
             if recipe.input_gradient:
                 dpre[: rows.used] = cast_gradient(dpre[: rows.used])
             dx = engine.input_gradient(dpre, rows, gate_up)

@@ -25,7 +25,7 @@ def gate_up(x: torch.Tensor, rows: RoutedRows, weight: Operand, save: bool) -> t
     a = x.new_empty(shape[0], shape[1] // 2)
     for e, first, last in rows.groups():
         out = x[rows.tokens_of(first, last)] @ _expert(weight, e, x.dtype).T
-        if save:
+        if pre is not None:
             pre[first:last] = out
         gate, up = _wide(out).chunk(2, -1)
         a[first:last] = F.silu(gate) * up
@@ -62,16 +62,16 @@ def activation_gradient(
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         a = _wide((silu * up).to(dy.dtype) if a_given is None else a_given[first:last])
-        if wants_wa:
+        if wa is not None:
             wa[first:last] = a * factor
         if wants_dweights or wants_dpre:
             da = _wide(dy[rows.tokens_of(first, last)] @ _expert(weight, e, dy.dtype))
-        if wants_dweights:
+        if dweights is not None:
             dweights[slots] = (da * a).sum(-1).float()
-        if wants_dpre:
+        if dpre is not None:
             da *= factor
             dpre[first:last] = torch.cat((da * up * (sigmoid + silu * (1 - sigmoid)), da * silu), -1)
-    return dweights.view(weights.shape) if wants_dweights else None, wa, dpre
+    return None if dweights is None else dweights.view(weights.shape), wa, dpre
 
 
 def weight_gradient(

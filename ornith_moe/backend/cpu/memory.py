@@ -57,7 +57,8 @@ def release() -> None:
 
 def _wants_nan() -> bool:
     """torch's own way to make unwritten memory visible, which tests use."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    fills: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # set by its class
+    return torch.are_deterministic_algorithms_enabled() and fills
 
 
 def _map(nbytes: int) -> mmap.mmap:
@@ -73,7 +74,8 @@ def _tensor(memory: mmap.mmap, shape: Sequence[int], dtype: torch.dtype, keep: b
         weakref.finalize(whole, _give_back, memory).atexit = False
     start = -whole.ctypes.data % _HUGE_PAGE
     tensor = torch.empty(0, dtype=dtype, device="cpu")  # no view of a tensor of bytes: results are changed in place
-    return tensor.set_(torch.from_numpy(whole).untyped_storage(), start // dtype.itemsize, torch.Size(shape))
+    storage = torch.from_numpy(whole).untyped_storage()
+    return tensor.set_(storage, start // dtype.itemsize, torch.Size(shape))  # type: ignore[call-overload]  # no strides
 
 
 def _from_pool(nbytes: int) -> mmap.mmap | None:

@@ -203,10 +203,11 @@ def _matrix(weight: Operand) -> tuple[Matrix, tuple[torch.Tensor, ...]]:
     """(the weight as the kernels take it, the tensors that hold its memory)."""
     value, scale = weight.value, weight.scale
     value = value if value.stride(2) == 1 else value.contiguous()
-    size = value.element_size()
-    place = value.data_ptr(), *value.shape[1:], value.stride(0) * size, value.stride(1) * size
+    size, (_, n, k) = value.element_size(), value.shape
+    place = value.data_ptr(), n, k, value.stride(0) * size, value.stride(1) * size
     if scale is None:
         return Matrix(*place, 0, 0, 0, 1, 1), (value,)
     scale = scale.float().contiguous()
     block = scale_block(value.shape[1:], scale.shape[1:])
-    return Matrix(*place, scale.data_ptr(), *scale.shape[1:], *block), (value, scale)
+    _, scale_rows, scale_columns = scale.shape
+    return Matrix(*place, scale.data_ptr(), scale_rows, scale_columns, *block), (value, scale)

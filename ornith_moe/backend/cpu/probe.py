@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ def bf16_rates() -> Rates:
         return 2 * m * k * n / min(times) / 1e9
 
     dot, wide = (
-        rate(lambda kind=kind: Native(kind).gate_up(x, rows, weight, False))
+        rate(partial(Native(kind).gate_up, x, rows, weight, False))
         if kind != BF16_DOT or HAS_BF16_DOT else 0.0
         for kind in (BF16_DOT, BF16_WIDE)
     )  # fmt: skip

@@ -28,8 +28,8 @@ class RoutedRows(NamedTuple):
 
     @property
     def addresses(self) -> forward.Rows:
-        arrays = (t.data_ptr() for t in (self.offsets, self.row_to_slot, self.active))
-        return forward.Rows(*arrays, len(self.active), self.tokens, self.top_k)
+        offsets, row_to_slot, active = (t.data_ptr() for t in (self.offsets, self.row_to_slot, self.active))
+        return forward.Rows(offsets, row_to_slot, active, len(self.active), self.tokens, self.top_k)
 
     def groups(self) -> list[tuple[int, int, int]]:
         """(expert, its first row, the row after its last) for every expert that has rows."""
