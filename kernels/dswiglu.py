@@ -120,7 +120,8 @@ def dswiglu(
         save_wa: also give wa = w * a'.
         quantize: how the forward quantized a', with its `a_scale` [R] if that was by row; then a' stands for the
             dequantized values, and the cast passes gradients through.
-        dpre_fp8: also give dpre in e4m3, 1x128, with UE8M0 scales if `ue8m0`.
+        dpre_fp8: also give dpre in e4m3, 1x128.
+        ue8m0: scales of groups are UE8M0: those of a', as in the forward, and of dpre.
     Returns:
         dpre [R, 2I], wa [R, I] or None, partial dweights [R, tiles] to be summed, dpre in e4m3 and its scale, or None.
     """
@@ -139,7 +140,7 @@ def dswiglu(
                 "dpre_scale_ptr": code_scale},
         product=work.product, I=inner, **work.arguments,
         QUANTIZE=None if quantize is None else "row" if quantize[1] is None else "group",
-        SHIFT=23 if dpre_fp8 and ue8m0 else 0, SAVE=save_wa, DPRE_FP8=dpre_fp8,
+        SHIFT=23 if ue8m0 else 0, SAVE=save_wa, DPRE_FP8=dpre_fp8,
     )  # fmt: skip
     dpre_q = None if code is None else code.view(FP8)
     return dpre, wa if save_wa else None, partial, dpre_q, as_scale(code_scale)

@@ -15,10 +15,15 @@ from launches import watch
 from moe_cases import DEVICE, OUTPUTS, Layer, exact_products
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference, sqnr_db
 
+from ornith_moe.kernels import fp8_cast
+from ornith_moe.kernels.dswiglu import dswiglu
+from ornith_moe.kernels.gate_up import gate_up
 from ornith_moe.kernels.moe import moe_backward, moe_forward, pass_tiles, strip_width
+from ornith_moe.kernels.plan import build_plan
+from ornith_moe.kernels.tiles import Tile
 from ornith_moe.quant import fp8
 from ornith_moe.quant.operand import Operand
-from ornith_moe.quant.recipes import RECIPES
+from ornith_moe.quant.recipes import GROUP, RECIPES
 from ornith_moe.routing import fold_shared
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -90,6 +95,23 @@ def test_bf16_backward_of_fp8_is_exact_on_the_dequantized_operands():
     got = run(layer, "fp8")
     for name in ("dx", "dgate_up"):
         assert_close(name, got[name], expected[name], TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+def test_backward_computes_the_activation_of_the_forward_again(scale):
+    """With routing weights of 1, wa is a' as the forward quantized it."""
+    layer = Layer(20, 128, 128, 3, 2, dtype=torch.bfloat16)
+    gate_up_proj, down_proj = layer.operands("fp8", scale)
+    plan, options = build_plan(layer.indices, 3, 32), {"ue8m0": scale == "ue8m0"}
+    xq, x_scale = fp8_cast.quantize_fp8_tokens(layer.x, scale=scale)
+    a, a_scale, pre = gate_up(
+        xq, x_scale, gate_up_proj, plan, Tile(), save=True, quantize=True, dtype=torch.bfloat16, **options
+    )
+    ones = torch.ones(40, device=DEVICE)
+    _, wa, *_ = dswiglu(
+        layer.dy, None, down_proj.transposed, pre, ones, plan, Tile(), save_wa=True, quantize=GROUP, **options
+    )
+    assert_same_bits("a'", wa, fp8.dequantize_fp8(a, a_scale, block=(1, 128), dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_full", "fp8_channel"])
