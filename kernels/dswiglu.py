@@ -29,6 +29,7 @@ from ornith_moe.kernels.mainloop import (
     multiply,
     new_scale,
     place,
+    rows_of,
     scale_of_rows,
     store_scale,
     tile_at,
@@ -60,8 +61,9 @@ def dswiglu_kernel(
         e, row, column = tile_at(i, plan, columns, CUT)
         n = column * CUT.block_n
         if row < tl.load(plan.offsets + e + 1):
-            acc, _ = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, n, 0, I, K, CUT)
-            m, offs_n, mask_m, mask = place(plan, e, row, n, I, CUT)
+            offs_m = rows_of(plan, e, row, CUT)
+            acc, _ = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n, 0, I, K, CUT)
+            m, offs_n, mask_m, mask = place(plan, e, row, offs_m, n, I, CUT)
             first = row.to(tl.int64) * I + n
             first_of_gate = first + row.to(tl.int64) * I
             offs, offs_2n = m * I + offs_n, m * (2 * I) + offs_n

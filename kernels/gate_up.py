@@ -27,6 +27,7 @@ from ornith_moe.kernels.mainloop import (
     multiply,
     new_scale,
     place,
+    rows_of,
     scale_of_rows,
     store_scale,
     tile_at,
@@ -56,8 +57,9 @@ def gate_up_kernel(
         e, row, column = tile_at(i, plan, columns, CUT)
         n = column * CUT.block_n
         if row < tl.load(plan.offsets + e + 1):
-            gate, up = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, n, I, 2 * I, K, CUT)
-            m, offs_n, mask_m, mask = place(plan, e, row, n, I, CUT)
+            offs_m = rows_of(plan, e, row, CUT)
+            gate, up = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n, I, 2 * I, K, CUT)
+            m, offs_n, mask_m, mask = place(plan, e, row, offs_m, n, I, CUT)
             first = row.to(tl.int64) * I + n
             dtype: tl.constexpr = pre_ptr.dtype.element_ty
             gate, up = narrow(gate, dtype), narrow(up, dtype)

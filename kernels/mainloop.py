@@ -131,17 +131,25 @@ def tile_at(i, plan, columns, CUT: tl.constexpr):
 
 
 @triton.jit
-def place(plan, e, row, n, N, CUT: tl.constexpr):
+def rows_of(plan, e, row, CUT: tl.constexpr):
+    """[BLOCK_M] rows of the expert from `row` on.
+
+    Those past its last repeat it: loads need no mask, and what they give is not stored.
+    """
+    return tl.minimum(row + tl.arange(0, CUT.block_m), tl.load(plan.offsets + e + 1) - 1)
+
+
+@triton.jit
+def place(plan, e, row, offs_m, n, N, CUT: tl.constexpr):
     """Rows m [BLOCK_M, 1] and columns [1, BLOCK_N] counted from the tile's first, the mask of the rows, and of both.
 
-    Offsets from the tile's first row and column have 32 bits. Rows past the expert's last repeat it.
+    Offsets from the tile's first row and column have 32 bits. The rows that are left are read from the plan again, so
+    that the compiler does not hold them through the K loop.
     """
-    rows_left = tl.load(plan.offsets + e + 1) - row
-    offs_m = tl.arange(0, CUT.block_m)[:, None]
     offs_n = tl.arange(0, CUT.block_n)[None, :]
-    mask_m = offs_m < rows_left
+    mask_m = tl.arange(0, CUT.block_m)[:, None] < tl.load(plan.offsets + e + 1) - row
     mask = mask_m if CUT.even else mask_m & (n + offs_n < N)
-    return tl.minimum(offs_m, rows_left - 1), offs_n, mask_m, mask
+    return (offs_m - row)[:, None], offs_n, mask_m, mask
 
 
 @triton.jit
@@ -198,16 +206,13 @@ def _promoted_add(partial, acc):
 
 @triton.jit
 def multiply(
-    a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, n, second, N, K, CUT: tl.constexpr
+    a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n, second, N, K, CUT: tl.constexpr
 ):  # fmt: skip
-    """(acc, up) [BLOCK_M, BLOCK_N] fp32: the expert's rows from `row` on by rows n, n + 1, ... of b[e] [N, K], and with
-    `pair` by those from n + second on; without, acc twice.
+    """(acc, up) [BLOCK_M, BLOCK_N] fp32: the rows `offs_m`, from `row` on, by rows n, n + 1, ... of b[e] [N, K], and
+    with `pair` by those from n + second on; without, acc twice.
     """
     SCALES: tl.constexpr = CUT.scales
-    # Rows past the expert's last repeat it: loads need no mask, and what they give is not stored.
-    source = tl.minimum(row + tl.arange(0, CUT.block_m), tl.load(plan.offsets + e + 1) - 1)
-    if CUT.top_k:
-        source = tl.load(plan.row_to_slot + source) // CUT.top_k
+    source = tl.load(plan.row_to_slot + offs_m) // CUT.top_k if CUT.top_k else offs_m
     if CUT.wide:
         source = source.to(tl.int64)
     offs_k = tl.arange(0, CUT.block_k)
@@ -265,7 +270,7 @@ def multiply(
         if CUT.pair:
             up = up.T
     if SCALES == "channel":
-        row_scale = _row_scale(a_scale_ptr, plan, strides, e, row, CUT)
+        row_scale = _row_scale(a_scale_ptr, plan, strides, row, offs_m, CUT)
         acc *= row_scale * _column_scale(sb_ptr, n, N, strides, CUT)
         if CUT.pair:
             up *= row_scale * _column_scale(sb_ptr, n + second, N, strides, CUT)
@@ -276,9 +281,9 @@ def multiply(
 
 
 @triton.jit
-def _row_scale(a_scale_ptr, plan, strides, e, row, CUT: tl.constexpr):
-    """[BLOCK_M, 1]; the rows are read from the plan again, so that the compiler does not hold them through the loop."""
-    source = tl.minimum(row + tl.arange(0, CUT.block_m), tl.load(plan.offsets + e + 1) - 1)[:, None]
+def _row_scale(a_scale_ptr, plan, strides, row, offs_m, CUT: tl.constexpr):
+    """[BLOCK_M, 1]"""
+    source = row + (offs_m - row)[:, None]
     if CUT.top_k:
         source = tl.load(plan.row_to_slot + source) // CUT.top_k
     return tl.load(a_scale_ptr + source * strides.a_scale_m)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ornith_moe.kernels.arithmetic import narrow
 from ornith_moe.kernels.launch import launch
-from ornith_moe.kernels.mainloop import columns_of, grouped, multiply, place, tile_at, tiles_of
+from ornith_moe.kernels.mainloop import columns_of, grouped, multiply, place, rows_of, tile_at, tiles_of
 from ornith_moe.kernels.plan import RoutingPlan
 from ornith_moe.kernels.tiles import Tile
 from ornith_moe.quant.operand import Operand
@@ -36,8 +36,11 @@ def project_kernel(
         e, row, column = tile_at(i, plan, columns, CUT)
         n = column * STEP_N
         if row < tl.load(plan.offsets + e + 1):
-            acc, more = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, n_first + n, BLOCK_N, N, K, CUT)
-            m, offs_n, mask_m, mask = place(plan, e, row, n, W, CUT)
+            offs_m = rows_of(plan, e, row, CUT)
+            acc, more = multiply(
+                a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n_first + n, BLOCK_N, N, K, CUT
+            )
+            m, offs_n, mask_m, mask = place(plan, e, row, offs_m, n, W, CUT)
             tile_ptr = out_ptr + (row.to(tl.int64) * W + n)
             tl.store(tile_ptr + (m * W + offs_n), narrow(acc, out_ptr.dtype.element_ty), mask=mask)
             if CUT.pair:
