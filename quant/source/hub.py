@@ -10,7 +10,8 @@ that, a copy in the cache serves, or the failure is one sentence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ def open_any(
     found = {"revision": revision, "local_files_only": bool(unreachable)}
     try:
         if not config_only:
-            folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
+            with _offline(bool(unreachable)):
+                folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
             return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
-        path = Path(hf_hub_download(repository, "config.json", **found))
+        with _offline(bool(unreachable)):
+            path = Path(hf_hub_download(repository, "config.json", **found))
         config, names = read_json(path), None
         try:
             names = read_json(Path(hf_hub_download(repository, INDEX, **found))).get("weight_map")
@@ -76,6 +79,19 @@ def open_any(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
+
+
+@contextmanager
+def _offline(yes: bool) -> Iterator[None]:
+    """The library as HF_HUB_OFFLINE has it; it asks the Hub who calls, for files of its cache too, and waits 3 s."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or yes
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _unreachable(repository: str) -> str:
