@@ -51,7 +51,7 @@ setup(
     ],
     extras_require={
         "triton": ["triton>=3.6,<4"],  # torch's CUDA and ROCm builds bring their own
-        "hf": ["transformers>=5.20,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
+        "hf": ["transformers>=5.7,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
         "llama": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=1.0"],
     },

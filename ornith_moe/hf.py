@@ -256,6 +256,8 @@ def _path_of_stored(module: Module, recipe: Recipe, obstacle: str | None) -> tup
     """`_path` of experts whose weights are (q, scale)."""
     if module.down_proj.dtype != torch.float8_e4m3fn:
         return "refused", f"{module.down_proj.dtype} weights (FP4); choose 'grouped_mm'"
+    if not all(hasattr(module, f"{name}_scale_inv") for name in _projections(module)):
+        return "refused", "FP8 weights without scales, which this transformers did not load; upgrade it"
     reach = _reach(module)
     if recipe.is_fp8 and module.activation_scheme == "static":
         return "refused", "static activation scales; choose 'ornith' for weight-only"
@@ -276,20 +278,20 @@ def _path_of_stored(module: Module, recipe: Recipe, obstacle: str | None) -> tup
 
 
 def _obstacle(module: Module) -> str | None:
-    """What makes the module more than plain SwiGLU, or None."""
+    """What makes the module more than plain SwiGLU, or None. Older releases name only what they can do."""
     if not module.has_gate:
         return "experts without a gate"
     if module.has_bias:
         return "biases"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         return "a norm after each expert"
     gate = type(module)._apply_gate
     if gate is FP8Experts._apply_gate:
-        if not (module.gate_softcap is None and module.swiglu_alpha is None and module.limit is None):
+        if any(getattr(module, option, None) is not None for option in ("gate_softcap", "swiglu_alpha", "limit")):
             return "a clamped or capped gate"
     elif gate is not _default_apply_gate:
         return f"its own gate function, {gate.__qualname__}"
-    if not module.is_concatenated:
+    if not getattr(module, "is_concatenated", True):
         return "interleaved gate and up rows"
     if not (isinstance(module.act_fn, torch.nn.SiLU | SiLUActivation) or module.act_fn is F.silu):
         return f"the activation {getattr(module.act_fn, '__name__', type(module.act_fn).__name__)}"

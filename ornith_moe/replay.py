@@ -57,6 +57,7 @@ __all__ = [
     "unpack",
 ]
 
+_CHOSEN_AROUND_IT = "in this release of transformers the block around it chooses the experts, a newer one is needed"
 _micro_batch: ContextVar[Hashable | None] = ContextVar("micro_batch", default=None)
 
 
@@ -327,6 +328,10 @@ def _steer_router(reference: weakref.ref[_Session], layer: int) -> Callable[...,
         session = reference()
         if session is None:
             return None
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise RuntimeError(
+                f"replay: {type(router).__name__} returns no (logits, weights, ids); {_CHOSEN_AROUND_IT}"
+            )
         logits, weights, chosen = output
         ids = session.choose(layer, chosen)
         if ids is None:
@@ -381,7 +386,11 @@ def _routers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def _common(routers: dict[str, torch.nn.Module], name: str) -> int:
-    values = {getattr(router.config if isinstance(router, MoE) else router, name) for router in routers.values()}
+    owners = [router.config if isinstance(router, MoE) else router for router in routers.values()]
+    for owner in owners:
+        if not hasattr(owner, name):
+            raise ValueError(f"model: {type(owner).__name__} has no {name}; {_CHOSEN_AROUND_IT}")
+    values = {getattr(owner, name) for owner in owners}
     if len(values) != 1:
         raise ValueError(f"model: expected the same {name} in all routers, got {sorted(values)}; replay them apart")
     return values.pop()

@@ -64,6 +64,18 @@ def randomize(module):
                 parameter.normal_(std=0.1)
 
 
+def checkpoint_activations(made, **options):
+    """Recompute every layer in the backward pass; transformers renamed the method."""
+    new = getattr(made, "activation_checkpointing_enable", None)
+    (new or made.gradient_checkpointing_enable)(options)
+
+
+def keep_activations(made):
+    """Undo `checkpoint_activations`."""
+    new = getattr(made, "activation_checkpointing_disable", None)
+    (new or made.gradient_checkpointing_disable)()
+
+
 def loss_and_gradients(made, implementation=None, **inputs):
     """loss [], {name: gradient} of next-token prediction on IDS."""
     if implementation is not None:

@@ -64,7 +64,7 @@ def recomputed_replay(folder, rank, name):
     """Every token to experts 0 to 2, so that rank 1 gets no row, with gradient checkpointing."""
     made, own_batch = load(folder, name)
     made.train()
-    made.activation_checkpointing_enable({"use_reentrant": False})
+    hf_models.checkpoint_activations(made, use_reentrant=False)
     batch = batch_of(rank, own_batch)
     record = torch.tensor([2, 0, 1]).expand(batch["input_ids"].numel(), made.config.num_hidden_layers, 3)
     with replay.replay(made, record) as report:

@@ -61,7 +61,7 @@ class TestFamilies:
         loss, gradients = loss_and_gradients(model)
         model.train()
         for reentrant in (False, True):
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            hf_models.checkpoint_activations(model, use_reentrant=reentrant)
             again, checkpointed = loss_and_gradients(model)
             assert_same_bits("loss", again, loss)
             for name, gradient in gradients.items():
@@ -187,6 +187,8 @@ class TestOddInputs:
     def test_sentinels(self, hidden_act):
         """Ids >= the local number of experts with weight 0, as a rank receives them under all_reduce."""
         module = experts_module(hidden_act=hidden_act)
+        if not hasattr(module, "_is_expert_parallel"):
+            pytest.skip(f"transformers {transformers.__version__} leaves router gradients of sentinels unwritten")
         module._is_expert_parallel = True
         x, indices, weights = inputs()
         indices[::2, 1], indices[4] = 7, 7
@@ -235,31 +237,48 @@ class TestOddInputs:
         assert mine["gate_up_proj"] is None and mine["down_proj"] is None
 
 
-def upstream_layouts():
-    from transformers.models.aria.modeling_aria import AriaExperts, AriaTextConfig
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3Experts
-    from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeConfig, Glm4MoeExperts
-    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
-    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts, MuseSparkTextConfig
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
-    from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
+_SIZES = {"hidden_size": 40, "num_attention_heads": 4, "moe_intermediate_size": 24}
+UPSTREAM = {  # name: (package, configuration, experts, what the configuration needs)
+    "deepseek-v3": ("deepseek_v3", "DeepseekV3Config", "DeepseekV3Experts", _SIZES | {"num_local_experts": 7}),
+    "glm4-moe": ("glm4_moe", "Glm4MoeConfig", "Glm4MoeExperts", _SIZES | {"num_local_experts": 7}),
+    "olmoe": ("olmoe", "OlmoeConfig", "OlmoeExperts", _SIZES | {"intermediate_size": 24, "num_experts": 7}),
+    "gpt-oss": (
+        "gpt_oss",
+        "GptOssConfig",
+        "GptOssExperts",
+        {"hidden_size": 40, "intermediate_size": 24, "num_local_experts": 7},
+    ),
+    "nemotron-h": (
+        "nemotron_h",
+        "NemotronHConfig",
+        "NemotronHExperts",
+        {"hidden_size": 40, "moe_intermediate_size": 24, "n_routed_experts": 7},
+    ),
+    "aria": (
+        "aria",
+        "AriaTextConfig",
+        "AriaExperts",
+        {"hidden_size": 40, "num_attention_heads": 4, "intermediate_size": 24, "moe_num_experts": 7},
+    ),
+    "muse-spark": (
+        "muse_spark",
+        "MuseSparkTextConfig",
+        "MuseSparkExperts",
+        {"moe_hidden_size": 40, "moe_intermediate_size": 24, "num_local_experts": 7},
+    ),
+}
 
-    sizes = {"hidden_size": 40, "num_attention_heads": 4, "moe_intermediate_size": 24}
-    return {
-        "deepseek-v3": lambda: DeepseekV3Experts(DeepseekV3Config(**sizes, num_local_experts=7)),
-        "glm4-moe": lambda: Glm4MoeExperts(Glm4MoeConfig(**sizes, num_local_experts=7)),
-        "olmoe": lambda: OlmoeExperts(OlmoeConfig(**sizes, intermediate_size=24, num_experts=7)),
-        "gpt-oss": lambda: GptOssExperts(GptOssConfig(hidden_size=40, intermediate_size=24, num_local_experts=7)),
-        "nemotron-h": lambda: NemotronHExperts(
-            NemotronHConfig(hidden_size=40, moe_intermediate_size=24, n_routed_experts=7)
-        ),
-        "aria": lambda: AriaExperts(
-            AriaTextConfig(hidden_size=40, num_attention_heads=4, intermediate_size=24, moe_num_experts=7)
-        ),
-        "muse-spark": lambda: MuseSparkExperts(
-            MuseSparkTextConfig(moe_hidden_size=40, moe_intermediate_size=24, num_local_experts=7)
-        ),
-    }
+
+def upstream_layout(name):
+    package, config, experts, options = UPSTREAM[name]
+    modeling = pytest.importorskip(
+        f"transformers.models.{package}.modeling_{package}",
+        reason=f"transformers {transformers.__version__} has no {experts}",
+    )
+    made = getattr(modeling, experts)(getattr(modeling, config)(**options)) if hasattr(modeling, experts) else None
+    if not hasattr(made, "is_transposed"):
+        pytest.skip(f"transformers {transformers.__version__} has no {experts} that takes an implementation")
+    return made
 
 
 class Clamped(Qwen3_5MoeExperts):
@@ -268,7 +287,7 @@ class Clamped(Qwen3_5MoeExperts):
         return self.act_fn(gate) * up
 
 
-@use_experts_implementation(is_concatenated=False)
+@use_experts_implementation
 class Interleaved(torch.nn.Module):
     """Plain SwiGLU, but gate and up rows alternate, which no view undoes."""
 
@@ -306,7 +325,7 @@ def layout(name):
     if name in ("clamped", "interleaved"):
         module = {"clamped": Clamped, "interleaved": Interleaved}[name](hf_models.config())
     else:
-        module = upstream_layouts()[name]()
+        module = upstream_layout(name)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return module
@@ -448,6 +467,8 @@ def test_tensor_subclasses_compute_themselves_or_are_refused(calls):
 def test_compiles_as_one_graph(implementation, hidden_act):
     """The experts call in one graph, forward and backward, then for another number of tokens."""
     module = experts_module(implementation, hidden_act=hidden_act, moe_intermediate_size=128)
+    if hidden_act == "gelu" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip(f"grouped_mm of transformers {transformers.__version__} does not compile in one graph")
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for tokens in (9, 13):

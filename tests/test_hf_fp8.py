@@ -11,6 +11,7 @@ import hf_models
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from numeric import assert_close, assert_same_bits, relative_rms
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -47,6 +48,8 @@ def fp8_module(implementation="ornith", block_size=(128, 128), inner=128, hidden
     flags = {"has_gate": options.get("has_gate", True), "experts_interface": ALL_FP8_EXPERTS_FUNCTIONS}
     decorated = use_experts_implementation(FP8Experts, **flags)
     module = decorated(config, block_size=block_size, **options)
+    if not hasattr(module, "limit") and (inner == 32 or "swiglu_limit" in changes):
+        pytest.skip(f"FP8Experts of transformers {transformers.__version__} clamps nothing and pads no scales")
     return module, fill(module, scale)
 
 
@@ -390,8 +393,10 @@ def test_a_build_of_compressed_tensors_trains_under_the_word_of_its_numbers(tmp_
     convert(open_any(str(source)), tmp_path / "out", ["fp8-channel"], jobs=1)
     (build,) = (tmp_path / "out").iterdir()
     model = AutoModelForCausalLM.from_pretrained(build, experts_implementation="ornith_fp8_channel")
-    explained = ornith_moe.hf.explain(model)
-    assert set(explained.values()) == {"fused: plain SwiGLU, recipe fp8_channel, cpu backend"}
+    explained = set(ornith_moe.hf.explain(model).values())
+    if explained == {"refused: FP8 weights without scales, which this transformers did not load; upgrade it"}:
+        pytest.skip(f"transformers {transformers.__version__} reads no fused experts of compressed-tensors")
+    assert explained == {"fused: plain SwiGLU, recipe fp8_channel, cpu backend"}
     experts = model.get_submodule("model.layers.2.mlp.experts")
     stored = {}
     for shard in build.glob("*.safetensors"):

@@ -11,14 +11,22 @@ import hf_models
 import parallel_worker
 import pytest
 import torch
+import transformers
 from hf_models import gradient_error
 from numeric import assert_close
 from parallel_worker import BATCHES, EXTRA, LAYOUTS
+from transformers.distributed import DistributedConfig
 
 from ornith_moe import replay
 
 EXPERTS = 8
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo"),
+    pytest.mark.skipif(
+        not hasattr(DistributedConfig, "fsdp_size"),
+        reason=f"transformers {transformers.__version__} has no plans for FSDP2 and EP by DistributedConfig",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ class TestEveryFamily:
         any_model.train()
         try:
             for reentrant in (False, True):
-                any_model.activation_checkpointing_enable({"use_reentrant": reentrant})
+                hf_models.checkpoint_activations(any_model, use_reentrant=reentrant)
                 with replay.replay(any_model, record) as report, replay.record(any_model) as trace:
                     loss, gradients = loss_and_gradients(any_model)
                 assert_same_bits("loss", loss, expected_loss)
@@ -99,7 +99,7 @@ class TestEveryFamily:
                 loss.backward()
                 assert_same_gradients({n: p.grad for n, p in any_model.named_parameters()}, expected)
         finally:
-            any_model.activation_checkpointing_disable()
+            hf_models.keep_activations(any_model)
             any_model.eval()
 
 
@@ -160,7 +160,7 @@ class TestMicroBatches:
             with replay.replay(model, record):
                 expected.append(loss_and_gradients(model)[1])
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        hf_models.checkpoint_activations(model, use_reentrant=reentrant)
         with replay.replay(model, records) as report:
             losses = [model(input_ids=IDS, labels=IDS, use_cache=False).loss for _ in records]
             for index in (1, 0, 2):
@@ -173,7 +173,7 @@ class TestMicroBatches:
         """A pass from before the block is recomputed inside it without being steered."""
         _, expected = loss_and_gradients(model)
         model.train()
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        hf_models.checkpoint_activations(model, use_reentrant=True)
         model.zero_grad()
         old = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         with replay.replay(model, random_record(model)), torch.no_grad():
@@ -243,7 +243,7 @@ class TestRowsOfTheKeptTokens:
             {"do_sample": True, "num_return_sequences": 2},
             {"use_cache": False},
             {"prefill_chunk_size": 4},
-            {"prompt_lookup_num_tokens": 3},
+            {"prompt_lookup_num_tokens": 3, "eos_token_id": 96},  # older releases want one
         ],
         ids=str,
     )
@@ -379,6 +379,8 @@ def make_router(name):
     config_class, router_class, options = ROUTERS[name]
     package = name.partition(":")[0]
     module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+    if not hasattr(module, router_class):
+        pytest.skip(f"transformers {transformers.__version__} has no {router_class}")
     router = getattr(module, router_class)(getattr(transformers, config_class)(hidden_size=40, **options))
     hf_models.randomize(router)
     return router
@@ -389,6 +391,12 @@ def make_router(name):
 def test_rules_give_the_bits_of_the_router(name, dtype):
     router = make_router(name).to(dtype)
     x = torch.randn(33, 40).to(dtype)
+    if isinstance(router(x), torch.Tensor):
+        record = torch.arange(getattr(router, "top_k", 3)).expand(33, 1, -1)
+        with pytest.raises((RuntimeError, ValueError), match="the block around it chooses the experts"):
+            with replay.replay(router, record):
+                router(x)
+        return
     logits, weights, ids = router(x)
     with replay.replay(router, ids.unsqueeze(1)) as report:
         mine = router(x)
