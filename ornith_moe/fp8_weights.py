@@ -80,7 +80,7 @@ def quantized_weights(
     Args:
         weight: [E, N, K] (or [..., N, K]), fp32, fp16 or BF16: a parameter, an alias or a view of one.
         recipe: one that casts weights, of `ornith_moe.quant.recipes`.
-        scale: dtype of block scales, "fp32" or "ue8m0"; those of rows are always BF16, as in their files.
+        scale: dtype of block scales, "fp32", "bf16" or "ue8m0"; those of rows are always BF16, as in their files.
         experts: [E] bool on the device of the weight, those to be looked at; None for all. What the others hold is
             undefined, or old.
         transposed: with the transposed pair; None: where the recipe casts the gradient of the input.
@@ -105,8 +105,8 @@ def quantized_weights(
     if row is None or row.weights is None:
         known = ", ".join(name for name, one in RECIPES.items() if one.is_fp8)
         raise ValueError(f"recipe: expected one of {known}, got {recipe!r}")
-    if scale not in ("fp32", "ue8m0"):
-        raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
+    if scale not in fp8.SCALES:
+        raise ValueError(f"scale: expected 'fp32', 'bf16' or 'ue8m0', got {scale!r}")
     if weight.dtype not in fp8.FLOATS:
         raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}; convert it first")
     transposed = row.input_gradient is not None if transposed is None else transposed

@@ -12,6 +12,7 @@ import torch
 
 from ornith_moe import ops, transforms
 from ornith_moe.backend.choice import choose_backend
+from ornith_moe.quant.fp8 import SCALES
 from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Recipe, recipe_of
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
@@ -45,8 +46,8 @@ def moe_mlp(
             `docs/numerics.md`; the weights are masters in any 16- or 32-bit float, or pairs of the recipe's blocks or
             rows, and I is a multiple of 128 except for fp8_channel.
         backend: "triton", "cpu" or "reference"; None chooses by device.
-        scale: scales of the blocks that fp8 and fp8_full make of masters, "fp32", or "ue8m0" (powers of two) where the
-            rollout engine wants those. Activations are scaled as the weights are.
+        scale: scales of the blocks that fp8 and fp8_full make of masters: "fp32", "bf16" as FP8 builds store them, or
+            "ue8m0" (powers of two) where the rollout engine wants those. Activations are scaled as the weights are.
         batch_invariant: the tile does not follow T, so that a token's bits cannot depend on its batch; triton only.
 
     Returns:
@@ -76,8 +77,8 @@ def moe_mlp(
     if activation != "silu":
         raise ValueError(f"activation: expected 'silu', got {activation!r}")
     row = recipe_of(recipe)
-    if scale not in ("fp32", "ue8m0"):
-        raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {scale!r}")
+    if scale not in SCALES:
+        raise ValueError(f"scale: expected 'fp32', 'bf16' or 'ue8m0', got {scale!r}")
     gate_up, gate_up_scale = _pair("gate_up_proj", gate_up_proj)
     down, down_scale = _pair("down_proj", down_proj)
     operands = {"x": x, "indices": indices, "weights": weights, "gate_up_proj": gate_up, "down_proj": down}

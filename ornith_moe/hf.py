@@ -69,8 +69,9 @@ def experts_function(word: str) -> Callable[..., torch.Tensor]:
     It returns:
         [T, H] in the dtype of hidden_states. Under "ornith" unquantized experts compute in the dtype of their weights,
         as in transformers' `grouped_mm`, so a float32 input under autocast is cast first. Under an FP8 word weights in
-        float32 or BF16 are masters: rounded to BF16 and quantized once per optimizer step, trained by gradients of
-        their own dtype; stored FP8 weights are used as they are.
+        float32 or BF16 are masters: rounded to BF16 and quantized once per optimizer step, with BF16 scales, so to the
+        bits of the FP8 build that `convert` writes of them, and trained by gradients of their own dtype; stored FP8
+        weights are used as they are.
 
     It raises:
         ValueError: FP4-packed experts, or scales whose shape does not tile the weight. Under an FP8 word also: experts
@@ -173,9 +174,10 @@ def weight_gradients(model: torch.nn.Module, dtype: torch.dtype = torch.float32)
 def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """Replace the stored FP8 experts of a model by trainable dequantized weights W = q * scale.
 
-    With "ornith_fp8" they are quantized again once per optimizer step, by the quantizer that writes FP8 builds. Before
-    the first step that gives back every q bit for bit, with scales that differ by no more than BF16 rounding, 2^-8:
-    training starts from the policy that is served. One module at a time is held twice.
+    With "ornith_fp8" they are quantized again once per optimizer step, by the quantizer that writes FP8 builds, with
+    scales of the kind that was stored. Before the first step that gives back every q bit for bit, with scales that
+    differ by no more than BF16 rounding, 2^-8 (UE8M0: every q * scale): training starts from the policy that is served.
+    One module at a time is held twice; whether fp32 scales are BF16 numbers is read back once.
 
     Args:
         model: loaded from an FP8 checkpoint. dtype: float32, or bfloat16 for half the memory.
@@ -184,6 +186,7 @@ def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -
     """
     masters = []
     for experts in _fp8_experts(model):
+        kinds = set()
         for name in _projections(experts):
             if getattr(experts, name).element_size() > 1:
                 continue
@@ -194,6 +197,9 @@ def master_weights(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -
             setattr(experts, name, torch.nn.Parameter(master))
             setattr(experts, f"{name}_scale_inv", None)
             masters.append(getattr(experts, name))
+            kinds.add(_kind_of(scale))
+        if kinds:
+            experts._ornith_scale = kinds.pop() if len(kinds) == 1 else "fp32"
     return masters
 
 
@@ -225,7 +231,7 @@ def _experts(
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         if not recipe.is_fp8:
             x = x.to(gate_up.dtype)
-    y = moe_mlp(x, top_k_index, top_k_weights, gate_up, down, recipe=recipe.name)
+    y = moe_mlp(x, top_k_index, top_k_weights, gate_up, down, recipe=recipe.name, scale=_scale_of_masters(module))
     return y.to(hidden_states.dtype)
 
 
@@ -361,6 +367,18 @@ def _projections(module: Module) -> tuple[str, str]:
 
 def _scales(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
     return module.gate_up_proj_scale_inv.detach(), module.down_proj_scale_inv.detach()
+
+
+def _kind_of(scale: torch.Tensor) -> str:
+    """Which scales a weight was stored with; transformers widens the BF16 ones of a file."""
+    if scale.dtype == torch.float8_e8m0fnu:
+        return "ue8m0"
+    return "bf16" if torch.equal(scale, scale.bfloat16().to(scale.dtype)) else "fp32"
+
+
+def _scale_of_masters(module: Module) -> str:
+    """Scales of blocks that masters get: as they were stored, else as `convert` stores them in FP8 builds."""
+    return getattr(module, "_ornith_scale", "bf16")
 
 
 def _reach(module: Module) -> Cast | None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from ornith_moe.backend.protocol import NAMES
 from ornith_moe.functional import moe_mlp
+from ornith_moe.quant.fp8 import SCALES
 from ornith_moe.quant.recipes import recipe_of
 from ornith_moe.routing import Routing, fold_shared, route
 
@@ -71,8 +72,8 @@ class MoEConfig:
         if self.router_logits not in ("float32", "model"):
             raise ValueError(f"router_logits: expected 'float32' or 'model', got {self.router_logits!r}")
         recipe_of(self.recipe).check(self.intermediate_size)
-        if self.scale not in ("fp32", "ue8m0"):
-            raise ValueError(f"scale: expected 'fp32' or 'ue8m0', got {self.scale!r}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale: expected 'fp32', 'bf16' or 'ue8m0', got {self.scale!r}")
         if self.backend is not None and self.backend not in NAMES:
             raise ValueError(f"backend: expected one of {', '.join(NAMES)} or None, got {self.backend!r}")
         # an empty call: the rules about experts and groups stay where they are enforced

@@ -48,7 +48,7 @@ def assert_current(weight, recipe="fp8"):
         assert_same_bits(f"{recipe} {name}", a.view(torch.uint8), b.view(torch.uint8))
 
 
-@pytest.mark.parametrize("scale", ["fp32", "ue8m0"])
+@pytest.mark.parametrize("scale", ["fp32", "bf16", "ue8m0"])
 def test_each_recipe_is_the_definition(scale):
     weight = parameter(rows=130)
     expected = {

@@ -167,14 +167,15 @@ class TestPairs:
 
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize(
-        ("recipe", "storage"), [("fp8", "fp32"), ("fp8_full", "ue8m0"), ("fp8_channel", "channel")]
+        ("recipe", "storage"),
+        [("fp8", "fp32"), ("fp8", "bf16"), ("fp8_full", "bf16"), ("fp8_full", "ue8m0"), ("fp8_channel", "channel")],
     )
     def test_equal_their_master(self, recipe, storage, backend):
         """What a recipe makes of a master is its pair: the same bits, and the same gradients."""
         tensors = operands(inner=128, dtype=torch.bfloat16)
         x, weights, *_ = tensors
         indices, dy = choose("uniform", T, E, TOP_K), torch.randn(T, H)
-        scale = "ue8m0" if storage == "ue8m0" else "fp32"
+        scale = "fp32" if storage == "channel" else storage  # rows have BF16 scales whatever is asked
         options = {"recipe": recipe, "backend": backend}
         expected = run(om.moe_mlp, tensors, indices, dy, scale=scale, **options)
         pairs = quantized(tensors, storage)
@@ -381,7 +382,7 @@ def test_autocast_does_not_change_the_dtypes(backend):
         ({"backend": "cuda"}, ValueError, "backend: expected one of triton, cpu, reference, got 'cuda'"),
         ({"recipe": "fp8"}, ValueError, "recipe: 'fp8' needs an expert intermediate size in .* 128, .*I = 24"),
         ({"recipe": "int3"}, ValueError, "recipe: expected one of bf16, .*, got 'int3'"),
-        ({"scale": "bf16"}, ValueError, "scale: expected 'fp32' or 'ue8m0', got 'bf16'"),
+        ({"scale": "fp16"}, ValueError, "scale: expected 'fp32', 'bf16' or 'ue8m0', got 'fp16'"),
         ({"batch_invariant": True}, ValueError, "batch_invariant: the cpu backend cannot promise it"),
         ({"activation": "gelu"}, ValueError, "activation: expected 'silu'"),
         ({"x": torch.ones(2, 3, 4)}, ValueError, r"x: expected shape \[T, H\], got \[2, 3, 4\]"),

@@ -138,7 +138,8 @@ class TestSelection:
         loss, gradients = loss_and_gradients(model)
 
         def reference(self, x, indices, weights):
-            return moe_mlp_reference(x, indices, weights, self.gate_up_proj, self.down_proj, recipe=recipe)
+            weights_of = self.gate_up_proj, self.down_proj
+            return moe_mlp_reference(x, indices, weights, *weights_of, recipe=recipe, scale="bf16")
 
         try:
             ALL_EXPERTS_FUNCTIONS.register("reference", reference)
@@ -490,7 +491,8 @@ def test_fp8_training_of_masters_is_the_recipe(calls):
     x, indices, weights = inputs()
     mine = outputs_and_gradients(module, "ornith_fp8", x, indices, weights)
     leaves = [t.detach().clone().requires_grad_() for t in (x, weights, module.gate_up_proj, module.down_proj)]
-    y = om.moe_mlp(leaves[0], indices, leaves[1], *leaves[2:], recipe="fp8", backend="reference")
+    options = {"recipe": "fp8", "backend": "reference", "scale": "bf16"}  # the scales of FP8 builds
+    y = om.moe_mlp(leaves[0], indices, leaves[1], *leaves[2:], **options)
     y.square().sum().backward()
     for label, expected in zip(mine, (y, *(leaf.grad for leaf in leaves)), strict=True):
         assert_close(label, mine[label], expected, 1e-5)

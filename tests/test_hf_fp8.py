@@ -343,12 +343,22 @@ class TestMasterWeights:
         assert "gate_up_proj_scale_inv" not in module.state_dict()
         for master, (q, s), exact in zip(masters, stored, dense, strict=True):
             assert_close("master", master.float(), exact, 1e-9 if dtype == torch.float32 else 4e-3)
-            again, s_again = quantize_fp8_block(master.detach())
+            again, s_again = quantize_fp8_block(master.detach(), scale=scale)
             assert_same_bits("q", again.view(torch.uint8), q.view(torch.uint8))
-            assert ((s_again / s.float() - 1).abs() <= 2**-8).all()
+            assert ((s_again.float() / s.float() - 1).abs() <= 2**-8).all()
         assert ornith_moe.hf.why(module) == "fused: plain SwiGLU, recipe fp8, cpu backend"
         assert_all_close(run(module, *operands), served, 2e-2)
         assert all(m.grad is not None and m.grad.dtype == dtype and m.grad.any() for m in masters)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+    def test_of_powers_of_two_are_the_served_policy(self, dtype):
+        """q * scale is exact in both dtypes, and so is casting it again with scales of that kind."""
+        module, _ = fp8_module("ornith_fp8", scale="ue8m0")
+        operands = inputs()
+        served = run(module, *operands)
+        ornith_moe.hf.master_weights(module, dtype)
+        for label, mine, expected in zip(("y", "dx", "dweights"), run(module, *operands), served, strict=True):
+            assert_same_bits(label, mine, expected)
 
     def test_of_small_experts_and_without_quantization(self):
         module, dense = fp8_module("ornith", inner=32)

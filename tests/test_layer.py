@@ -144,7 +144,7 @@ def test_a_step_of_descent_lowers_the_loss():
         ({"router_logits": "bf16"}, "router_logits: expected 'float32' or 'model'"),
         ({"recipe": "fp4"}, "recipe: expected one of bf16, fp8, fp8_full, fp8_channel, got 'fp4'"),
         ({"recipe": "fp8"}, "recipe: 'fp8' needs an expert intermediate size in multiples of 128, .*, got I = 24"),
-        ({"scale": "bf16"}, "scale: expected 'fp32' or 'ue8m0', got 'bf16'"),
+        ({"scale": "fp16"}, "scale: expected 'fp32', 'bf16' or 'ue8m0', got 'fp16'"),
         ({"backend": "cuda"}, "backend: expected one of triton, cpu, reference or None, got 'cuda'"),
     ],
     ids=str,
