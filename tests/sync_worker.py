@@ -77,9 +77,9 @@ def by_hand(folder):
 def peak_bytes(folder):
     """{(dtype, gather_bytes): most memory that a sync in shards takes besides the model}."""
     peaks = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, sizes in ((torch.float32, [PIECE_BYTES]), (torch.bfloat16, [PIECE_BYTES, 1 << 30])):
         made = load(f"{folder}/wide", dtype, **LAYOUTS["fsdp2"])
-        for size in (1 << 30, PIECE_BYTES):
+        for size in sizes:
             sync = plan_sync(made, "fp8-block", gather_bytes=size)
             peaks[dtype, size] = peak_of(lambda sync=sync: [None for _ in sync])
     return peaks

@@ -27,6 +27,8 @@ MODULES = [
     "quant.fp8",
     "quant.recipes",
     "routing",
+    "sync.engines",
+    "sync.served",
 ]
 
 
