@@ -17,6 +17,7 @@ LAYOUTS = {  # name: arguments of transformers' DistributedConfig
     "ep": {"fsdp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"},
     "ep_tp": {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_reduce"},
 }
+GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 PIECE_BYTES = 256 << 10  # of a fused tensor of 1 MiB in BF16
 IDS = torch.arange(2 * 11).view(2, 11) % 97
 
@@ -27,7 +28,7 @@ def run(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         results = {name: layout(folder, name) for name in LAYOUTS}
-        results |= {"by hand": by_hand(folder), "peak": peak_bytes(folder)}
+        results |= {"by hand": by_hand(folder), "odd": odd(folder), "peak": peak_bytes(folder)}
         torch.save(results, f"{folder}/results-{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -72,6 +73,19 @@ def by_hand(folder):
         fully_shard(layer)
     fully_shard(made)
     return given(made, "fp8-channel")
+
+
+def odd(folder):
+    """Seven experts on two ranks, which makes no equal blocks: gathered whole, or each rank its own; and eight a rank,
+    gathered by threes."""
+    made, wide = (load(f"{folder}/{name}", **LAYOUTS["fsdp2"]) for name in ("odd", "wide"))
+    by_threes = plan_sync(wide, "fp8-block", gather_bytes=7 * wide.get_parameter(GATE_UP)[0].numel() * 2)
+    assert by_threes.cuts[GATE_UP].taken == 3
+    return {
+        "whole": given(made, "fp8-block", gather_bytes=1),
+        "own experts": given(made, "fp8-block", gather=False),
+        "by threes": [tuple(one) for one in by_threes],
+    }
 
 
 def peak_bytes(folder):

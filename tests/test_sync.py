@@ -18,6 +18,8 @@ import pytest
 import sync_worker
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
@@ -29,11 +31,13 @@ from ornith_moe.quant.source.weights import open_source
 from ornith_moe.sync import Served, named_tensors, plan_sync, served_weights
 from ornith_moe.sync.check import differences, file_digests, stored_digests
 from ornith_moe.sync.engines import buckets, send, send_to_sglang, vllm_weight_source
+from ornith_moe.sync.held import Cut
 from ornith_moe.sync.served import TORCH, fitting_build
 
 BUILDS = ("fp8-channel", "fp8-block", "bf16")
 SHARD_BYTES = 2 << 20
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 16, "num_hidden_layers": 2}
+ODD = WIDE | {"num_experts": 7}
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +93,11 @@ def stored(path):
     return tensors
 
 
-def assert_same_bytes(given, expected):
+def assert_same_bytes(pairs, expected):
     """Names, dtypes, shapes and bytes of (name, tensor) pairs, each name once."""
-    given = list(given)
-    found = dict(given)
-    assert len(found) == len(given) and found.keys() == expected.keys()
+    pairs = list(pairs)
+    found = dict(pairs)
+    assert len(found) == len(pairs) and found.keys() == expected.keys()
     for name, truth in expected.items():
         assert (found[name].dtype, found[name].shape) == (truth.dtype, truth.shape), name
         assert found[name].is_contiguous()
@@ -104,14 +108,14 @@ def assert_same_bytes(given, expected):
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_are_those_of_the_build(models, built, model, build):
     expected = stored(built[model][build])
-    given = list(served_weights(models[model], build))
-    assert_same_bytes(named_tensors(given), expected)
-    scaled = [one for one in given if one.scale is not None]
+    served = list(served_weights(models[model], build))
+    assert_same_bytes(named_tensors(served), expected)
+    scaled = [one for one in served if one.scale is not None]
     assert {one.scale_name for one in scaled} == {name for name in expected if "_scale" in name}
     assert all(one.tensor.dtype == torch.float8_e4m3fn and one.scale_name.startswith(one.name) for one in scaled)
     assert bool(scaled) == (build != "bf16")
     announced = [(tensor.name, TORCH[tensor.dtype], tensor.shape) for tensor in plan_sync(models[model], build).tensors]
-    assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors(given)]
+    assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors(served)]
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -155,12 +159,12 @@ def test_a_merged_adapter_is_in_its_weight_and_another_is_refused(models, built)
     with pytest.raises(PlanError, match=r"call merge_adapter\(\) before the sync"):
         served_weights(model, "bf16")
     model.merge_adapter()
-    given, before = dict(named_tensors(served_weights(model, "bf16"))), stored(built["dense"]["bf16"])
-    assert given.keys() == before.keys()
-    changed = {name for name in given if not torch.equal(given[name], before[name])}
-    assert changed == {name for name in given if "q_proj" in name or "down_proj" in name}
+    merged, before = dict(named_tensors(served_weights(model, "bf16"))), stored(built["dense"]["bf16"])
+    assert merged.keys() == before.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert changed == {name for name in merged if "q_proj" in name or "down_proj" in name}
     base = copy.deepcopy(model).merge_and_unload()
-    assert_same_bytes(named_tensors(served_weights(base, "bf16")), given)
+    assert_same_bytes(named_tensors(served_weights(base, "bf16")), merged)
 
 
 class TestStoredFP8:
@@ -213,10 +217,10 @@ class TestStoredFP8:
     def test_scales_that_are_no_bf16_numbers_are_not_rounded(self, model):
         experts = model.model.layers[0].mlp.experts
         experts.down_proj_scale_inv.data[0].mul_(1 + 2**-20)
-        given = {one.name: one for one in served_weights(model)}
+        served = {one.name: one for one in served_weights(model)}
         name = "model.layers.0.mlp.experts.{}.down_proj.weight"
-        assert torch.equal(given[name.format(0)].scale, experts.down_proj_scale_inv[0])
-        assert given[name.format(1)].scale.dtype == torch.bfloat16
+        assert torch.equal(served[name.format(0)].scale, experts.down_proj_scale_inv[0])
+        assert served[name.format(1)].scale.dtype == torch.bfloat16
 
 
 def test_fp8_is_the_build_that_the_policy_computes_in(models):
@@ -235,6 +239,25 @@ def test_a_tensor_at_a_time():
     experts = model.model.layers[0].mlp.experts
     peak = sync_worker.peak_of(lambda: [None for _ in served_weights(model, "fp8-block")])
     assert 0 < peak < experts.down_proj[0].nbytes
+
+
+def test_what_is_given_pins_no_more_than_itself(models):
+    """Experts are copies, so that whoever keeps one does not keep the fused tensor; others are the model's own."""
+    model = copy.deepcopy(models["moe"]).to(torch.bfloat16)
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    for one in served_weights(model, "bf16"):
+        assert one.tensor.untyped_storage().nbytes() == one.tensor.nbytes
+        assert (one.tensor.untyped_storage().data_ptr() in own) == (".experts." not in one.name)
+
+
+@given(blocks=st.integers(1, 4), block=st.integers(1, 9), taken=st.integers(1, 9))
+def test_pieces_hold_every_expert_where_it_arrives(blocks, block, taken):
+    """Reference: what a gather of [i, j) of each block gives."""
+    cut, ids = Cut(blocks, block, min(taken, block)), torch.arange(blocks * block).view(blocks, block)
+    pieces = [ids[:, start : start + cut.taken].flatten().tolist() for start in range(0, block, cut.taken)]
+    for number, piece in enumerate(pieces):
+        assert cut.experts(number) == {expert: index for index, expert in enumerate(piece)}
+        assert {cut.piece(expert) for expert in piece} == {number}
 
 
 class TestErrors:
@@ -431,14 +454,15 @@ def results(models, built, folder):
         pytest.skip("this build of torch has no gloo")
     for name in ("moe", "gemma"):
         models[name].save_pretrained(folder / "two" / name)
-    wide = hf_models.model(**WIDE)
-    wide.save_pretrained(folder / "two/wide")
+    for name, changes in (("wide", WIDE), ("odd", ODD)):
+        torch.manual_seed(1)
+        hf_models.model(**changes).save_pretrained(folder / "two" / name)
     torch.multiprocessing.spawn(sync_worker.run, (str(folder / "two"),), nprocs=2)
     return [torch.load(folder / f"two/results-{rank}.pt") for rank in range(2)]
 
 
-def pairs(given):
-    return list(named_tensors(Served(*one) for one in given))
+def pairs(served):
+    return list(named_tensors(Served(*one) for one in served))
 
 
 class TestTwoProcesses:
@@ -461,6 +485,20 @@ class TestTwoProcesses:
     def test_only_one_rank_is_given_tensors(self, built, results, name):
         assert_same_bytes(pairs(results[0][name]["to rank 0"]), stored(built["moe"]["fp8-block"]))
         assert results[1][name]["to rank 0"] == []
+
+    def test_experts_that_make_no_equal_blocks_or_pieces(self, results, folder):
+        plain = {
+            name: AutoModelForCausalLM.from_pretrained(folder / "two" / name, dtype=torch.float32)
+            for name in ("odd", "wide")
+        }
+        expected = {name: dict(named_tensors(served_weights(model, "fp8-block"))) for name, model in plain.items()}
+        for result in results:
+            assert_same_bytes(pairs(result["odd"]["whole"]), expected["odd"])
+            assert_same_bytes(pairs(result["odd"]["by threes"]), expected["wide"])
+        ranks = [dict(pairs(result["odd"]["own experts"])) for result in results]
+        assert_same_bytes((ranks[0] | ranks[1]).items(), expected["odd"])
+        own = [sum("layers.0.mlp.experts" in name and "scale" not in name for name in rank) for rank in ranks]
+        assert own == [3 * 4, 3 * 3]
 
     def test_pieces_save_memory(self, results):
         for result in results:
