@@ -6,9 +6,12 @@ processes (sync_worker.py). Engines are fakes with the published signatures: vLL
 covered: the engines themselves, GPUs, FSDP1, more than two processes.
 """
 
+import ast
 import copy
 import json
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import fixtures
@@ -25,10 +28,13 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
 
 import ornith_moe.hf
+from ornith_moe.fp8_weights import quantized_weights
+from ornith_moe.kernels import fp8_cast
+from ornith_moe.quant.builds.storages.fp8 import FP8Block, FP8Channel
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.source.weights import open_source
-from ornith_moe.sync import Served, named_tensors, plan_sync, served_weights
+from ornith_moe.sync import Served, engines, named_tensors, plan_sync, served, served_weights
 from ornith_moe.sync.check import differences, file_digests, stored_digests
 from ornith_moe.sync.engines import buckets, send, send_to_sglang, vllm_weight_source
 from ornith_moe.sync.held import Cut
@@ -108,14 +114,14 @@ def assert_same_bytes(pairs, expected):
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_are_those_of_the_build(models, built, model, build):
     expected = stored(built[model][build])
-    served = list(served_weights(models[model], build))
-    assert_same_bytes(named_tensors(served), expected)
-    scaled = [one for one in served if one.scale is not None]
+    sent = list(served_weights(models[model], build))
+    assert_same_bytes(named_tensors(sent), expected)
+    scaled = [one for one in sent if one.scale is not None]
     assert {one.scale_name for one in scaled} == {name for name in expected if "_scale" in name}
     assert all(one.tensor.dtype == torch.float8_e4m3fn and one.scale_name.startswith(one.name) for one in scaled)
     assert bool(scaled) == (build != "bf16")
     announced = [(tensor.name, TORCH[tensor.dtype], tensor.shape) for tensor in plan_sync(models[model], build).tensors]
-    assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors(served)]
+    assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors(sent)]
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -217,10 +223,10 @@ class TestStoredFP8:
     def test_scales_that_are_no_bf16_numbers_are_not_rounded(self, model):
         experts = model.model.layers[0].mlp.experts
         experts.down_proj_scale_inv.data[0].mul_(1 + 2**-20)
-        served = {one.name: one for one in served_weights(model)}
+        sent = {one.name: one for one in served_weights(model)}
         name = "model.layers.0.mlp.experts.{}.down_proj.weight"
-        assert torch.equal(served[name.format(0)].scale, experts.down_proj_scale_inv[0])
-        assert served[name.format(1)].scale.dtype == torch.bfloat16
+        assert torch.equal(sent[name.format(0)].scale, experts.down_proj_scale_inv[0])
+        assert sent[name.format(1)].scale.dtype == torch.bfloat16
 
 
 def test_fp8_is_the_build_that_the_policy_computes_in(models):
@@ -231,6 +237,31 @@ def test_fp8_is_the_build_that_the_policy_computes_in(models):
     ):  # fmt: skip
         model.set_experts_implementation(word)
         assert fitting_build(model) == build == plan_sync(model).plan.name
+
+
+def test_a_policy_computes_with_the_codes_that_it_is_served_with(models):
+    """One quantizer: the copy that `ornith_fp8_channel` multiplies with, and what an engine gets."""
+    experts = models["moe"].model.layers[1].mlp.experts
+    sent = {one.name: one for one in served_weights(models["moe"], "fp8-channel")}
+    gate_up, down = (quantized_weights(w, "fp8_channel") for w in (experts.gate_up_proj, experts.down_proj))
+    for expert in range(4):
+        gate, up, last = (
+            sent[f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"] for part in ("gate", "up", "down")
+        )
+        for mine, parts in ((gate_up, [gate, up]), (down, [last])):
+            codes = torch.cat([one.tensor.view(torch.uint8) for one in parts])
+            assert torch.equal(mine.value[expert].view(torch.uint8), codes)
+            assert torch.equal(mine.scale[expert], torch.cat([one.scale for one in parts]))
+
+
+def test_the_twin_of_a_gpu_is_called_as_the_quantizer_is(monkeypatch):
+    """In Triton's interpreter: what `_quantize` takes where weights lie on a GPU."""
+    w = torch.randn(256, 384)
+    expected = {storage: served._quantize(w, storage()) for storage in (FP8Channel, FP8Block)}
+    monkeypatch.setattr(served, "fp8", fp8_cast)
+    for storage, (q, scale) in expected.items():
+        twin_q, twin_scale = served._quantize(w, storage())
+        assert torch.equal(twin_q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(twin_scale, scale)
 
 
 def test_a_tensor_at_a_time():
@@ -312,6 +343,12 @@ class TestErrors:
 
 
 class TestEngines:
+    def test_no_engine_is_imported_before_it_is_asked_for(self):
+        """Nor transformers: by the syntax trees, function bodies left out."""
+        for path in Path(engines.__file__).parent.glob("*.py"):
+            named = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            assert not [line for line in map(ast.unparse, named) if re.search("vllm|sglang|transformers", line)]
+
     def test_load_weights(self, models, built):
         class Worker:
             """`load_weights` of a model of vLLM or SGLang."""
@@ -461,8 +498,8 @@ def results(models, built, folder):
     return [torch.load(folder / f"two/results-{rank}.pt") for rank in range(2)]
 
 
-def pairs(served):
-    return list(named_tensors(Served(*one) for one in served))
+def pairs(sent):
+    return list(named_tensors(Served(*one) for one in sent))
 
 
 class TestTwoProcesses:

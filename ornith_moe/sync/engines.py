@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ornith_moe.sync.served import TORCH, Served, named_tensors, plan_sync
+from ornith_moe.sync.served import GATHER_BYTES, TORCH, Served, named_tensors, plan_sync
 
 Bucket = list[tuple[str, torch.Tensor]]
 BUCKET_BYTES = 512 << 20
@@ -96,11 +96,19 @@ def send_to_sglang(
     return sent + (update(waiting, is_last=True) if waiting else 0)
 
 
-def vllm_weight_source(model: torch.nn.Module, build: str = "FP8", **options: Any) -> Any:
+def vllm_weight_source(
+    model: torch.nn.Module,
+    build: str = "FP8",
+    *,
+    saved_as: torch.dtype | None = torch.bfloat16,
+    gather_bytes: int = GATHER_BYTES,
+    to_rank: int | None = None,
+) -> Any:
     """A `WeightSource` of vLLM over a live policy: `metadata()` at no cost, and a fresh pass per iteration.
 
     Args:
-        model, build, options: as `served_weights`; planned once. Every rank of the trainer iterates, whichever sends.
+        model, build, saved_as, gather_bytes, to_rank: as `served_weights`; planned once. Every rank of the trainer
+            iterates, whichever sends.
     Returns:
         An instance of vllm.distributed.weight_transfer.base.WeightSource. Metadata and tensors have one order.
     Raises:
@@ -118,7 +126,7 @@ def vllm_weight_source(model: torch.nn.Module, build: str = "FP8", **options: An
             "vllm_weight_source: needs vllm >= 0.26 in the trainer's environment, for its WeightSource; install it, or "
             "send named_tensors(served_weights(model)) by a transport of your own"
         ) from error
-    sync = plan_sync(model, build, **options)
+    sync = plan_sync(model, build, saved_as=saved_as, gather_bytes=gather_bytes, to_rank=to_rank)
 
     class PolicySource(WeightSource):
         def metadata(self) -> list[Any]:

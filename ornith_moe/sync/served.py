@@ -77,8 +77,8 @@ def served_weights(
     Args:
         model: of transformers, in whatever wraps it: plain, fully_shard (FSDP2), expert- or tensor-parallel (DTensor
             parameters), DDP, torch.compile, PEFT with merged adapters.
-        build: "fp8-channel", "fp8-block", "bf16", or another registered one of safetensors. "FP8": the one that the
-            policy computes in, by its quantization or experts implementation, else "fp8-channel".
+        build: "fp8-channel", "fp8-block", "bf16", or another registered one of safetensors. "FP8": `fitting_build`, the
+            one of the policy's own quantization or experts implementation, else "fp8-channel".
         saved_as: dtype of the checkpoint, to which masters are rounded first; None: each parameter's own, as
             `save_pretrained` writes the model as it is.
         gather: False: experts are not gathered, and each rank gives those that it holds, under their names in the whole
@@ -112,8 +112,12 @@ def named_tensors(served: Iterable[Served]) -> Iterator[tuple[str, torch.Tensor]
 
 
 def fitting_build(model: torch.nn.Module) -> str:
-    """The FP8 build whose numbers a policy computes with: of its quantization, of its experts implementation under a
-    word of `ornith_moe.hf`, or the official one."""
+    """The FP8 build whose scales reach as far as the policy's: of its quantization, of its experts implementation under
+    a word of `ornith_moe.hf`, or the official one.
+
+    `ornith_fp8_channel` computes with the very codes and scales that fp8-channel stores. `ornith_fp8` has scales in
+    fp32 where fp8-block has BF16, which changes 2 % of the codes.
+    """
     config = config_holder(model).config
     quantized = getattr(config, "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
