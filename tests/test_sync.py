@@ -124,12 +124,17 @@ def test_bytes_are_those_of_the_build(models, built, model, build):
     assert announced == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named_tensors(sent)]
 
 
+@pytest.fixture(scope="module")
+def in_dtype(models, folder):
+    """{dtype: {build: its folder}} of the MoE's checkpoints in other dtypes."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16}
+    return {name: save_and_convert(models["moe"], folder / name, dtype) for name, dtype in dtypes.items()}
+
+
 @pytest.mark.parametrize("build", BUILDS)
-def test_a_checkpoint_in_fp32_keeps_what_is_not_quantized_in_fp32(models, built, folder, build):
+def test_a_checkpoint_in_fp32_keeps_what_is_not_quantized_in_fp32(models, built, in_dtype, build):
     """What is quantized is the same whichever was saved: `convert` rounds to BF16 before it quantizes."""
-    if not (folder / "fp32").exists():
-        save_and_convert(models["moe"], folder / "fp32", torch.float32)
-    in_fp32, in_bf16 = stored(folder / "fp32/builds" / build), stored(built["moe"][build])
+    in_fp32, in_bf16 = stored(in_dtype["fp32"][build]), stored(built["moe"][build])
     assert_same_bytes(named_tensors(served_weights(models["moe"], build, saved_as=None)), in_fp32)
     differ = {name for name in in_fp32 if in_fp32[name].dtype != in_bf16[name].dtype}
     assert_same_bytes(
@@ -138,6 +143,16 @@ def test_a_checkpoint_in_fp32_keeps_what_is_not_quantized_in_fp32(models, built,
     )
     kept = {name for name, tensor in in_bf16.items() if tensor.dtype == torch.bfloat16 and "_scale" not in name}
     assert differ == (set() if build == "bf16" else kept)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_checkpoint_in_fp16_is_rounded_twice(models, built, in_dtype, build):
+    """First to fp16, as it is saved, then to BF16: other numbers than those of masters rounded once."""
+    expected = stored(in_dtype["fp16"][build])
+    assert_same_bytes(named_tensors(served_weights(models["moe"], build, saved_as=torch.float16)), expected)
+    once = stored(built["moe"][build])
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    assert not torch.equal(expected[name].view(torch.uint8), once[name].view(torch.uint8))
 
 
 def test_the_next_pass_sees_the_next_step(models, built):
@@ -265,11 +280,12 @@ def test_the_twin_of_a_gpu_is_called_as_the_quantizer_is(monkeypatch):
 
 
 def test_a_tensor_at_a_time():
-    """Besides the model a plain sync holds one weight, its codes and scales: bytes by torch's own account."""
+    """Besides the model a plain sync holds less than an expert in fp32: a weight in BF16, codes and scales, by torch's
+    own account."""
     model = hf_models.model(**WIDE)
     experts = model.model.layers[0].mlp.experts
     peak = sync_worker.peak_of(lambda: [None for _ in served_weights(model, "fp8-block")])
-    assert 0 < peak < experts.down_proj[0].nbytes
+    assert 0 < peak < experts.down_proj[0].nbytes + experts.gate_up_proj[0].nbytes
 
 
 def test_what_is_given_pins_no_more_than_itself(models):

@@ -219,8 +219,9 @@ class Sync:
                 del held[source]
             if found is not None:
                 rows, scale = found
-                if not isinstance(step.storage, FP8):
-                    rows = rows.to(TORCH[step.parts[0].dtype])
+                if scale is None:
+                    rows = rows.to(self.policy.saved_as or rows.dtype)
+                    rows = rows if isinstance(step.storage, FP8) else rows.to(TORCH[step.parts[0].dtype])
                 _check_finite(weight.name, rows)
                 if self.receives:
                     yield self._served(step, rows, scale)
