@@ -71,7 +71,7 @@ def sampled_kl(trainer_logps: torch.Tensor, rollout_logps: torch.Tensor, mask: t
     ratio = d.exp()
     return Sampled(
         -d.mean().item() + 0.0,
-        (torch.expm1(d) - d).mean().item(),
+        (torch.expm1(d) - d).clamp(min=0).mean().item(),
         ratio.min().item(),
         ratio.mean().item(),
         ratio.max().item(),

@@ -15,7 +15,7 @@ import math
 import hf_models
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numeric import assert_same_bits
 from transformers import AutoModelForCausalLM
@@ -44,6 +44,7 @@ class TestSampled:
         assert made.k3 == pytest.approx((1 - math.log(2) + 0 + 0.5 - 1 + math.log(2)) / 3, rel=1e-6)
         assert made[2:] == pytest.approx((0.5, 3.5 / 3, 2, 1 / 3, 3), rel=1e-6)
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.floats(-5, 0), st.floats(-5, 0)), min_size=1, max_size=9))
     def test_k3_is_never_negative_and_zero_means_equal(self, pairs):
         trainer, rollout = (torch.tensor([column], dtype=torch.float64) for column in zip(*pairs, strict=True))

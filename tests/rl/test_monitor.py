@@ -6,7 +6,7 @@ Reference: lists of offences. Not covered: a sandbox that misreports which files
 import doctest
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ornith_moe.rl import monitor as module
@@ -137,6 +137,7 @@ class TestVeto:
         assert monitor.judge(solution="own") == (False, ())
         assert monitor.judge(solution="own", calls=[Call("shell")]).struck and asked == ["copied", "own"]
 
+    @settings(deadline=None)
     @given(st.sampled_from([None, "fine", "", ValueError("no")]), st.booleans())
     def test_never_takes_a_strike_back(self, says, offends):
         def judge(attempt):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ornith_moe.rl import scaffolds
@@ -91,6 +91,7 @@ class TestReading:
         assert stages.read_scaffold("  ") is None and stages.read_answer("<think>x") is None
         assert read("a", ("", ""), ("", "")) == ("a", "", None)
 
+    @settings(deadline=None)
     @given(st.lists(st.sampled_from(["<answer>", "</answer>", "<think>", "</think>", "a", " ", "\n"]), max_size=12))
     def test_any_completion_is_read_or_fails_with_a_reason(self, parts):
         reading = read("".join(parts), TAGS)
@@ -136,6 +137,7 @@ class TestMemory:
         st.tuples(st.integers(0, 6), st.sampled_from("xy"), st.sampled_from("abcde"), st.integers(0, 8)), max_size=30
     )
 
+    @settings(deadline=None)
     @given(offers=offers, data=st.data())
     def test_order_within_a_step_is_free_and_a_restart_changes_nothing(self, offers, data):
         offers.sort(key=lambda offer: offer[0])
