@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter. It is chosen by a 
 is defined, so it is set here, before any test module is imported.
 """
 
+import functools
 import os
 import random
 import sys
@@ -40,22 +41,37 @@ def fresh_memory_is_nan():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interpreter_is_patched_once_a_kernel():
+def interpreter_does_nothing_twice():
     """Triton's interpreter exchanges the functions of its language at every call of a jit function, in a kernel too,
-    where they are exchanged already; that is a quarter of the time of the tests that it runs."""
+    where they are exchanged already; makes the table of numpy's dtypes anew at every load, store and cast; and converts
+    each element of a tile of FP8 by bit arithmetic, though a byte has 256 values."""
     if HAS_GPU or "triton" not in sys.modules:
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, numpy_dtype, convert = interpreter._patch_lang, interpreter._get_np_dtype, interpreter._convert_float
+    numpy_dtypes = {}
 
     def patch_once(fn):
         languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
         done = all(language.load.__module__ == interpreter.__name__ for language in languages)
         return interpreter._LangPatchScope() if done else patch(fn)
 
-    interpreter._patch_lang = patch_once
+    def numpy_dtype_once(dtype):
+        if dtype.name not in numpy_dtypes:
+            numpy_dtypes[dtype.name] = numpy_dtype(dtype)
+        return numpy_dtypes[dtype.name]
+
+    @functools.cache
+    def converted_bytes(*dtypes_and_rounding):
+        return convert(np.arange(256, dtype=np.uint8), *dtypes_and_rounding)
+
+    def convert_bytes_once(data, dtype, *to):
+        return converted_bytes(dtype, *to)[data] if data.dtype == np.uint8 else convert(data, dtype, *to)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, numpy_dtype_once
+    interpreter._convert_float = convert_bytes_once
 
 
 def pytest_sessionfinish(session):

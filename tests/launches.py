@@ -1,4 +1,4 @@
-"""What kernels were started, while they run; and what they compile to, all targets by one pair of workers."""
+"""What kernels were started, while they run; and what they compile to."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from ornith_moe.kernels import (
     project,
     routing,
 )
-from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
+from ornith_moe.kernels.examine.compile import compile_launches
 
 MODULES = (combine, dswiglu, fp8_cast, gate_up, gguf_encode, grouped_wgrad, plan, project, routing)
 
@@ -42,10 +42,7 @@ def watch(monkeypatch, around=None):
     return every
 
 
-def compiled(launches):
-    """{arch: [(launch, report), ...]} of what `launches(arch)` records, for every target."""
-    pairs = [(arch, one) for arch in PROCESSORS for one in launches(arch)]
-    found = {arch: [] for arch in PROCESSORS}
-    for (arch, one), report in zip(pairs, compile_launches(pairs), strict=True):
-        found[arch].append((one, report))
-    return found
+def compiled(arch, launches):
+    """[(launch, report), ...] of what `launches(arch)` records."""
+    started = launches(arch)
+    return list(zip(started, compile_launches([(arch, one) for one in started]), strict=True))

@@ -5,6 +5,8 @@ multiply: weights, tokens and activations after quantize and dequantize by `orni
 gradient passing straight through each cast.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,26 +19,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
 
 
-class _ExactProducts:
-    """numpy for Triton's interpreter, whose products of BF16 and FP8 are summed in float64 and rounded once."""
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    @staticmethod
-    def matmul(a, b, dtype):
-        return (a.astype(np.float64) @ b.astype(np.float64)).astype(dtype)
-
-
 def exact_products(monkeypatch):
-    """Let equal bits in Triton's interpreter depend on the kernel alone.
+    """Let equal bits in Triton's interpreter depend on the kernel alone: products of BF16 and FP8 are summed in float64
+    and rounded once.
 
     The order in which np.matmul adds depends on the shape of its operands, and on the processor: without AVX-512 a row
     has other last bits among fewer rows, and a product of swapped operands too.
     """
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(interpreter, "np", _ExactProducts())
+    def matmul(a, b, dtype):
+        return (a.astype(np.float64) @ b.astype(np.float64)).astype(dtype)
+
+    monkeypatch.setattr(interpreter, "np", SimpleNamespace(**vars(np) | {"matmul": matmul}))
 
 
 def make_indices(kind, tokens, experts, top_k):

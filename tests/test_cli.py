@@ -1,6 +1,7 @@
 """The command: exit codes, one sentence per failure, JSON and nothing else, and the figures users rely on.
 
-Reference: the functions behind it. Run in a process of its own, as a user runs it. Not covered: the look of tables.
+Reference: the functions behind it. Run in a process of its own; where a start of Python, the environment or a signal
+matters, as a user runs it (command.py). Not covered: the look of tables.
 """
 
 import json
@@ -14,22 +15,12 @@ import fixtures
 import gguf
 import numpy as np
 import pytest
+from command import fresh, ornith_moe
 
 from ornith_moe.command.terminal import shown
 from ornith_moe.quant.conversion.publish import MANIFEST
 
 PLAN_KEYS = {"build", "tensors", "tensor_bytes", "files", "fallbacks", "max_tensor_parallel"}
-
-
-def ornith_moe(*arguments, code=0, **options):
-    done = subprocess.run(
-        [sys.executable, "-m", "ornith_moe", *map(str, arguments)], capture_output=True, text=True, **options
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    if code in (1, 3):
-        assert done.stderr.startswith("ornith-moe: ") and done.stderr.count("\n") == 1, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +31,7 @@ def moe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(moe, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "builds"
-    done = ornith_moe("convert", moe, out, "--to", "fp8-channel", "--to", "gguf:Q8_0", "--json")
+    done = fresh("convert", moe, out, "--to", "fp8-channel", "--to", "gguf:Q8_0", "--json")
     assert done.stderr == ""  # quiet when not a terminal
     return json.loads(done.stdout)
 
@@ -58,7 +49,7 @@ def test_plan_of_a_config(tmp_path):
 
 
 def test_plan_for_people():
-    text = ornith_moe("plan", "qwen3.5-35b-a3b", "--to", "fp8-block", env=os.environ | {"COLUMNS": "160"}).stdout
+    text = fresh("plan", "qwen3.5-35b-a3b", "--to", "fp8-block", env=os.environ | {"COLUMNS": "160"}).stdout
     assert "64,196" in text and "37,454,789,472" in text
 
 
@@ -117,8 +108,8 @@ def test_convert_tells_what_it_made_of_its_source(moe, tmp_path):
 def test_compare_runs_both(moe, converted, tmp_path):
     text = tmp_path / "text"
     text.write_text("A router reads each token once and names the experts that will work on it. " * 8)
-    for build in converted["builds"]:
-        done = ornith_moe("compare", moe, build["path"], "--text", text, "--windows", 1, "--json")
+    for run, build in zip((fresh, ornith_moe), converted["builds"], strict=True):
+        done = run("compare", moe, build["path"], "--text", text, "--windows", 1, "--json")
         found = json.loads(done.stdout)
         assert found["positions"] == 16 and 0 < found["kl_mean"] < found["kl_max"] and 0 <= found["top1"] <= 1
         assert done.stderr == ""
@@ -301,7 +292,7 @@ def test_json_is_strict(tmp_path):
 
 
 def test_tables_are_whole_where_there_is_no_terminal():
-    text = ornith_moe("plan", "ornith-1.0-35b", "--to", "gguf:Q4_K_M", env=os.environ | {"COLUMNS": "40"}).stdout
+    text = fresh("plan", "ornith-1.0-35b", "--to", "gguf:Q4_K_M", env=os.environ | {"COLUMNS": "40"}).stdout
     row = next(line for line in text.splitlines() if "Q4_K_M" in line)
     assert "21,155,768,832" in row and row.count(" GB") == 3 and "…" not in text
 

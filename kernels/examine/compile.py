@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 from ornith_moe.kernels.launch import Launch
 
@@ -190,27 +190,39 @@ def compile_requests(
 
 
 class _Workers:
-    """Processes that compile one request after another, read as pickles from their standard input."""
+    """Processes that compile one request after another, read as pickles from their standard input.
+
+    They stay for the next call, because each takes seconds to start, and end with this process, which ends their input.
+    """
+
+    waiting: ClassVar[list[subprocess.Popen]] = []
 
     def __init__(self, count: int):
         self.count = count
 
     def __enter__(self) -> _Workers:
+        # Lines of the source in the binary change no instruction and cost the compilers 7 % of their time.
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env["TRITON_DISABLE_LINE_INFO"] = "1"
         command = [sys.executable, "-c", f"import {__name__} as compile; compile._serve()"]
         pipe = subprocess.PIPE
-        self.idle = [subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe) for _ in range(self.count)]
+        self.idle: list[subprocess.Popen] = []
+        while len(self.idle) < self.count:
+            start = not self.waiting
+            self.idle.append(
+                subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe) if start else self.waiting.pop()
+            )
         self.processes = list(self.idle)
         self.threads = ThreadPoolExecutor(max(self.count, 1))
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.threads.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is None:
+            self.waiting.extend(self.processes)
+            return
         for process in self.processes:
-            if kind is None and process.stdin is not None:
-                process.stdin.close()
-            else:
-                process.kill()
+            process.kill()
             process.wait()
 
     def run(self, requests: dict[str, Request]) -> Iterator[tuple[str, Report]]:
@@ -398,9 +410,11 @@ def parse_amdgcn(lines: Iterable[str]) -> Iterator[Line]:
 def hot_loop(code: Sequence[Line], matrix: str, waits: str) -> Loop | None:
     """The innermost loop with the most instructions that match `matrix`; None if none is in a loop. Results are in
     flight from there to the next instruction that matches `waits`."""
+    is_matrix = [bool(re.match(matrix, line.text)) for line in code]
+    if not any(is_matrix):
+        return None
     import networkx  # torch brings it
 
-    is_matrix = [bool(re.match(matrix, line.text)) for line in code]
     at = {label: i for i, line in enumerate(code) for label in line.labels}
     graph = networkx.DiGraph()
     graph.add_nodes_from(range(len(code)))

@@ -222,14 +222,9 @@ def launches(arch):
     return started
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return compiled(launches)
-
-
 @pytest.mark.parametrize("target", PROCESSORS)
-def test_compiles_for_every_target(target, reports):
-    for one, report in reports[target]:
+def test_compiles_for_every_target(target):
+    for one, report in compiled(target, launches):
         asm, name = report.asm, one.label
         assert report.spills == 0, name
         copies = 1 + (one.arguments.get("q_t_ptr") is not None)

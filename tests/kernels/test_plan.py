@@ -159,15 +159,11 @@ def launches(arch):
     return started
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return compiled(launches)
-
-
 @pytest.mark.parametrize("target", PROCESSORS)
-def test_compiles_for_every_target(target, reports):
-    assert len(reports[target]) == 6
-    for one, report in reports[target]:
+def test_compiles_for_every_target(target):
+    reports = compiled(target, launches)
+    assert len(reports) == 6
+    for one, report in reports:
         name = f"{one.label}, E = {one.arguments['E']}"
         assert report.spills == 0, f"{name}: {report.spills}"
         assert not any(word in report.asm for word in ("atom.global", "red.global", "global_atomic")), name

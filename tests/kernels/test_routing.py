@@ -262,14 +262,9 @@ def launches(arch):
     return started
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return compiled(launches)
-
-
 @pytest.mark.parametrize("target", PROCESSORS)
-def test_compiles_for_every_target(target, reports):
-    for one, report in reports[target]:
+def test_compiles_for_every_target(target):
+    for one, report in compiled(target, launches):
         asm, name = report.asm, f"{one.label}, E = {one.arguments['E']}"
         assert report.spills == 0, f"{name}: {report.spills}"
         assert "atom" not in asm and "red.global" not in asm, name

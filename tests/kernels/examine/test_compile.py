@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from ornith_moe.kernels import combine, plan
 from ornith_moe.kernels.examine.compile import (
     Report,
+    _Workers,
     compile_launches,
     hot_loop,
     parse_amdgcn,
@@ -160,3 +161,11 @@ def test_a_kernel_that_does_not_compile_is_named(arch):
     broken = dataclasses.replace(broken, arguments=broken.arguments | {"BLOCK_W": 24})
     with pytest.raises(RuntimeError, match=rf"combine\.combine_kernel for {arch} .*does not compile"):
         compile_launches([(arch, broken)])
+
+
+def test_compilers_stay_for_the_next_call():
+    pairs = [("sm90", launches("sm90")[-1])]
+    first = compile_launches(pairs, workers=1)
+    waiting = {process.pid for process in _Workers.waiting}
+    assert compile_launches(pairs, workers=1) == first
+    assert waiting and {process.pid for process in _Workers.waiting} == waiting

@@ -196,10 +196,10 @@ def lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture
-def killed(tmp_path, moe):
+@pytest.fixture(scope="module")
+def killed_once(moe, tmp_path_factory):
     """A conversion killed with SIGKILL after at least forty units."""
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("killed") / "out"
     process = start(moe, out)
     journal = out / PARTIAL / "journal"
     while lines(journal) < 40 and process.poll() is None:
@@ -208,6 +208,11 @@ def killed(tmp_path, moe):
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
     return out
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    return Path(shutil.copytree(killed_once, tmp_path / "out"))
 
 
 def test_a_killed_conversion_shows_nothing_and_resumes(killed, moe, done):
