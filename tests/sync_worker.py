@@ -4,13 +4,17 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.sync import plan_sync, served_weights
+from ornith_moe.sync.held import cut_of, hold
 
 LAYOUTS = {  # name: arguments of transformers' DistributedConfig
     "fsdp2": {"fsdp_size": 2},
@@ -28,7 +32,12 @@ def run(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         results = {name: layout(folder, name) for name in LAYOUTS}
-        results |= {"by hand": by_hand(folder), "odd": odd(folder), "peak": peak_bytes(folder)}
+        results |= {
+            "by hand": by_hand(folder),
+            "odd": odd(folder),
+            "cut": cut_experts(folder),
+            "peak": peak_bytes(folder),
+        }
         torch.save(results, f"{folder}/results-{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -86,6 +95,21 @@ def odd(folder):
         "own experts": given(made, "fp8-block", gather=False),
         "by threes": [tuple(one) for one in by_threes],
     }
+
+
+def cut_experts(folder):
+    """Tensor parallelism, which cuts each expert; and experts that lie on two ranks in turns, two by two."""
+    made = load(f"{folder}/moe", tp_size=2)
+    found = {"tp": given(made, "fp8-block", gather_bytes=1)}
+    try:
+        given(made, "fp8-block", gather=False)
+    except PlanError as error:
+        found["own experts"] = str(error)
+    whole = torch.randn(8, 2, 2, generator=torch.Generator().manual_seed(0))
+    mesh = init_device_mesh("cpu", (2,))
+    in_turns = distribute_tensor(whole, mesh, [_StridedShard(0, split_factor=2)])
+    cut = cut_of(in_turns, None, 1)
+    return found | {"in turns": cut is None and torch.equal(hold(in_turns, None, None, cut, 0).tensor, whole)}
 
 
 def peak_bytes(folder):

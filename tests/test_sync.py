@@ -553,6 +553,12 @@ class TestTwoProcesses:
         own = [sum("layers.0.mlp.experts" in name and "scale" not in name for name in rank) for rank in ranks]
         assert own == [3 * 4, 3 * 3]
 
+    def test_experts_that_are_cut_or_lie_in_turns(self, built, results):
+        for result in results:
+            assert_same_bytes(pairs(result["cut"]["tp"]), stored(built["moe"]["fp8-block"]))
+            assert "which cuts them; shard them by Shard(0), or gather" in result["cut"]["own experts"]
+            assert result["cut"]["in turns"]
+
     def test_pieces_save_memory(self, results):
         for result in results:
             pieces, whole = (result["peak"][torch.bfloat16, size] for size in (sync_worker.PIECE_BYTES, 1 << 30))

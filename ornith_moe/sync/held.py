@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.source.architectures.weight import Weight
@@ -79,6 +79,9 @@ def cut_of(tensor: torch.Tensor, saved_as: torch.dtype | None, gather_bytes: int
             parts[getattr(placement, "dim", 0)] *= size
     if any(length % count for length, count in zip(tensor.shape, parts, strict=True)):
         return None
+    here = _experts_here(tensor)
+    if here != list(range(here[0], here[0] + len(here))) or here[0] % len(here):
+        return None  # interleaved
     item = saved_as.itemsize if saved_as is not None and tensor.element_size() > 1 else tensor.element_size()
     blocks, block = parts[0], tensor.shape[0] // parts[0]
     taken = gather_bytes // (blocks * math.prod(tensor.shape[1:]) * item)
@@ -97,8 +100,6 @@ def hold(
 def hold_local(tensor: torch.Tensor, scale: torch.Tensor | None) -> Held:
     """The experts of a fused tensor that lie on this rank; nothing is gathered.
 
-    Which those are is asked of torch: the numbers of all experts are distributed as the tensor is.
-
     Raises:
         PlanError: the tensor is cut otherwise than into experts.
     """
@@ -108,10 +109,15 @@ def hold_local(tensor: torch.Tensor, scale: torch.Tensor | None) -> Held:
         raise PlanError(
             f"gather=False: experts are placed {tensor.placements}, which cuts them; shard them by Shard(0), or gather"
         )
-    ids = torch.arange(len(tensor), device=tensor.device_mesh.device_type)
-    ids = distribute_tensor(ids, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
     scales = scale.to_local() if isinstance(scale, DTensor) else scale
-    return Held(tensor.to_local(), scales, {expert: index for index, expert in enumerate(ids.tolist())})
+    return Held(tensor.to_local(), scales, {expert: index for index, expert in enumerate(_experts_here(tensor))})
+
+
+def _experts_here(tensor: DTensor) -> list[int]:
+    """Which experts lie on this rank, asked of torch: the numbers of all are distributed as the tensor is."""
+    along = [one if getattr(one, "dim", None) == 0 else Replicate() for one in tensor.placements]
+    ids = torch.arange(len(tensor), device=tensor.device_mesh.device_type)
+    return distribute_tensor(ids, tensor.device_mesh, along, src_data_rank=None).to_local().tolist()
 
 
 def _gathered(tensor: torch.Tensor, dtype: torch.dtype, cut: Cut | None, piece: int) -> torch.Tensor:
