@@ -175,8 +175,10 @@ def mismatch_weights(
         level: "token", or "sequence": the product over the row's tokens, unbiased and of high variance.
         mode: "truncate" keeps what is over the cap at the cap, "mask" takes it out. cap: above 0.
     Returns:
-        [B, T] with 1 outside the mask, or [B] at the level of sequences. No gradient.
-    Source: truncated, Yao et al. 2025; masked, Liu et al. 2025. Kept apart from staleness: arXiv 2605.12070.
+        [B, T] with 1 outside the mask, or [B] at the level of sequences. No gradient. A token of weight 0 stays in the
+        loss's normalizer; leave it out of the mask too (THUDM/slime#657) if the others shall make up for it.
+    Source: truncated, Yao et al. 2025 ("Your efficient RL framework secretly brings you off-policy RL training");
+        masked, Liu et al. 2025 ("When speed kills stability"). Kept apart from staleness: arXiv 2605.12070.
     """
     _matrices(trainer_logps=trainer_logps, rollout_logps=rollout_logps, mask=mask)
     if mode not in ("truncate", "mask"):
