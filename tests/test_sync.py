@@ -175,15 +175,17 @@ def test_names_do_not_depend_on_wrappers(models, built, wrapper):
 
 
 def test_a_merged_adapter_is_in_its_weight_and_another_is_refused(models, built):
-    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(copy.deepcopy(models["dense"]), config)
+    """Of linear layers, and of the fused experts by `target_parameters`."""
+    fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=fused, init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(models["moe"]), config)
     with pytest.raises(PlanError, match=r"call merge_adapter\(\) before the sync"):
         served_weights(model, "bf16")
     model.merge_adapter()
-    merged, before = dict(named_tensors(served_weights(model, "bf16"))), stored(built["dense"]["bf16"])
+    merged, before = dict(named_tensors(served_weights(model, "bf16"))), stored(built["moe"]["bf16"])
     assert merged.keys() == before.keys()
     changed = {name for name in merged if not torch.equal(merged[name], before[name])}
-    assert changed == {name for name in merged if "q_proj" in name or "down_proj" in name}
+    assert changed == {name for name in merged if "q_proj" in name or ".experts." in name}
     base = copy.deepcopy(model).merge_and_unload()
     assert_same_bytes(named_tensors(served_weights(base, "bf16")), merged)
 
