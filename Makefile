@@ -17,12 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-gpu fuzz lint bench wheel clean
+.PHONY: help demo test test-gpu test-verl fuzz lint bench wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
 	@echo 'make test      lint and every test that needs no GPU (ARGS="-k fp8" picks some)'
 	@echo 'make test-gpu  the tests that need a GPU'
+	@echo 'make test-verl the engine of verl, in an environment of its own (.venv-verl)'
 	@echo 'make fuzz      hostile inputs against the command line (ARGS="--cases 5000 --seed 7")'
 	@echo 'make lint | bench | wheel | clean'
 
@@ -37,6 +38,9 @@ fuzz: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	@$(BIN)/pytest -m gpu $(ARGS)
+
+test-verl:
+	@PYTHON='$(PYTHON)' .ci/verl $(ARGS)
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check --quiet .

@@ -52,6 +52,8 @@ setup(
     extras_require={
         "triton": ["triton>=3.6,<4"],  # torch's CUDA and ROCm builds bring their own
         "hf": ["transformers>=5.7,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
+        "trl": ["trl>=1.16,<2", "transformers>=5.7,<6", "matplotlib>=3.8"],  # the last for the curve
+        "verl": ["verl>=0.9.1,<0.10", "transformers>=5.7,<5.11", "compressed-tensors>=0.20"],  # apart from trl
         "llama": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=1.0"],
     },

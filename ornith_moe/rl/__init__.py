@@ -5,7 +5,8 @@
     scaffolds.py   prompts of both stages, parsing, the scaffolds in use by category
     monitor.py     what a rollout may touch, and what strikes it out
     meter.py       how far the trainer's numbers are from the rollout engine's
+    verl.py        verl's FSDP2 engine with replayed routing and synced builds; needs verl
 
-Plain PyTorch, no trainer in it: TRL and verl are the engines, and adapters to them stand on these files. docs/rl.md has
-the method on one page. Nothing is imported here, so the text-level files start without torch.
+Plain PyTorch but for adapters, no trainer in it: TRL and verl are the engines, and the adapters stand on these files.
+docs/rl.md has the method on one page. Nothing is imported here, so the text-level files start without torch.
 """
