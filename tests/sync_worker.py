@@ -1,4 +1,4 @@
-"""What each of the two processes of test_sync runs; a module of its own, so that a new process can import it."""
+"""What each of the two processes of test_sync_parallel runs; of its own, so that a new process can import it."""
 
 import os
 
