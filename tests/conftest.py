@@ -12,6 +12,9 @@ import sys
 # A thread of numpy that waits spins. Beside other busy processes, as under xdist, a product of 128 x 128 x 128, which
 # Triton's interpreter makes all day, took 3.1 ms of CPU by two threads and 0.14 ms by one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # torch's likewise: the cores are shared out among the processes
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
 
 import numpy as np
 import pytest
