@@ -179,7 +179,8 @@ def results(source, folder):
     found["served, fp32"] = dict(engine.get_per_tensor_param()[0])
     engine.save_checkpoint(f"{folder}/fp32")
 
-    engine = make_engine(source, served_build="fp8-block")
+    engine = make_engine(source, served_build="FP8", _experts_implementation="ornith_fp8")
+    found["explain, bf16"] = ornith_moe.hf.explain(engine.module)
     found["metrics, bf16"], _ = ppo(engine, make_batch(batch), updates=1)
     found["served, bf16"] = dict(engine.get_per_tensor_param()[0])
     engine.save_checkpoint(f"{folder}/bf16")

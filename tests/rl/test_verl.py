@@ -52,6 +52,7 @@ def test_the_registry_gives_our_engine_and_its_experts_are_ours(found):
     assert found["engine"] == "OrnithFSDPEngine"
     assert set(found["explain"].values()) == {"fused: plain SwiGLU, recipe bf16, cpu backend"}
     assert len(found["explain"]) == LAYERS
+    assert set(found["explain, bf16"].values()) == {"fused: plain SwiGLU, recipe fp8, cpu backend"}
 
 
 def expected_rows(records, rows):
@@ -110,7 +111,8 @@ def test_packed_sequences_replay_too(found):
 
 @pytest.mark.parametrize(("dtype", "build"), [("fp32", "fp8-channel"), ("bf16", "fp8-block")])
 def test_what_is_synced_is_the_build_of_the_saved_checkpoint(ranks, dtype, build):
-    """After updates, so that masters lie between BF16 numbers; verl saves the masters."""
+    """After updates, so that masters lie between BF16 numbers; verl saves the masters. In BF16 the experts train in FP8
+    per block, and "FP8" is the build of those numbers."""
     folder = ranks[0]["folder"]
     saved = folder / dtype / "huggingface"
     if dtype == "bf16":
