@@ -44,7 +44,7 @@ setup(
         "safetensors>=0.5",
         "gguf>=0.18",
         "numba>=0.61,<1",
-        "regex>=2024.4.16",
+        "regex>=2025.10.22",
         "typer>=0.15",
         "rich>=13.7",
         "xxhash>=3.4",
@@ -55,7 +55,7 @@ setup(
         "trl": ["trl>=1.16,<2", "transformers>=5.7,<6", "matplotlib>=3.8"],  # the last for the curve
         "verl": ["verl>=0.9.1,<0.10", "transformers>=5.7,<5.11", "compressed-tensors>=0.20"],  # apart from trl
         "llama": ["xllamacpp>=2026.10"],
-        "hub": ["huggingface_hub>=1.0"],
+        "hub": ["huggingface_hub>=1.5"],
     },
     entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},
 )
