@@ -17,10 +17,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo test test-gpu test-verl fuzz lint bench wheel clean
+.PHONY: help demo rl test test-gpu test-verl fuzz lint bench wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
+	@echo 'make rl        self-scaffolding RL of a small policy, three arms, then served (ARGS="--seeds 0 1 2")'
 	@echo 'make test      lint and every test that needs no GPU (ARGS="-k fp8" picks some)'
 	@echo 'make test-gpu  the tests that need a GPU'
 	@echo 'make test-verl the engine of verl, in an environment of its own (.venv-verl)'
@@ -29,6 +30,9 @@ help:
 
 demo: $(VENV)/.installed
 	@$(BIN)/python demo/run.py $(ARGS)
+
+rl: $(VENV)/.installed
+	@$(BIN)/python examples/self_scaffold.py $(ARGS)
 
 test: lint
 	@$(BIN)/pytest -m 'not gpu' -n $(WORKERS) --dist worksteal $(ARGS)

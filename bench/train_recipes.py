@@ -186,7 +186,7 @@ def train(recipe, seed, replayed, text, settings=SETTINGS, progress=None):
 def read_text(settings=SETTINGS):
     """(tokenizer, training tokens, held-out tokens) of the library of this Python, as in demo/nano.py."""
     training = [text for name, text in nano._read_library(settings.text_bytes) if not nano._is_heldout(name)]
-    tokenizer = nano._train_tokenizer(training, settings.vocab_size)
+    tokenizer = nano.train_tokenizer(training, settings.vocab_size)
     return (
         tokenizer,
         nano._encode(tokenizer, training),

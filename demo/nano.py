@@ -129,7 +129,7 @@ def make_nano(
 
     started = time.monotonic()
     training_texts = [text for name, text in texts if not _is_heldout(name)]
-    tokenizer = _train_tokenizer(training_texts, settings.vocab_size)
+    tokenizer = train_tokenizer(training_texts, settings.vocab_size)
     stream = _encode(tokenizer, training_texts)
     heldout = torch.tensor(heldout_tokens(tokenizer, settings.heldout_tokens))
     with torch.random.fork_rng(devices=[]):
@@ -212,7 +212,7 @@ def _is_heldout(name: str) -> bool:
     return _name_hash(name) % 16 == 0
 
 
-def _train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
