@@ -115,8 +115,7 @@ def fitting_build(model: torch.nn.Module) -> str:
     """The FP8 build whose scales reach as far as the policy's: of its quantization, of its experts implementation under
     a word of `ornith_moe.hf`, or the official one.
 
-    `ornith_fp8_channel` computes with the very codes and scales that fp8-channel stores. `ornith_fp8` has scales in
-    fp32 where fp8-block has BF16, which changes 2 % of the codes.
+    The words of `ornith_moe.hf` compute with the very codes and scales that this build then stores.
     """
     config = config_holder(model).config
     quantized = getattr(config, "quantization_config", None)
