@@ -147,7 +147,7 @@ def test_the_two_folders_are_no_regular_packages():
 
 def test_nobody_imports_the_bare_names():
     found = []
-    for folder in (*FOLDERS, "bench", "demo", "docs", "tests"):
+    for folder in (*FOLDERS, "bench", "demo", "docs", "examples", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
