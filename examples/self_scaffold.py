@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ARMS = ("two_level", "shared", "solution_only")
 S, R, TASKS = 6, 2, 12  # scaffolds a task, rollouts a scaffold, tasks a batch: 216 rows
-UPDATES, LEARNING_RATE, WARMUP = 200, 3e-4, 10  # at 3e-3 every arm falls to 0, the executor first
+UPDATES, LEARNING_RATE, WARMUP = 200, 3e-4, 10  # at 5e-4 one seed of two stopped at a reward of 0.5
 WARM_ROUND, WARM_ROUNDS, OBEYS = 200, 8, 0.99
 HINT = 0.1  # how much more often a demonstration's scaffold is the right one
 STAGES = Stages("{task}\nplan:", "", "{task}\nplan: {scaffold}\nanswer:", ("", ""), ("", ""))
