@@ -11,8 +11,8 @@ A task of the dataset takes S * (1 + R) rows of a batch, each with its own conte
     S * R solutions    solve(task, scaffold)           ->  solution       A[s, r]
 
 That is TRL's `num_generations`, so its batch sizes count rows as always. Generation (transformers or vLLM), the loss,
-checkpoints and logs are TRL's; one public seam is used, `_generate_and_score_completions`, beside hooks that call
-`super()`.
+checkpoints and logs are TRL's. One method is replaced, `_generate_and_score_completions`; others call `super()`. All
+are private to TRL, and were run with 1.16 alone.
 
 The first update of a batch. Log-probs of the policy that generated, and the experts it visited, are taken from the very
 micro-batches that the loss will see, not before they are shuffled. So in the first update the ratio is exactly 1: no
@@ -21,10 +21,10 @@ token is clipped and no expert flips, bit for bit; later updates of the same bat
 Resume. A checkpoint holds the scaffolds in use, and between two updates of one batch the batch itself (safetensors), so
 a run that was killed goes on with the numbers of one that was not.
 
-Logged beside TRL's own: `reward`, `reward/scaffold_best` (the best scaffold's mean), `reward/within_std`,
-`struck/scaffolds`, `struck/solutions`, `scaffold/repeated` (share of a task's scaffolds that are copies),
-`scaffold/age` (updates since the one in use was written), `entropy/scaffold`, `entropy/solution`,
-`replay/flipped_share`, `policy/age` (updates since the batch was generated).
+Logged beside TRL's own: `reward`, `reward/scaffold_best` (the best scaffold's mean), `struck/scaffolds`,
+`struck/solutions`, `scaffold/repeated` (share of a task's scaffolds that are copies), `scaffold/age` (updates since the
+one in use was last measured), `entropy/scaffold`, `entropy/solution`, `replay/flipped_share`, `policy/age` (updates
+since the batch was generated).
 
 Not here: routed experts returned by vLLM (R3): TRL's client does not carry them; `ornith_moe.rl.verl` does.
 
