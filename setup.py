@@ -1,9 +1,10 @@
-"""Package metadata and the two-folder mapping.
+"""Package metadata and the mapping of three folders.
 
-`kernels/` and `quant/` lie at the root, where a reader looks for them, and are shipped as `ornith_moe.kernels` and
-`ornith_moe.quant`. Neither has an `__init__.py`: Hugging Face's `kernels` package is imported by transformers under
-that bare name, and a root folder that is a regular package would shadow it. The relative links in `ornith_moe/` let a
-bare checkout see what an install has; the mapping below is what an install uses, so links may be lost on the way.
+`kernels/`, `quant/` and `bench/` lie at the root, where a reader looks for them, and are shipped as
+`ornith_moe.kernels`, `ornith_moe.quant` and `ornith_moe.bench`. None has an `__init__.py`: Hugging Face's `kernels`
+package is imported by transformers under that bare name, and a root folder that is a regular package would shadow it.
+The relative links in `ornith_moe/` let a bare checkout see what an install has; the mapping below is what an install
+uses, so links may be lost on the way. What was measured, bench/results, stays at home.
 """
 
 import re
@@ -13,13 +14,13 @@ from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "ornith_moe" / "__init__.py").read_text(encoding="utf-8")).group(1)
-ROOMS = ("kernels", "quant")  # root folders shipped as sub-packages of ornith_moe
+ROOMS = ("kernels", "quant", "bench")  # root folders shipped as sub-packages of ornith_moe
 
-found = find_packages(str(ROOT / "ornith_moe"), exclude=["kernels*", "quant*"])
+found = find_packages(str(ROOT / "ornith_moe"), exclude=[f"{room}*" for room in ROOMS])
 packages = ["ornith_moe", *(f"ornith_moe.{name}" for name in found)]
 package_dir = {"ornith_moe": "ornith_moe"}
 for room in ROOMS:
-    for name in ["", *find_namespace_packages(str(ROOT / room), exclude=["*__pycache__*"])]:
+    for name in ["", *find_namespace_packages(str(ROOT / room), exclude=["*__pycache__*", "results*"])]:
         package = ".".join(filter(None, ["ornith_moe", room, name]))
         packages.append(package)
         package_dir[package] = "/".join(filter(None, [room, name.replace(".", "/")]))
@@ -36,7 +37,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["*.json", "py.typed"]},  # every folder below the two is a package, so "" reaches all data
+    package_data={"": ["*.json", "py.typed"]},  # every folder below the three is a package, so "" reaches all data
     include_package_data=False,
     install_requires=[
         "torch>=2.10",

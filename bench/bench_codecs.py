@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from numeric import assert_same_bits, relative_rms
-from shapes import MATRICES, SEARCHED
 
 import ornith_moe as om
+from ornith_moe.bench.shapes import MATRICES, SEARCHED
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
 from ornith_moe.quant.codecs.gguf import DECODERS, ENCODERS
 from ornith_moe.quant.codecs.grids import GridCodec

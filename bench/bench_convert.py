@@ -17,10 +17,10 @@ import time
 
 import pytest
 from fixtures import qwen_tokenizer
-from report import best_seconds
-from shapes import CHECKPOINT, EXPERTS
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
+from ornith_moe.bench.limits import best_seconds
+from ornith_moe.bench.shapes import CHECKPOINT, EXPERTS
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify

@@ -10,9 +10,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from report import COPY_BYTES, best_seconds
 
 import ornith_moe as om
+from ornith_moe.bench.limits import COPY_BYTES, best_seconds
 
 REASON = "needs a CUDA or ROCm device, torch sees none"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=REASON)]

@@ -26,13 +26,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from numeric import TOLERANCE, assert_close
-from shapes import EXPERTS, SLOW_EXPERTS, TOKENS
 from transformers import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 import ornith_moe as om
 from ornith_moe.backend.cpu import BACKEND
 from ornith_moe.backend.cpu.memory import release
+from ornith_moe.bench.shapes import EXPERTS, SLOW_EXPERTS, TOKENS
 from ornith_moe.fp8_weights import unchanged
 from ornith_moe.quant.operand import Operand
 from ornith_moe.quant.recipes import recipe_of

@@ -4,16 +4,13 @@ Benches marked `slow` run only when -m asks for them.
 """
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # importlib mode puts no folder on the path
-
-from report import Limits, cpu_name, table
+from ornith_moe.bench.limits import Limits, cpu_name
+from ornith_moe.bench.rows import Row, table
 
 LIMITS = Limits()
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS")
@@ -105,5 +102,14 @@ def pytest_terminal_summary(terminalreporter, config):
     machine = f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     limits = [f"{name} {value:g}" for name, value in LIMITS.measured.items()]
     lines = [f"{machine}, torch {torch.__version__}, load {LOAD_AT_START:.1f} at start", *limits, ""]
-    for line in lines + table(benchmarks):
+    for line in lines + table([row_of(each) for each in benchmarks if each and not each.has_error]):
         terminalreporter.write_line(line)
+
+
+def row_of(benchmark):
+    info, stats = benchmark.extra_info, benchmark.stats
+    return Row(
+        suite="", group=benchmark.group, name=info["name"], peer=info["peer"], median_s=stats.median, p20_s=stats.q1,
+        p80_s=stats.q3, rounds=stats.rounds, bytes=info["bytes"], flops=info["flops"], limit_s=info["limit_ms"] / 1e3,
+        note=info["note"],
+    )  # fmt: skip

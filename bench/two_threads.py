@@ -26,10 +26,10 @@ from statistics import median
 import numpy as np
 import torch
 from pytest_benchmark.utils import get_commit_info
-from report import cpu_name
-from shapes import SEARCHED
 
 import ornith_moe as om
+from ornith_moe.bench.limits import cpu_name
+from ornith_moe.bench.shapes import SEARCHED
 from ornith_moe.quant.codecs.gguf import ENCODERS
 from ornith_moe.quant.codecs.grids import GridCodec
 

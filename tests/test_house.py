@@ -1,7 +1,7 @@
 """The house as CONTRIBUTING draws it: which folder may import which, read from every import, those in functions too.
 
     quant:   files of its own <- source <- simd <- codecs <- gguf <- builds <- conversion <- verification
-    all:     quant <- kernels <- ornith_moe <- bench, tests, demo
+    all:     quant <- kernels <- ornith_moe <- bench <- the command line (cli.py, command/) <- tests, demo
 
 Reference: the syntax trees of the files. Not covered: what is imported by a name made at run time.
 """
@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("source", "simd", "codecs", "gguf", "builds", "conversion", "verification")  # of quant, from the ground up
-HOUSES = ("quant", "kernels", "ornith_moe")
+FOLDERS = ("quant", "kernels", "ornith_moe", "bench")
+HOUSES = (*FOLDERS, "command")
+DOORS = ("ornith_moe.__main__", "ornith_moe.cli", "ornith_moe.command")  # `ornith-moe bench` runs what bench/ holds
 
 
 def module_of(path: Path) -> str:
@@ -25,7 +27,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts if parts[0] == "ornith_moe" else ("ornith_moe", *parts))
 
 
-FILES = {module_of(path): path for house in HOUSES for path in sorted((ROOT / house).rglob("*.py"))}
+FILES = {module_of(path): path for house in FOLDERS for path in sorted((ROOT / house).rglob("*.py"))}
 
 
 @cache
@@ -54,8 +56,10 @@ def _imports(path: Path, at_import: bool) -> Iterator[str]:
 
 
 def house_of(module: str) -> str:
+    if module in DOORS or module.startswith(tuple(f"{door}." for door in DOORS)):
+        return "command"
     second = module.split(".")[1] if "." in module else ""
-    return second if second in HOUSES[:-1] else HOUSES[-1]
+    return second if second in FOLDERS else "ornith_moe"
 
 
 def wing_of(module: str) -> str:

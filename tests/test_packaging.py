@@ -1,8 +1,8 @@
 """The layout that DESIGN decided by experiment, kept true: what is built, what is found, what is not imported.
 
-The reference is the checkout itself: every file of the three folders must be in the wheel, and nothing else. Builds use
-the environment's setuptools without isolation, so no network is needed. Not covered: installing into a fresh
-environment with its dependencies, which `.ci/run` does before it runs these tests.
+The reference is the checkout itself: every file of the four folders must be in the wheel, but prose and bench/results,
+and nothing else. Builds use the environment's setuptools without isolation, so no network is needed. Not covered:
+installing into a fresh environment with its dependencies, which `.ci/run` does before it runs these tests.
 """
 
 import ast
@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("ornith_moe", "kernels", "quant")
-LINKS = ("ornith_moe/kernels", "ornith_moe/quant")
+FOLDERS = ("ornith_moe", "kernels", "quant", "bench")
+LINKS = ("ornith_moe/kernels", "ornith_moe/quant", "ornith_moe/bench")
 
 
 def python(*args, cwd=ROOT, **env):
@@ -33,12 +33,12 @@ def python(*args, cwd=ROOT, **env):
 
 
 def shipped_files():
-    """Every file below the three folders, under the name that an install gives it."""
+    """Every file below the four folders but prose and results, under the name that an install gives it."""
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and not path.is_symlink() and "__pycache__" not in path.parts and path.name[0] != ".":
                 name = path.relative_to(ROOT)
-                if str(name).startswith(LINKS):
+                if str(name).startswith((*LINKS, "bench/results")) or path.suffix == ".md":
                     continue
                 yield str(name if folder == "ornith_moe" else Path("ornith_moe") / name)
 
@@ -94,22 +94,23 @@ def test_the_sdist_builds_the_same_wheel(checkout, tmp_path):
 
 
 @pytest.mark.parametrize("checkout", ["links"], indirect=True)  # without them setuptools' finder has no namespaces
-def test_an_editable_install_finds_both_folders(checkout, tmp_path):
+def test_an_editable_install_finds_the_folders(checkout, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     python("-c", f"from setuptools.build_meta import build_editable; build_editable({str(site)!r})", cwd=checkout)
     (wheel,) = site.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        f"import site; site.addsitedir({str(site)!r}); import ornith_moe.quant.errors as e, ornith_moe.kernels as k;"
-        "import os; print(os.path.realpath(e.__file__)); print(os.path.realpath(list(k.__path__)[0]))"
+        f"import site; site.addsitedir({str(site)!r}); import os, ornith_moe.quant.errors as e;"
+        "import ornith_moe.kernels as k, ornith_moe.bench as b;"
+        "print(os.path.realpath(e.__file__)); print(*(os.path.realpath(*m.__path__) for m in (k, b)))"
     )
     found = python("-S", "-c", code, cwd=tmp_path).split()
-    assert found == [str(checkout / "quant/errors.py"), str(checkout / "kernels")]
+    assert found == [str(checkout / name) for name in ("quant/errors.py", "kernels", "bench")]
 
 
-def test_a_bare_checkout_finds_both_folders():
-    code = "import ornith_moe.quant.errors, ornith_moe.kernels; print('found')"
+def test_a_bare_checkout_finds_the_folders():
+    code = "import ornith_moe.quant.errors, ornith_moe.kernels, ornith_moe.bench; print('found')"
     assert python("-S", "-c", code) == "found\n"
 
 
@@ -141,13 +142,13 @@ def test_hugging_face_kernels_wins_from_the_repo_root(tmp_path):
     assert python("-c", code, PYTHONPATH=str(tmp_path)).split() == [str(package / "__init__.py"), "0.18.2"]
 
 
-def test_the_two_folders_are_no_regular_packages():
-    assert not [name for name in ("kernels", "quant") if (ROOT / name / "__init__.py").exists()]
+def test_the_three_folders_are_no_regular_packages():
+    assert not [name for name in FOLDERS[1:] if (ROOT / name / "__init__.py").exists()]
 
 
 def test_nobody_imports_the_bare_names():
     found = []
-    for folder in (*FOLDERS, "bench", "demo", "docs", "examples", "tests"):
+    for folder in (*FOLDERS, "demo", "docs", "examples", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

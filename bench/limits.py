@@ -1,7 +1,6 @@
-"""The two limits of a machine, measured, and the table that closes a run.
+"""The two limits of a machine, measured.
 
-    limit_s = max(bytes / copy bandwidth, flops / GEMM peak)      share = limit_s / median
-    ratio   = median of the fastest peer of the group / median    above 1: faster than every peer
+    limit_s = max(bytes / copy bandwidth, flops / GEMM peak)
 
 `bytes` is the least traffic: every input read once and every output written once. Bandwidth counts both directions of a
 copy of 512 MiB, far beyond any cache, so a shape whose data stays in cache may show a share above 100 %. The GEMM peak
@@ -11,14 +10,13 @@ rows are medians.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 COPY_BYTES = 512 << 20
 GEMM_SIZE = 1024
-COLUMNS = ("", "median ms", "spread", "GB/s", "GFLOP/s", "of limit", "vs best peer", "")
 
 
 def best_seconds(call: Callable[[], object], calls: int = 3) -> float:
@@ -35,7 +33,7 @@ def best_seconds(call: Callable[[], object], calls: int = 3) -> float:
 class Limits:
     """What this machine can do at torch's current number of threads; measured once per number, when first asked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.measured: dict[str, float] = {}
 
     def copy_gb_s(self) -> float:
@@ -71,42 +69,6 @@ def _copy_gb_s() -> float:
 def _gemm_gflop_s(dtype: torch.dtype) -> float:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE).to(dtype) for _ in range(2))
     return 2 * GEMM_SIZE**3 / best_seconds(lambda: a @ b) / 1e9
-
-
-def table(benchmarks: Iterable) -> list[str]:
-    """Lines of the closing table, from pytest-benchmark's own records as `measure` in conftest.py filled them."""
-    groups: dict[str, list] = {}
-    for benchmark in benchmarks:
-        if benchmark and not benchmark.has_error:
-            groups.setdefault(benchmark.group, []).append(benchmark)
-    lines = [COLUMNS]
-    for group, members in groups.items():
-        peers = [b.stats.median for b in members if b.extra_info["peer"]]
-        lines.append((group,))
-        lines += [_line(b, min(peers, default=None)) for b in members]
-    widths = [max(len(line[i]) for line in lines if len(line) > 1) for i in range(len(COLUMNS))]
-    return [_join(line, widths) for line in lines]
-
-
-def _line(benchmark, best_peer: float | None) -> tuple[str, ...]:
-    info, median = benchmark.extra_info, benchmark.stats.median
-    return (
-        "  " + info["name"],
-        f"{median * 1e3:.3f}",
-        f"{benchmark.stats.iqr / median:.0%}",
-        f"{info['bytes'] / median / 1e9:.2f}",
-        f"{info['flops'] / median / 1e9:.1f}" if info["flops"] else "-",
-        f"{info['limit_ms'] / 1e3 / median:.1%}",
-        f"{best_peer / median:.2f}x" if best_peer else "-",
-        info["note"],
-    )
-
-
-def _join(line: tuple[str, ...], widths: list[int]) -> str:
-    if len(line) == 1:
-        return line[0]
-    numbers = (cell.rjust(width) for cell, width in zip(line[1:-1], widths[1:-1], strict=True))
-    return "  ".join((line[0].ljust(widths[0]), *numbers, line[-1])).rstrip()
 
 
 @cache
