@@ -2,7 +2,8 @@
 
 Every kernel of this folder starts through `launch`, and asks `target` what it starts on. Inside `recording("sm90")` the
 same launchers run on meta tensors of any size, allocate nothing and fill a list with what they would have started. That
-list is what `ornith-moe kernels` compiles and models, so what is examined is what a trainer runs.
+list is what `ornith-moe kernels` compiles and models, so what is examined is what a trainer runs. Inside `timing()`
+they start as ever, between two events, and the list gets the time of each.
 
 Contraction to fused multiply-add is off for every kernel: `ornith_moe.quant.fp8` and the CPU know none. Where one is
 wanted, it is written `tl.fma`.
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -95,6 +97,58 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+@dataclass(frozen=True)
+class Time:
+    """What one launch took on the device."""
+
+    label: str
+    seconds: float
+
+
+class _WallClock:
+    """An event of the interpreter, where a launch has ended when it returns."""
+
+    def record(self) -> None:
+        self.at = perf_counter()
+
+    def elapsed_time(self, end: _WallClock) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+_timed: ContextVar[list[tuple[str, Any, Any]] | None] = ContextVar("timed", default=None)
+
+
+@contextmanager
+def timing() -> Iterator[list[Time]]:
+    """Time each launch of this thread by an event before and one after it on the current stream.
+
+    The list is filled when the block ends, which waits for the device. A launch that the device had to wait for is
+    timed with its wait: let the stream sleep first (`torch.cuda._sleep`), so that all launches of the block are queued
+    when the first one starts. Autograd runs a backward on a GPU in a thread of its own, whose launches are not seen.
+
+    Example:
+        >>> with timing() as times:
+        ...     build_plan(indices, experts, 64)
+        >>> [time.label for time in times]
+        ['plan count', 'plan scan', 'plan place']
+    """
+    times: list[Time] = []
+    events: list[tuple[str, Any, Any]] = []
+    token = _timed.set(events)
+    try:
+        yield times
+    finally:
+        _timed.reset(token)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    times += [Time(label, start.elapsed_time(end) / 1e3) for label, start, end in events]
+
+
+def _event() -> Any:
+    interpreted = triton.knobs.runtime.interpret
+    return _WallClock() if interpreted else torch.cuda.Event(enable_timing=True)
+
+
 def target(device: torch.device) -> Target:
     """The target of kernels for tensors on `device`."""
     recorded = _recorded.get()
@@ -115,7 +169,7 @@ def launch(
     label: str, kernel: Any, grid: tuple[int, ...], *, reads: Mapping[str, Any], writes: Mapping[str, Any],
     product: Product | None = None, num_warps: int = 4, num_stages: int = 3, **values: Any,
 ) -> None:  # fmt: skip
-    """Start `kernel` on `grid`, or record it. `label` names this use of the kernel, "gate_up fp8" for example.
+    """Start `kernel` on `grid`, timed or not, or record it. `label` names this use of the kernel, say "gate_up fp8".
 
     `reads` and `writes` are the tensors (None where a kernel takes none) by the parameters that they go to, `values`
     all other arguments.
@@ -128,4 +182,12 @@ def launch(
         start = Launch(label, kernel, grid, arguments, options, frozenset(reads), frozenset(writes), product)
         recorded[1].append(start)
     elif grid[0]:
+        timed = _timed.get()
+        if timed is None:
+            kernel[grid](**arguments, **options, enable_fp_fusion=False)
+            return
+        start, end = _event(), _event()
+        start.record()
         kernel[grid](**arguments, **options, enable_fp_fusion=False)
+        end.record()
+        timed.append((label, start, end))

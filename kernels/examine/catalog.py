@@ -147,12 +147,13 @@ class Row:
 
 
 def compiled(
-    pairs: Sequence[tuple[str, Pass]], progress: Callable[[str, int, int], None] | None = None
+    pairs: Sequence[tuple[str, Pass]], progress: Callable[[str, int, int], None] | None = None, *, workers: int = 2
 ) -> dict[tuple[str, Pass], list[tuple[Launch, Report]]]:
     """The launches of each (arch, pass) with their reports."""
     recorded = {pair: record(*pair) for pair in pairs}
     requests = {pair: [specialize(pair[0], launch) for launch in launches] for pair, launches in recorded.items()}
-    reports = iter(compile_requests([r for found in requests.values() for r in found], progress=progress))
+    every = [request for found in requests.values() for request in found]
+    reports = iter(compile_requests(every, workers=workers, progress=progress))
     return {pair: [(launch, next(reports)) for launch in launches] for pair, launches in recorded.items()}
 
 
@@ -174,11 +175,12 @@ class Layer:
 
 
 def catalog(
-    archs: Sequence[str], progress: Callable[[str, int, int], None] | None = None
+    archs: Sequence[str], progress: Callable[[str, int, int], None] | None = None, *, workers: int = 2
 ) -> tuple[list[Row], list[Layer]]:
-    """A row for each kernel of `passes()` on each target, and the sums of each layer."""
+    """A row for each kernel of `passes()` on each target, and the sums of each layer; `workers` processes compile."""
     rows, layers, seen, forward = [], [], set(), {}
-    for (arch, which), launches in compiled([(a, p) for a in archs for p in passes()], progress).items():
+    pairs = [(arch, which) for arch in archs for which in passes()]
+    for (arch, which), launches in compiled(pairs, progress, workers=workers).items():
         shape = SHAPES[which.model]
         estimates = estimate(arch, launches, routing_counts(shape, which.tokens))
         groups: dict[tuple[str, int], list[int]] = {}

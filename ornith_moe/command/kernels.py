@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Annotated, Any
 
@@ -17,6 +18,9 @@ def kernels(
     arch: Annotated[
         str | None, typer.Option(metavar="ARCH[,ARCH]", help="Of sm89, sm90, sm100, gfx942 and gfx950. Default: all.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes that compile. Default: one per core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile every GPU kernel of a layer ahead of time: registers, spills, matrix instructions, modelled time."""
@@ -28,7 +32,7 @@ def kernels(
     if unknown := [name for name in archs if name not in ARCHS]:
         raise typer.BadParameter(f"--arch: expected names out of {', '.join(ARCHS)}, got {brief(unknown[0])}")
     with progress_bar(counted=True) as progress:
-        compiled, modelled = catalog(archs, progress)
+        compiled, modelled = catalog(archs, progress, workers=workers or os.cpu_count() or 1)
     rows, layers = [row_json(row) for row in compiled], [layer_json(layer) for layer in modelled]
     if as_json:
         print_json({"rows": rows, "layers": layers})

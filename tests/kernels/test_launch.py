@@ -16,10 +16,11 @@ from launches import MODULES, watch
 from moe_cases import DEVICE, Layer
 
 from ornith_moe import kernels
-from ornith_moe.kernels import fp8_cast, gguf_encode, routing
+from ornith_moe.kernels import fp8_cast, gguf_encode, launch, routing
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.model import estimate
 from ornith_moe.kernels.moe import moe_backward, moe_forward
+from ornith_moe.kernels.plan import build_plan
 from ornith_moe.quant.recipes import RECIPES, ROW
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -79,6 +80,33 @@ def test_a_tensor_that_is_not_declared_stops_the_model():
     for one, found in ((undeclared, "weights_ptr in neither"), (nothing, "no tensor at all")):
         with pytest.raises(ValueError, match=rf"launch 'combine': expected each tensor among reads or.*{found}"):
             estimate("sm90", [(one, None)], None)
+
+
+def test_each_launch_is_timed_while_it_runs_and_no_other(monkeypatch):
+    """By a clock that only kernels move."""
+    now = [0.0]
+
+    def start(seconds, **_):
+        now[0] += seconds
+
+    monkeypatch.setattr(launch, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(launch, "_event", launch._WallClock)
+    kernel = {(1,): start, (0,): start}
+    with launch.timing() as times:
+        for label, seconds, grid in (("one", 2.0, 1), ("none", 8.0, 0), ("two", 0.5, 1)):
+            launch.launch(label, kernel, (grid,), reads={}, writes={}, seconds=seconds)
+            now[0] += 100
+        assert times == []  # not before the device is done
+    launch.launch("after", kernel, (1,), reads={}, writes={}, seconds=1.0)
+    assert times == [launch.Time("one", 2.0), launch.Time("two", 0.5)]
+
+
+def test_times_of_a_plan_are_those_of_its_launches():
+    indices = torch.randint(0, 8, (40, 2), device=DEVICE)
+    with launch.timing() as times:
+        plan = build_plan(indices, 8, 16)
+    assert [time.label for time in times] == ["plan count", "plan scan", "plan place"]
+    assert all(time.seconds > 0 for time in times) and torch.equal(plan.offsets, build_plan(indices, 8, 16).offsets)
 
 
 def test_functions_stay_small():

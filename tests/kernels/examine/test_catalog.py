@@ -6,6 +6,7 @@ for more shapes. Not covered: what a GPU makes of it.
 """
 
 import json
+import os
 import re
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from launches import watch
 from moe_cases import Layer
 
+from ornith_moe import cli
 from ornith_moe.kernels import moe
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
@@ -101,6 +103,15 @@ def test_rows_and_layers_as_json(monkeypatch):
     assert catalog.layer_json(layer)["modelled_forward_us"] == pytest.approx(forward)
     assert layer.flops == 18 * 64 * 8 * 2048 * 512
     assert all(0 <= row["share_of_limit"] <= 1 for row in as_json)
+
+
+@pytest.mark.parametrize(("option", "workers"), [((), os.cpu_count()), (("--workers", "5"), 5)])
+def test_the_command_compiles_on_all_cores_or_as_many_as_asked(monkeypatch, capsys, option, workers):
+    asked = []
+    monkeypatch.setattr(catalog, "compile_requests", lambda every, *, workers, progress: asked.append(workers) or every)
+    monkeypatch.setattr(catalog, "passes", lambda: [])
+    cli.app(["kernels", "--arch", "sm90", *option, "--json"], standalone_mode=False)
+    assert asked == [workers] and json.loads(capsys.readouterr().out) == {"rows": [], "layers": []}
 
 
 def test_what_is_recorded_is_what_a_call_starts(monkeypatch):
