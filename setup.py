@@ -37,7 +37,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["*.json", "py.typed"]},  # every folder below the three is a package, so "" reaches all data
+    package_data={"": ["*.json", "*.html", "py.typed"]},  # every folder of the three is a package: "" reaches all data
     include_package_data=False,
     install_requires=[
         "torch>=2.10",
