@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -23,10 +24,11 @@ def run(kernel: Callable, tasks: int, work_ns: int, scratch_bytes: int, argument
     Tasks are taken from a counter, by whichever thread is free, and none of them shares a sum: the number of threads
     changes no bit. Threads of torch's own pool sleep meanwhile.
     """
-    counter = np.zeros(1, np.int64)
+    counter = ctypes.c_int64(0)
+    counter_address = ctypes.addressof(counter)
 
     def work() -> None:
-        kernel(Thread(counter.ctypes.data, _scratch(scratch_bytes), scratch_bytes), *arguments)
+        kernel(Thread(counter_address, _scratch(scratch_bytes), scratch_bytes), *arguments)
 
     threads = min(tasks, torch.get_num_threads(), 1 + work_ns // _THREAD_NS)
     others = [_threads().submit(work) for _ in range(threads - 1)]
@@ -53,7 +55,8 @@ os.register_at_fork(after_in_child=_forget_threads)  # a child has none of its p
 
 def _scratch(nbytes: int) -> int:
     """Address of memory of this thread's own, kept for the next call: at most a few MB."""
-    memory = getattr(_local, "memory", None)
-    if memory is None or len(memory) < nbytes + 64:
-        memory = _local.memory = np.empty(nbytes + 64, np.uint8)
-    return -(-memory.ctypes.data // 64) * 64
+    if getattr(_local, "nbytes", -1) < nbytes:
+        _local.memory, _local.nbytes = np.empty(nbytes + 64, np.uint8), nbytes
+        _local.address = -(-_local.memory.ctypes.data // 64) * 64
+    address: int = _local.address
+    return address

@@ -4,14 +4,18 @@ T = 3, E = 4, top_k = 2, indices [[1, 3], [0, 3], [2, 9]]: offsets [0, 1, 2, 3, 
 Slot = token * top_k + k. Sorting is stable; the ids outside [0, E) reach no row.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ornith_moe.backend.cpu import forward
 
 
-class RoutedRows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class RoutedRows:
+    """What the steps ask for again and again is read once: with one token, asking costs as much as computing."""
+
     offsets: torch.Tensor  # [E + 1] int32
     row_to_slot: torch.Tensor  # [T * top_k] int32, -1 past the last row
     active: torch.Tensor  # int32, the experts that have rows
@@ -22,11 +26,11 @@ class RoutedRows(NamedTuple):
     def slots(self) -> int:
         return self.tokens * self.top_k
 
-    @property
+    @cached_property
     def used(self) -> int:
         return int(self.offsets[-1])
 
-    @property
+    @cached_property
     def addresses(self) -> forward.Rows:
         offsets, row_to_slot, active = (t.data_ptr() for t in (self.offsets, self.row_to_slot, self.active))
         return forward.Rows(offsets, row_to_slot, active, len(self.active), self.tokens, self.top_k)
