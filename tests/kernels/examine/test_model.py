@@ -1,10 +1,20 @@
 """kernels/examine/model.py: its arithmetic by hand, and the whole against timings that others have published.
 
-The published timings are those of vLLM 0.24 and SGLang 0.5.14 (Triton experts, balanced routing, one H100 SXM), as
-ai-dynamo/aiconfigurator records them in moe_perf for H, I, E, top_k = 2048, 512, 256, 8 and 4096, 1024, 512, 10. Those
-engines run the same two products with an activation kernel and a sum between and after; ours are compiled with the tile
-that vLLM's table names and the rest is added as bytes. Not covered: what the model leaves out, see docs/performance.md.
+SEEN are timings that lay on the table when the model's constants were chosen, of vLLM 0.24 and SGLang 0.5.14 (Triton
+experts, balanced routing, one H100 SXM), as ai-dynamo/aiconfigurator records them in moe_perf: the first set the share
+of HBM, and of none can be said that it did not lead a choice. HELD_OUT are of other layers and sources, in part of
+another card, looked up when the constants had stood for four days; only they are asserted on:
+
+    vLLM pull request 24700    Mixtral-8x7B on two ranks, BF16, tuned; Qwen3-30B-A3B, FP8, better defaults; H100 SXM
+    vLLM pull request 44818    Gemma 4 (E = 128, H = 2816, I = 704), BF16, tuned; H200: an H100 with 4.8 TB/s
+
+Those engines run the same two products with an activation kernel and a sum between and after; ours are compiled with a
+tile like vLLM's and the rest is added as bytes. `python tests/kernels/examine/test_model.py` prints both tables. Not
+covered: what the model leaves out, see docs/performance.md.
 """
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,27 +24,71 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import Loop, Report, compile_launches
-from ornith_moe.kernels.examine.model import DEVICES, Cache, _shared_reads, bound_us, estimate, routing_counts, total
+from ornith_moe.kernels.examine.model import (
+    DEVICES,
+    Cache,
+    Device,
+    Shape,
+    _shared_reads,
+    bound_us,
+    estimate,
+    routing_counts,
+    total,
+)
 from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles
 from ornith_moe.quant.recipes import RECIPES
 
 FEW = Tiles(32, dict.fromkeys(PRODUCTS, Tile(num_stages=3, swap=True)))
 MANY = Tiles(128, dict.fromkeys(PRODUCTS, Tile(num_stages=4, pair=True)))  # vLLM's 128 x 256 x 64, 8 warps, 4 stages
 MANY_FP8 = Tiles(64, dict.fromkeys(PRODUCTS, Tile(num_stages=2)))
-PUBLISHED = [  # model, tokens, recipe, tiles, us of vLLM and SGLang
-    ("35B", 64, "bf16", FEW, (557.2, 549.0)),
-    ("35B", 512, "bf16", FEW, (596.9, 699.2)),
-    ("35B", 8192, "bf16", MANY, (1221.5, 2055.1)),
-    ("35B", 16384, "bf16", MANY, (2029.9, 3933.2)),
-    ("397B", 8192, "bf16", MANY, (6683.0, 11541.1)),
-    ("35B", 64, "fp8", FEW, (312.6, 301.5)),
-    ("35B", 2048, "fp8", MANY_FP8, (469.9, 421.8)),
-    ("35B", 8192, "fp8", MANY_FP8, (1253.4, 1073.2)),
-    ("35B", 16384, "fp8", MANY_FP8, (2398.2, 1999.1)),
+H100 = DEVICES["sm90"]
+H200 = replace(H100, name="H200", hbm=4.8e12)
+
+
+class Timing(NamedTuple):
+    """Of one layer's experts, in us, as published; `balanced`: every expert gets as many rows, else random routing."""
+
+    shape: Shape
+    tokens: int
+    recipe: str
+    tiles: Tiles
+    device: Device
+    us: float
+    balanced: bool = False
+
+
+_35B, _397B = catalog.SHAPES["35B"], catalog.SHAPES["397B"]
+SEEN = [  # the better of vLLM and SGLang
+    Timing(*row, balanced=True)
+    for row in (
+        (_35B, 64, "bf16", FEW, H100, 549.0),
+        (_35B, 512, "bf16", FEW, H100, 596.9),
+        (_35B, 8192, "bf16", MANY, H100, 1221.5),
+        (_35B, 16384, "bf16", MANY, H100, 2029.9),
+        (_397B, 8192, "bf16", MANY, H100, 6683.0),
+        (_35B, 64, "fp8", FEW, H100, 301.5),
+        (_35B, 2048, "fp8", MANY_FP8, H100, 421.8),
+        (_35B, 8192, "fp8", MANY_FP8, H100, 1073.2),
+        (_35B, 16384, "fp8", MANY_FP8, H100, 1999.1),
+    )
 ]
-# How far below the best of the two the model may lie; it must not lie above by more than 10 %. BF16: measured -18 % to
-# +6 %. FP8: -19 % to +1 %, because it sees no latency of the promotion of partial sums.
-OPTIMISM = 0.25
+MIXTRAL = Shape("Mixtral-8x7B/2", experts=8, top_k=2, hidden=4096, inner=7168)
+GEMMA = Shape("Gemma 4", experts=128, top_k=8, hidden=2816, inner=704)
+QWEN = Shape("Qwen3-30B-A3B", experts=128, top_k=8, hidden=2048, inner=768)
+HELD_OUT = [
+    Timing(MIXTRAL, 64, "bf16", FEW, H100, 483.1),
+    Timing(MIXTRAL, 512, "bf16", MANY, H100, 662.3),
+    Timing(MIXTRAL, 1024, "bf16", MANY, H100, 833.7),
+    Timing(MIXTRAL, 1536, "bf16", MANY, H100, 1122.9),
+    Timing(GEMMA, 64, "bf16", FEW, H200, 384.1),
+    Timing(GEMMA, 512, "bf16", FEW, H200, 442.3),
+    Timing(GEMMA, 2048, "bf16", MANY, H200, 728.2),
+    Timing(GEMMA, 4096, "bf16", MANY, H200, 1189.6),
+    Timing(QWEN, 64, "fp8", FEW, H100, 237.3),
+    Timing(QWEN, 512, "fp8", FEW, H100, 286.2),
+]
+# What the model may be off: the bounds that the rows it had seen were given, -25 % to +10 %. Measured: -18 % to +6 %.
+LEAST, MOST = 0.75, 1.10
 
 
 def balanced(shape, tokens):
@@ -42,26 +96,32 @@ def balanced(shape, tokens):
     return np.array([each + (e < rest) for e in range(shape.experts)])
 
 
-@pytest.mark.slow
-def test_published_timings():
+def modelled_us(timings):
+    """What the model gives for each: our two products as compiled, the engines' other steps as bytes."""
     runs = []
-    for model, tokens, recipe, tiles, published in PUBLISHED:
-        launches = catalog.record("sm90", catalog.Pass(model, tokens, "forward", RECIPES[recipe]), tiles)
-        runs.append((model, tokens, recipe, published, launches))
-    reports = iter(compile_launches([("sm90", launch) for *_, launches in runs for launch in launches]))
-    bandwidth = DEVICES["sm90"].hbm * DEVICES["sm90"].hbm_share
-    for model, tokens, recipe, published, launches in runs:
-        s = catalog.SHAPES[model]
-        pairs = [(launch, next(reports)) for launch in launches]
-        estimates = estimate("sm90", pairs, balanced(s, tokens))
-        is_gemm = [launch.label.startswith(("gate_up", "down")) for launch in launches]
-        gemms = total([e for e, gemm in zip(estimates, is_gemm, strict=True) if gemm])
-        rows, size = tokens * s.top_k, 1 if recipe == "fp8" else 2
-        moved = rows * s.inner * (4 + size) + (rows + tokens) * s.hidden * 2  # activation, sum
-        moved += tokens * s.hidden * 3 * (recipe == "fp8")  # cast of x
-        modelled = gemms.us + 1e6 * moved / bandwidth + 10  # and five launches of 2 us
-        ratio = modelled / min(published)
-        assert 1 - OPTIMISM < ratio < 1.1, f"{model} {recipe} T={tokens}: {modelled:.0f} us against {published}"
+    for timing in timings:
+        catalog.SHAPES.setdefault(timing.shape.name, timing.shape)
+        which = catalog.Pass(timing.shape.name, timing.tokens, "forward", RECIPES[timing.recipe])
+        launches = catalog.record("sm90", which, timing.tiles)
+        runs.append([launch for launch in launches if launch.label.startswith(("gate_up", "down"))])
+    reports = iter(compile_launches([("sm90", launch) for launches in runs for launch in launches]))
+    found = []
+    for timing, launches in zip(timings, runs, strict=True):
+        s, tokens, device = timing.shape, timing.tokens, timing.device
+        counts = (balanced if timing.balanced else routing_counts)(s, tokens)
+        gemms = total(estimate("sm90", [(launch, next(reports)) for launch in launches], counts, device))
+        rows, fp8 = tokens * s.top_k, timing.recipe == "fp8"
+        moved = rows * s.inner * (5 if fp8 else 6) + (rows + tokens) * s.hidden * 2  # activation, sum
+        moved += tokens * s.hidden * 3 * fp8  # cast of x
+        found.append(gemms.us + 1e6 * moved / (device.hbm_share * device.hbm) + 10)  # and five launches of 2 us
+    return found
+
+
+@pytest.mark.slow
+def test_held_out_timings(monkeypatch):
+    monkeypatch.setattr(catalog, "SHAPES", dict(catalog.SHAPES))
+    for timing, us in zip(HELD_OUT, modelled_us(HELD_OUT), strict=True):
+        assert LEAST < us / timing.us < MOST, f"{timing.shape.name} T={timing.tokens}: {us:.0f} us, not {timing.us}"
 
 
 @pytest.mark.parametrize(
@@ -123,3 +183,10 @@ def test_products_read_shared_memory(operands, matrix, read):
     report = Report("sm90", 8, 128, 0, 0, {}, 0, True, 0, 100, Loop(50, matrix, 10), asm)
     assert _shared_reads(report, 1) == read
     assert _shared_reads(report, 2) == 2 * read
+
+
+if __name__ == "__main__":
+    for name, timings in (("seen", SEEN), ("held out", HELD_OUT)):
+        for timing, us in zip(timings, modelled_us(timings), strict=True):
+            print(f"{name}: {timing.shape.name}, {timing.recipe}, T = {timing.tokens}, {timing.device.name}: "
+                  f"published {timing.us:.0f} us, modelled {us:.0f} us, {us / timing.us - 1:+.0%}")  # fmt: skip
