@@ -10,14 +10,14 @@ reference: the plain formulation for FP8, ggml's C for GGUF, and gguf-py where v
 import shutil
 from functools import cache
 
-import ggml
 import gguf
 import numpy as np
 import pytest
 import torch
-from numeric import assert_same_bits, relative_rms
 
 import ornith_moe as om
+from ornith_moe.bench import ggml
+from ornith_moe.bench.numeric import assert_same_bits, relative_rms
 from ornith_moe.bench.shapes import MATRICES, SEARCHED
 from ornith_moe.quant.codecs.fp8_slabs import decode_fp8, encode_fp8
 from ornith_moe.quant.codecs.gguf import DECODERS, ENCODERS

@@ -20,13 +20,13 @@ from fixtures import qwen_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from ornith_moe.bench.limits import best_seconds
-from ornith_moe.bench.shapes import CHECKPOINT, EXPERTS
+from ornith_moe.bench.shapes import CHECKPOINT, experts_of
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
 BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", "gguf:Q8_0")
-PRESET, EXPERTS_SHAPE = "ornith-1.0-35b", "35b"
+PRESET, EXPERTS_SHAPE = "ornith-1.0-35b", "ornith-35b"
 ROUNDS = 3
 GROUP = f"convert {PRESET} sizes, {CHECKPOINT['num_hidden_layers']} layers, to {' + '.join(BUILDS)}"
 
@@ -35,7 +35,7 @@ GROUP = f"convert {PRESET} sizes, {CHECKPOINT['num_hidden_layers']} layers, to {
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "source"
     text = open_source(PRESET).config["text_config"]
-    assert (text["hidden_size"], text["moe_intermediate_size"]) == EXPERTS[EXPERTS_SHAPE][:2]
+    assert (text["hidden_size"], text["moe_intermediate_size"]) == experts_of(EXPERTS_SHAPE)[:2]
     model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**text | CHECKPOINT)).bfloat16()
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(

@@ -23,8 +23,8 @@ CODERS = ("ours, GPU", "ours, GPU, from and to main memory", "ours, CPU")
 
 @cache
 def copy_gb_s() -> float:
-    source, target = (torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
-    return 2 * COPY_BYTES / best_seconds(waited(lambda: target.copy_(source)), 10) / 1e9
+    source, target = (torch.zeros(COPY_BYTES["cuda"], dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * COPY_BYTES["cuda"] / best_seconds(waited(lambda: target.copy_(source)), 10) / 1e9
 
 
 @cache

@@ -66,7 +66,7 @@ def measure(benchmark, limits):
         setup: Callable[[], None] | None = None,
     ) -> dict:
         benchmark.group = group
-        limit_s = limits.seconds(nbytes, flops, dtype) if limit_s is None else limit_s
+        limit_s = limits.seconds(nbytes, flops, dtype)[0] if limit_s is None else limit_s
         benchmark.extra_info.update(name=name, peer=peer, bytes=nbytes, flops=flops, limit_ms=limit_s * 1e3)
         benchmark.extra_info.update(note="", threads=torch.get_num_threads())
         if rounds is None:
