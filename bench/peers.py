@@ -142,7 +142,7 @@ def _scaled_grouped_mm(case: Case) -> Forward:
         q, scale = made[id(weight)]
         row_scale = rows.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448
         q_rows = (rows / row_scale).to(torch.float8_e4m3fn)
-        return F.scaled_grouped_mm(
+        return F.scaled_grouped_mm(  # type: ignore[attr-defined]
             q_rows, q.transpose(1, 2), row_scale.squeeze(-1), rowwise, scale.squeeze(-1), rowwise, offs=ends,
             output_dtype=torch.bfloat16,
         )  # fmt: skip
