@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo rl test test-gpu test-verl fuzz lint bench wheel clean
+.PHONY: help demo rl test test-gpu test-verl fuzz lint bench figures wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-gpu  the tests that need a GPU'
 	@echo 'make test-verl the engine of verl, in an environment of its own (.venv-verl)'
 	@echo 'make fuzz      hostile inputs against the command line (ARGS="--cases 5000 --seed 7")'
+	@echo 'make figures   numbers of README.md and docs from bench/results (ARGS=--check only compares)'
 	@echo 'make lint | bench | wheel | clean'
 
 demo: $(VENV)/.installed
@@ -53,6 +54,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@$(BIN)/pytest bench --benchmark-only -o python_files='bench_*.py' $(ARGS)
+
+figures: $(VENV)/.installed
+	@$(BIN)/python -m ornith_moe.bench.published $(ARGS)
 
 wheel: $(VENV)/.installed
 	@rm -rf build

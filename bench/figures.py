@@ -29,7 +29,7 @@ STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "axes
          "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "ornith-moe",
          "legend.frameon": False, "hatch.linewidth": 0.6}  # fmt: skip
 GROUPS_A_FIGURE, PANELS_A_FIGURE = 32, 12
-AXES = {"tokens": "tokens T", "experts": "experts E", "cores": "cores"}
+AXES = {"tokens": "tokens T", "experts": "experts E, top_k as each model has it", "cores": "cores"}
 
 
 class Drawn(NamedTuple):
@@ -61,7 +61,7 @@ def figures(run: Run) -> list[Drawn]:
     question = "How near does arithmetic come to the limits of the machine?"
     drawn.append(_drawn("roofline", question, partial(roofline, run, question), "no row counts arithmetic"))
     for axis, label in AXES.items():
-        drawn += _scaling_pages(run, axis, f"How does time grow with {label}?")
+        drawn += _scaling_pages(run, axis, f"How does time grow with {label.split(',')[0]}?")
     question = "Is speed paid for with error?"
     why = "no row has a time, an error and a peer"
     drawn.append(_drawn("error", question, partial(error_beside_speed, run, question), why))
@@ -234,19 +234,37 @@ def _roofs(axes: Axes, run: Run, low: float, high: float) -> None:
         axes.annotate(f"{_plain(name)}: {peak:,.0f} GFLOP/s", (high, peak), (-2, 4), **label)
 
 
+def sizes_of(row: Row) -> dict[str, int]:
+    """hidden, inner, experts and top_k of the model that a case names; nothing where it names none of the suite's."""
+    from ornith_moe.bench.shapes import experts_of
+    from ornith_moe.quant.errors import OrnithError
+
+    try:
+        return experts_of(str(row.case.get("model")))._asdict()
+    except OrnithError:
+        return {}
+
+
 def number_of(row: Row, axis: str) -> float | None:
     """The case's number along an axis of `scaling`."""
-    value = row.case.get(axis, row.case.get("threads") if axis == "cores" else None)
+    value = row.case.get(axis)
+    if value is None:
+        value = row.case.get("threads") if axis == "cores" else sizes_of(row).get(axis)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def panels(rows: Iterable[Row], axis: str) -> dict[str, list[Row]]:
-    """Rows by what else their case says, where at least two differ along the axis."""
+    """Rows by what else their case says, where at least two differ along the axis.
+
+    Along E the name of the model gives way to the size of its experts; top_k is as each model has it.
+    """
     apart = {axis} | ({"threads"} if axis == "cores" else {"model"} if axis == "experts" else set())
     found: dict[str, list[Row]] = {}
     for row in rows:
         if number_of(row, axis) is not None:
             rest = [f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in row.case.items() if k not in apart]
+            if axis == "experts" and (size := sizes_of(row)):
+                rest.insert(0, f"experts of {size['hidden']}x{size['inner']}")
             case = ", ".join([*rest, row.device] if row.device != "cpu" else rest)
             found.setdefault(case or row.suite, []).append(row)
     return {name: mine for name, mine in found.items() if len({number_of(row, axis) for row in mine}) > 1}
@@ -255,7 +273,7 @@ def panels(rows: Iterable[Row], axis: str) -> dict[str, list[Row]]:
 def _scaling_pages(run: Run, axis: str, question: str) -> list[Drawn]:
     found = list(panels(run.rows, axis).items())
     if not found:
-        return [Drawn(f"scaling-{axis}", question, None, f"no two rows differ in nothing but {AXES[axis]}")]
+        return [Drawn(f"scaling-{axis}", question, None, f"no two rows differ in nothing but {axis}")]
     pages, drawn = math.ceil(len(found) / PANELS_A_FIGURE), []
     for page in range(pages):
         shown = dict(found[page * PANELS_A_FIGURE : (page + 1) * PANELS_A_FIGURE])

@@ -1,0 +1,136 @@
+"""bench/published.py and bench/parts.py: the documents say what bench/results says, in both formats of runs.
+
+The reference is the documents themselves, and made-up runs whose ratios can be done in the head. Not covered: prose
+around the marked parts.
+"""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from ornith_moe.bench import published
+from ornith_moe.bench.parts import PARTS
+from ornith_moe.bench.rows import Row, Run, save
+from ornith_moe.quant.errors import OrnithError
+
+LAYER = {
+    "arch": "sm90",
+    "device": "H100 SXM",
+    "shape": "Qwen3.5 35B: T=64 E=256 top_k=8 H=2048 I=512",
+    "recipe": "fp8",
+    "modelled_forward_us": 266.4,
+    "modelled_backward_us": 829.0,
+    "share_of_bound": 0.79,
+    "modelled_tflop_s": 9.0,
+}
+
+
+def layer_row(tokens, name, ms, **said):
+    case = {"model": "ornith-35b", "tokens": tokens, "dtype": "bf16", "pass": "forward", "routing": "uniform"}
+    said = {
+        "peer": name != "ours",
+        "case": case,
+        "bytes": 10**6,
+        "flops": 10**9,
+        "limit_s": 0.001,
+        "limit": "copy",
+    } | said
+    return Row("moe", f"35b bf16, T = {tokens}, forward", name, median_s=ms and ms / 1e3, **said)
+
+
+MACHINE = {"cpu": "a|b", "cores": 2, "load_at_start": 0.25}
+ROWS = [
+    layer_row(1, "ours", 2.0),
+    layer_row(1, "grouped_mm", 4.0),
+    layer_row(1, "eager", 1.0),
+    layer_row(64, "ours", 10.0),
+    layer_row(64, "grouped_mm", 25.0),
+    layer_row(64, "liger", None, status="missing", why="liger-kernel is not installed"),
+]
+RUN = Run("2026-11-29T01:02:03+00:00", "0123456789ab", MACHINE, {"copy": 30.0}, rows=ROWS)
+
+
+@pytest.fixture
+def results(tmp_path):
+    save(RUN, tmp_path / "new.json")
+    (tmp_path / "kernels.json").write_text(json.dumps({"rows": [], "layers": [LAYER]}))
+    return tmp_path
+
+
+def part(name, files, results):
+    text = published.rewritten(f"before\n<!-- figures: {name} {files} -->\nold\n<!-- end -->\nafter", results)
+    return re.fullmatch(r"before\n<!-- figures: .* -->\n(.*)\n<!-- end -->\nafter", text, re.S).group(1)
+
+
+def test_the_documents_say_what_the_results_say(capsys):
+    assert published.main(["--check"]) == 0, capsys.readouterr().out
+    text = (published.ROOT / "README.md").read_text(encoding="utf-8")
+    assert {match[1] for match in published.PART.findall(text)} >= {"codecs", "experts"}
+
+
+def test_a_changed_digit_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
+    text = (published.ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(published, "ROOT", tmp_path)
+    digit = re.compile(r"\d(?=x \|)").search(text, published.PART.search(text).start())
+    changed = text[: digit.start()] + str((int(digit[0]) + 1) % 10) + text[digit.end() :]
+    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
+    assert published.main(["--check"]) == 1 and "README.md" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == changed
+    assert published.main([]) == 0 and (tmp_path / "README.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("experts", ["| 35B layer (256 experts, top 8), BF16 forward | 0.50x | 2.5x |", "means 1.12x forward"]),
+        ("peers", ["| moe | `grouped_mm` | 2 | 2 | 0 | 2.2x | 2.0x | 2.5x |",
+                   "| moe | `eager` | 1 | 0 | 1 | 0.50x | 0.50x | 0.50x |", "| moe | `liger` | - | - | - | missing |"]),
+        ("losses", ["| 35b bf16, T = 1, forward | ours | 2 | `eager` | 1 | 0.50x | 50 % | 100 % | copy |"]),
+        ("growth-tokens", ["| ornith-35b, bf16, forward, uniform | ours | 2 | 10 | 5x over 64x |"]),
+        ("growth-experts", ["no two rows that differ in nothing but experts"]),
+        ("sizes", ["| ornith-35b | 256 | 8 | 2048x512 | bf16 | 64 | 10 | 1 | 1.0 | 10 % |"]),
+        ("machine", ["| 2026-11-29 | a\\|b, 2 cores | None | `012345678` | 0.25 | copy 30 |"]),
+    ],
+)  # fmt: skip
+def test_parts_of_a_run(results, name, lines):
+    said = part(name, "new.json", results)
+    assert [line for line in lines if line not in said] == []
+    assert "old" not in said
+
+
+def test_modelled_parts(results):
+    row = "| H100 SXM | 35B | 64 | `fp8` | 266 | 79 % | 1,095 | 9 |"
+    said = part("modelled", "kernels.json", results)
+    assert row in said and said.startswith("| modelled")
+    assert "modelled at 79 % of the bound at T = 64" in part("modelled-share", "kernels.json", results)
+
+
+def test_of_several_runs_the_first_that_has_a_row_gives_it(results):
+    save(replace(RUN, rows=[layer_row(1, "ours", 1.0), layer_row(1, "eager", 3.0)]), results / "newer.json")
+    assert "| 3.0x | 2.5x |" in part("experts", "newer.json new.json", results)
+    assert "| 0.50x | 2.5x |" in part("experts", "new.json newer.json", results)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<!-- figures: nonsense new.json -->\n<!-- end -->", "expected one of"),
+        ("<!-- figures: peers none.json -->\n<!-- end -->", "expected a result as JSON"),
+        ("<!-- figures: peers kernels.json -->\n<!-- end -->", "not files for such a part"),
+        ("<!-- figures: modelled new.json -->\n<!-- end -->", "not files for such a part"),
+        ("<!-- figures: peers new.json -->\n", "to close"),
+        ("<!-- figures: peers -->\n<!-- end -->", "to close"),
+    ],
+)
+def test_a_part_that_cannot_be_written_is_an_error(results, text, problem):
+    with pytest.raises(OrnithError, match=problem):
+        published.rewritten(text, results)
+
+
+def test_every_part_of_the_documents_is_known_and_of_known_files():
+    found = [match for path in (published.ROOT / "docs").glob("*.md") for match in
+             published.PART.findall(path.read_text(encoding="utf-8"))]  # fmt: skip
+    assert {match[1] for match in found} <= PARTS.keys() and len(found) > 5
