@@ -25,11 +25,14 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device, torch sees none"))
+    """A test marked `device` needs a GPU only where there is one: `-m gpu` and `-m 'not gpu'` are its complements."""
+    for item in items:
+        if HAS_GPU and item.get_closest_marker("device"):
+            item.add_marker(pytest.mark.gpu)
+        elif not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device, torch sees none"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +85,12 @@ def interpreter_does_nothing_twice():
 
 
 def pytest_sessionfinish(session):
-    """In CI a kernel that was not tested for want of Triton is a failure: without it all of them would be green."""
+    """In CI a test that was skipped for want of a package is a failure: without Triton all kernels would be green."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and os.environ.get("CI"):
-        skipped = [report for report in reporter.stats.get("skipped", ()) if "triton is not" in str(report.longrepr)]
+        wanted = [f"{name} is not installed" for name in ("triton", "libggml", "libgguf", "xllamacpp")]
+        reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", ())]
+        skipped = [reason for reason in reasons if any(want in reason for want in wanted)]
         if skipped:
-            reporter.write_line(f"{len(skipped)} tests were skipped for want of Triton", red=True)
+            reporter.write_line(f"{len(skipped)} tests were skipped for want of Triton or ggml", red=True)
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

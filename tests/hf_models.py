@@ -45,11 +45,11 @@ def config(family="qwen3_5_moe", **changes):
     return getattr(transformers, name)(**(_COMMON | own | changes))
 
 
-def model(family="qwen3_5_moe", implementation="ornith", **changes):
-    """A model in evaluation mode with weights of unit gain."""
+def model(family="qwen3_5_moe", implementation="ornith", *, device="cpu", **changes):
+    """A model in evaluation mode with weights of unit gain, the same on every device."""
     made = AutoModelForCausalLM.from_config(config(family, **changes), experts_implementation=implementation)
     randomize(made)
-    return made.eval()
+    return made.to(device).eval()
 
 
 def randomize(module):
@@ -81,7 +81,8 @@ def loss_and_gradients(made, implementation=None, **inputs):
     if implementation is not None:
         made.set_experts_implementation(implementation)
     made.zero_grad()
-    loss = made(**{"input_ids": IDS, "labels": IDS, "use_cache": False} | inputs).loss
+    ids = IDS.to(made.device)
+    loss = made(**{"input_ids": ids, "labels": ids, "use_cache": False} | inputs).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
 

@@ -8,6 +8,7 @@ gradient passing straight through each cast.
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +17,16 @@ from ornith_moe.quant.operand import Operand
 from ornith_moe.quant.recipes import RECIPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = pytest.param("triton", marks=pytest.mark.device)  # a backend of a test whose operands are `device_of` it
 OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
+
+
+def device_of(backend):
+    """Where the operands of a backend belong; of "triton" only if it is there, or else the test is skipped."""
+    if backend != "triton":
+        return "cpu"
+    pytest.importorskip("triton", reason="triton is not installed")
+    return DEVICE
 
 
 def exact_products(monkeypatch):

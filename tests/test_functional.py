@@ -7,7 +7,7 @@ operator in test_ops.py. Not covered: speed, and the accuracy of bf16 GEMMs wher
 import pytest
 import torch
 import torch.nn.functional as F
-from moe_cases import choose
+from moe_cases import TRITON, choose, device_of
 from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference, sqnr_db
 
 import ornith_moe as om
@@ -30,11 +30,12 @@ def operands(tokens=T, experts=E, hidden=H, inner=I, top_k=TOP_K, dtype=torch.fl
 
 def run(function, tensors, indices, dy, **options):
     """[y, gradients of x, weights, gate_up_proj, down_proj]."""
-    leaves = [t.clone().requires_grad_() for t in tensors]
+    where = device_of(options.get("backend"))
+    leaves = [t.to(where, copy=True).requires_grad_() for t in tensors]
     x, weights, gate_up_proj, down_proj = leaves
-    y = function(x, indices, weights, gate_up_proj, down_proj, **options)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(leaf.grad for leaf in leaves)]
+    y = function(x, indices.to(where), weights, gate_up_proj, down_proj, **options)
+    y.backward(dy.to(y))
+    return [y.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)]
 
 
 def check(tensors, indices, tolerance, backend="cpu"):
@@ -72,11 +73,9 @@ class TestFP8:
         tensors = operands(hidden=200, inner=72 if recipe == "fp8_channel" else 128, dtype=dtype, master=master)
         return tensors, choose(kind, T, E, TOP_K), torch.randn(T, 200).to(dtype)
 
-    @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+    @pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
     @pytest.mark.parametrize("recipe", FP8)
     def test_trains_masters(self, recipe, backend, record_property):
-        if backend == "triton":
-            pytest.importorskip("triton", reason="triton is not installed")
         tensors, indices, dy = self.case(recipe)
         truth = run(moe_mlp_reference, tensors, indices, dy, recipe=recipe, dtype=torch.float64)
         unquantized = run(moe_mlp_reference, [t.double() for t in tensors], indices, dy)
@@ -144,23 +143,23 @@ def quantized(tensors, storage):
 class TestPairs:
     """(q, scale) as weights. The reference gets the dequantized weights as its operands, in float64."""
 
-    @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+    @pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
     @pytest.mark.parametrize("storage", ["fp32", "bf16", "ue8m0", "channel"])
     def test_weight_only(self, storage, backend):
         """bf16: activations are not quantized, so the only rounding is to the dtype of x."""
-        if backend == "triton":
-            pytest.importorskip("triton", reason="triton is not installed")
+        where = device_of(backend)
         tensors = operands(inner=36, dtype=torch.bfloat16)
         x, weights, *_ = tensors
         pairs, indices, dy = quantized(tensors, storage), choose("uniform", T, E, TOP_K), torch.randn(T, H).bfloat16()
         stars = [om.dequantize_fp8(*pair, dtype=torch.float64) for pair in pairs]
         truth = run(moe_mlp_reference, [x.double(), weights.double(), *stars], indices, dy)
+        x, weights, pairs = x.to(where), weights.to(where), [(q.to(where), scale.to(where)) for q, scale in pairs]
         for q, _ in pairs:
             q.requires_grad_().grad_dtype = torch.float32
         x.requires_grad_(), weights.requires_grad_()
-        y = om.moe_mlp(x, indices, weights, *pairs, backend=backend)
-        y.backward(dy)
-        mine = (y, x.grad, weights.grad, pairs[0][0].grad, pairs[1][0].grad)
+        y = om.moe_mlp(x, indices.to(where), weights, *pairs, backend=backend)
+        y.backward(dy.to(where))
+        mine = [t.cpu() for t in (y, x.grad, weights.grad, pairs[0][0].grad, pairs[1][0].grad)]
         assert [g.dtype for g in mine[2:]] == [torch.float32] * 3
         for label, a, b in zip(OUTPUTS, mine, truth, strict=True):
             assert_close(label, a, b, TOLERANCE[torch.bfloat16])

@@ -18,6 +18,7 @@ from numeric import TOLERANCE, assert_close, assert_same_bits, cosine_difference
 import ornith_moe as om
 from ornith_moe import fp8_weights
 
+pytestmark = pytest.mark.device
 moe_mlp_gpu = partial(om.moe_mlp, backend="triton")
 FIVE = ("y", "dx", "dgate_up", "ddown", "dlogits")
 

@@ -27,7 +27,7 @@ from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.weights import open_source
 
 # Infinities and NaNs inside the interpreter's numpy, where a GPU has them too
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUILDS = ["fp8-channel", "fp8-block", "gguf:Q8_0", "gguf:Q4_K_M"]
 NAMES = {"Q8_0", "Q4_K", "Q5_K", "Q6_K", FP8Block.name, FP8Channel.name}

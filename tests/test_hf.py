@@ -2,7 +2,7 @@
 
 Models are tiny and random, in float32. Modules that only exist upstream in other layouts (transposed, interleaved,
 biased, ungated, own gate, norm after the expert) are taken from the upstream models that have them. FP8 experts are in
-test_hf_fp8, expert parallelism and FSDP2 over processes in test_parallel. Not covered: GPUs.
+test_hf_fp8, expert parallelism and FSDP2 over processes in test_parallel. On a GPU families and words run there.
 """
 
 import copy
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, IDS, gradient_error, loss_and_gradients
+from moe_cases import DEVICE
 from numeric import assert_close, assert_same_bits, relative_rms
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
@@ -41,10 +42,11 @@ def calls(monkeypatch):
     return calls
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("family", FAMILIES)
 class TestFamilies:
     def test_loss_and_every_gradient(self, family, calls):
-        model = hf_models.model(family)
+        model = hf_models.model(family, device=DEVICE)
         loss, gradients = loss_and_gradients(model, "ornith")
         layers = model.config.num_hidden_layers
         fused = [explained.startswith("fused") for explained in ornith_moe.hf.explain(model).values()]
@@ -57,7 +59,7 @@ class TestFamilies:
             assert error < 1e-5, f"{other}, {name}: {error:.2e}"
 
     def test_gradient_checkpointing_gives_the_same_bits(self, family):
-        model = hf_models.model(family)
+        model = hf_models.model(family, device=DEVICE)
         loss, gradients = loss_and_gradients(model)
         model.train()
         for reentrant in (False, True):
@@ -68,12 +70,13 @@ class TestFamilies:
                 assert_same_bits(name, checkpointed[name], gradient)
 
     def test_generates_the_same_tokens(self, family):
-        model = hf_models.model(family)
+        model = hf_models.model(family, device=DEVICE)
         tokens = {}
         for implementation in ("ornith", "eager"):
             model.set_experts_implementation(implementation)
             options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            tokens[implementation] = model.generate(IDS, attention_mask=torch.ones_like(IDS), **options).tolist()
+            ids = IDS.to(DEVICE)
+            tokens[implementation] = model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
         assert tokens["ornith"] == tokens["eager"]
         assert len(tokens["ornith"][0]) == 23 + 12
 
@@ -149,6 +152,21 @@ class TestSelection:
         assert abs(loss - expected_loss) < 1e-5 * expected_loss
         error, worst = hf_models.gradient_error(gradients, expected)
         assert error < (1e-4 if recipe == "bf16" else 2e-2), worst  # a cast may round one value the other way
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("word", ornith_moe.hf.WORDS)
+def test_a_word_is_moe_mlp_on_the_device_of_the_module(word):
+    """Bit for bit, forward and backward; what those bits are worth is for test_gpu and tests/kernels."""
+    module = experts_module(word, hidden_size=128, moe_intermediate_size=128).to(DEVICE)
+    x, indices, weights = (t.to(DEVICE) for t in (torch.randn(9, 128), *inputs()[1:]))
+    recipe, masters = ornith_moe.hf.WORDS[word].name, (module.gate_up_proj, module.down_proj)
+    got, expected = (
+        (y.detach(), *torch.autograd.grad(y, masters, torch.ones_like(y)))
+        for y in (module(x, indices, weights), om.moe_mlp(x, indices, weights, *masters, recipe=recipe, scale="bf16"))
+    )
+    for name, a, b in zip(("y", "dgate_up", "ddown"), got, expected, strict=True):
+        assert_same_bits(name, a, b)
 
 
 def experts_module(implementation="ornith", **changes):

@@ -7,6 +7,7 @@ Reference: the syntax trees of the files. Not covered: what is imported by a nam
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -113,3 +114,13 @@ def test_no_module_waits_for_itself(house):
     for module in sorted(graph):
         if house_of(module) == house:
             visit(module, ())
+
+
+def test_what_computes_on_a_device_says_so():
+    """Or `-m gpu` would leave it out, and `-m 'not gpu'` would run it on a GPU."""
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__).resolve()]
+    on_device = [path for path in tests if re.search(r"\bDEVICE\b|device_of", path.read_text(encoding="utf-8"))]
+    unmarked = [
+        path for path in on_device if not re.search(r"mark\.device|\bTRITON\b", path.read_text(encoding="utf-8"))
+    ]
+    assert len(on_device) > 10 and not unmarked

@@ -1,7 +1,8 @@
 """Routing record and replay on transformers' routers and on our own layer.
 
 References: the router's own forward (bits), the ids that were asked for, plain training without recomputation. Models
-are tiny and random. Not covered: GPUs, engines that return records (their payloads: test_routing_records).
+are tiny and random, and on the GPU where there is one for every family. Not covered: engines that return records (their
+payloads: test_routing_records).
 """
 
 import doctest
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, IDS, loss_and_gradients
+from moe_cases import DEVICE
 from numeric import assert_same_bits
 
 import ornith_moe as om
@@ -26,7 +28,7 @@ TOKENS = IDS.numel()
 @pytest.fixture(scope="module", params=FAMILIES)
 def any_model(request):
     torch.manual_seed(0)
-    return hf_models.model(request.param)
+    return hf_models.model(request.param, device=DEVICE)
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def routers(model):
     return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
 
 
+@pytest.mark.device
 class TestEveryFamily:
     def test_a_replayed_pass_is_the_recorded_one(self, any_model):
         expected = loss_and_gradients(any_model)
@@ -64,11 +67,11 @@ class TestEveryFamily:
             assert_same_bits("loss", loss, expected[0])
             assert_same_gradients(gradients, expected[1])
         assert report.flipped_share == report.touched_share == 0 and report.overlap == [1.0] * layers
-        assert report.tokens == TOKENS and torch.equal(report.load, trace.load())
+        assert report.tokens == TOKENS and torch.equal(report.load, trace.load().cpu())
 
     def test_another_choice_is_visited_and_the_router_learns(self, any_model):
         """After the parameters have moved, the recorded experts are still the ones that compute and get gradients."""
-        record = random_record(any_model)
+        record = random_record(any_model).to(DEVICE)
         with replay.replay(any_model, record) as report, replay.record(any_model) as visited:
             _, gradients = loss_and_gradients(any_model)
         assert_same_bits("ids", visited[0], record)
@@ -79,7 +82,7 @@ class TestEveryFamily:
 
     def test_recomputation_replays_and_counts_once(self, any_model):
         """Both forms of checkpointing, inside the block and with the backward pass after it."""
-        record = random_record(any_model)
+        record = random_record(any_model).to(DEVICE)
         with replay.replay(any_model, record) as plain:
             expected_loss, expected = loss_and_gradients(any_model)
         any_model.train()
@@ -95,7 +98,8 @@ class TestEveryFamily:
 
                 any_model.zero_grad()
                 with replay.replay(any_model, record):
-                    loss = any_model(input_ids=IDS, labels=IDS, use_cache=False).loss
+                    ids = IDS.to(DEVICE)
+                    loss = any_model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
                 assert_same_gradients({n: p.grad for n, p in any_model.named_parameters()}, expected)
         finally:

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from moe_cases import TRITON, device_of
 from numeric import assert_close, assert_same_bits, relative_rms
 
 import ornith_moe as om
@@ -84,12 +85,10 @@ def test_gradient_of_the_logits(score, norm):
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", TRITON])
 def test_logits_that_are_no_numbers_stay_in_their_row(backend, score):
     """docs/numerics.md: NaN weights, unique ids in range; other rows keep their bits, forward and backward."""
-    if backend == "triton":
-        pytest.importorskip("triton", reason="triton is not installed")
-    clean = torch.randn(6, 5)
+    clean = torch.randn(6, 5, device=device_of(backend))
     dirty = clean.clone()
     dirty[1, 3], dirty[2, 0], dirty[3], dirty[4, 2] = torch.nan, torch.inf, -torch.inf, -torch.inf
     leaves = [logits.requires_grad_() for logits in (clean, dirty)]
@@ -214,11 +213,9 @@ class TestLosses:
         assert spread.load_balancing_loss.item() == pytest.approx(3 * softmax_row([0, 1, 2])[0])
 
     @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
-    @pytest.mark.parametrize("backend", ["cpu", "triton"])
+    @pytest.mark.parametrize("backend", ["cpu", TRITON])
     def test_do_not_depend_on_torchs_default_dtype(self, backend, default):
         """Nor do the choice, the weights and the gradient."""
-        if backend == "triton":
-            pytest.importorskip("triton", reason="triton is not installed")
 
         def everything():
             leaf = logits.clone().requires_grad_()
@@ -227,7 +224,7 @@ class TestLosses:
             gradient = torch.autograd.grad(routing.weights.square().sum() + sum(losses), leaf)
             return [routing.indices, routing.weights, routing.counts, *losses, *gradient]
 
-        logits = torch.randn(9, 6)
+        logits = torch.randn(9, 6, device=device_of(backend))
         expected = everything()
         torch.set_default_dtype(default)
         try:

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from ornith_moe.kernels.arithmetic import narrow
 
+pytestmark = pytest.mark.device
+
 
 @triton.jit
 def _narrow(x_ptr, y_ptr, count, BLOCK: tl.constexpr):

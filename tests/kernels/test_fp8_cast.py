@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CARRIER = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 # Inf / Inf inside the interpreter's numpy, which is the NaN we want
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
 
 
 def assert_same_bits(got, expected):

@@ -23,7 +23,7 @@ from ornith_moe.kernels.moe import moe_backward, moe_forward
 from ornith_moe.kernels.plan import build_plan
 from ornith_moe.quant.recipes import RECIPES, ROW
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def tensors(named):

@@ -21,6 +21,7 @@ from ornith_moe.kernels.tiles import PRODUCTS, Tile, Tiles, tiles_for
 from ornith_moe.quant.operand import Operand
 from ornith_moe.quant.recipes import RECIPES
 
+pytestmark = pytest.mark.device
 PLAIN = Tile(block_n=128, num_warps=4, num_stages=2)
 VARIANTS = {  # by hidden and inner size: several columns of tiles, and steps of K, of gate_up and dswiglu; of pairs
     (256, 256): {

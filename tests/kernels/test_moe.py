@@ -26,7 +26,7 @@ from ornith_moe.quant.operand import Operand
 from ornith_moe.quant.recipes import GROUP, RECIPES
 from ornith_moe.routing import fold_shared
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")]
 
 SHAPES = [  # T, H, I, E, top_k: nothing divides, one token, top_k = E, and the block size exactly
     (37, 100, 36, 5, 2),

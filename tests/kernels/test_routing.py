@@ -23,7 +23,7 @@ WEIGHTS = 3e-6  # in the interpreter 1e-7; a GPU's exp errs by |logit - max| * 2
 FIELDS = ("indices", "weights", "counts", "load_balancing_loss", "z_loss")
 
 # Inf - Inf and exp(large) inside the interpreter's numpy
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.device, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 def route(logits, top_k, **options):
