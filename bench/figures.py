@@ -202,7 +202,7 @@ def roofline(run: Run, title: str) -> Figure | None:
     rows = [row for row in run.rows if row.median_s and row.flops and row.bytes]
     if not rows:
         return None
-    figure = _figure(8, 5.4, title)
+    figure = _figure(9, 5.4, title)
     axes = figure.subplots()
     look = _looks_of(rows)
     for name, style in look.items():
@@ -218,20 +218,22 @@ def roofline(run: Run, title: str) -> Figure | None:
 
 
 def _roofs(axes: Axes, run: Run, low: float, high: float) -> None:
-    """The fastest copy as a slope, up to each GEMM peak as a level."""
+    """The fastest copy as a slope, up to each GEMM peak as a level with its name right of the axes."""
     copies, peaks = limits_of(run, "GB/s"), limits_of(run, "GFLOP/s")
     if not copies:
         return
     copy, top = max(copies.values()), max(peaks.values(), default=math.inf)
     end = min(high, top / copy)
-    box = {"fc": "white", "ec": "none", "pad": 1}
-    label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "right", "bbox": box}
-    axes.plot([low, end], [low * copy, end * copy], color="black", linewidth=1)
     middle = math.sqrt(low * end)
-    axes.annotate(f"copy: {copy:,.0f} GB/s", (middle, middle * copy), (-6, 6), **label)
-    for name, peak in peaks.items():
+    axes.plot([low, end], [low * copy, end * copy], color="black", linewidth=1)
+    axes.annotate(f"copy: {copy:,.0f} GB/s", (middle, middle * copy), (-6, 6), textcoords="offset points", fontsize=8,
+                  ha="right")  # fmt: skip
+    free = 0.0
+    for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
         axes.plot([min(high, peak / copy), high], [peak, peak], color="black", linewidth=1, linestyle="--")
-        axes.annotate(f"{_plain(name)}: {peak:,.0f} GFLOP/s", (high, peak), (-2, 4), **label)
+        free = max(1.4 * free, peak)  # where the next label does not meet the one below
+        axes.annotate(f" {_plain(name)}: {peak:,.0f} GFLOP/s", (high, free), fontsize=8, va="center",
+                      annotation_clip=False)  # fmt: skip
 
 
 def sizes_of(row: Row) -> dict[str, int]:
