@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,9 +27,10 @@ OURS, WORSE, GREY = "#0072B2", "#D55E00", "#6e6e6e"
 COLOURS = ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#b3a100")
 MARKERS = ("s", "^", "D", "v", "P", "X", "*", "<", ">")
 STYLE: Any = {"font.size": 9, "axes.titlesize": 9, "figure.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
-         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "ornith-moe",
+         "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "hatch.linewidth": 0.6}  # fmt: skip
 GROUPS_A_FIGURE, PANELS_A_FIGURE = 32, 12
+USUAL = {("recipe", "bf16"), ("routing", "uniform")}  # of a case, not worth a word
 AXES = {"tokens": "tokens T", "experts": "experts E, top_k as each model has it", "cores": "cores"}
 
 
@@ -249,31 +251,45 @@ def sizes_of(row: Row) -> dict[str, int]:
 
 def number_of(row: Row, axis: str) -> float | None:
     """The case's number along an axis of `scaling`."""
-    value = row.case.get(axis)
+    value = row.case.get("threads" if axis == "cores" else axis)
     if value is None:
-        value = row.case.get("threads") if axis == "cores" else sizes_of(row).get(axis)
+        value = sizes_of(row).get(axis)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def panels(rows: Iterable[Row], axis: str) -> dict[str, list[Row]]:
+def panels(run: Run, axis: str) -> dict[str, list[Row]]:
     """Rows by what else their case says, where at least two differ along the axis.
 
-    Along E the name of the model gives way to the size of its experts; top_k is as each model has it.
+    Along E the name of the model gives way to the size of its experts; top_k is as each model has it. Along cores a row
+    that names no number of threads had all of them.
     """
-    apart = {axis} | ({"threads"} if axis == "cores" else {"model"} if axis == "experts" else set())
+    apart = {axis, "threads"} if axis == "cores" else {axis, "model"} if axis == "experts" else {axis}
     found: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in _with_threads(run) if axis == "cores" else run.rows:
         if number_of(row, axis) is not None:
-            rest = [f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in row.case.items() if k not in apart]
-            if axis == "experts" and (size := sizes_of(row)):
-                rest.insert(0, f"experts of {size['hidden']}x{size['inner']}")
-            case = ", ".join([*rest, row.device] if row.device != "cpu" else rest)
-            found.setdefault(case or row.suite, []).append(row)
+            size = sizes_of(row) if axis == "experts" else {}
+            label = [f"experts of {size['hidden']}x{size['inner']}"] if size else []
+            label += [
+                f"{value}" if isinstance(value, str) else f"{key} {value}"
+                for key, value in row.case.items()
+                if key not in apart and (key, value) not in USUAL
+            ]
+            label += [row.device] if row.device != "cpu" else []
+            found.setdefault(", ".join(label) or row.suite, []).append(row)
     return {name: mine for name, mine in found.items() if len({number_of(row, axis) for row in mine}) > 1}
 
 
+def _with_threads(run: Run) -> list[Row]:
+    """Rows that name their threads, and those that differ from one of them in nothing else, with all of the machine."""
+    told = [row for row in run.rows if "threads" in row.case]
+    bare = [{key: value for key, value in row.case.items() if key != "threads"} for row in told]
+    every = run.machine.get("threads", run.machine.get("cores"))
+    alike = [row for row in run.rows if row.case in bare]
+    return told + [replace(row, case=row.case | {"threads": every}) for row in alike]
+
+
 def _scaling_pages(run: Run, axis: str, question: str) -> list[Drawn]:
-    found = list(panels(run.rows, axis).items())
+    found = list(panels(run, axis).items())
     if not found:
         return [Drawn(f"scaling-{axis}", question, None, f"no two rows differ in nothing but {axis}")]
     pages, drawn = math.ceil(len(found) / PANELS_A_FIGURE), []

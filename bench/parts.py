@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from textwrap import fill
 from typing import Any
 
@@ -35,6 +36,8 @@ def experts(*runs: Run) -> str:
     least = (math.inf, "")
     for row in (row for run in runs for row in _ours([run])):
         if row.suite != "moe" or not row.ratio or not {"model", "tokens", "dtype", "pass"} <= row.case.keys():
+            continue
+        if {"threads", "weights"} & row.case.keys():  # fewer cores, and weights as a file stores them: tables apart
             continue
         model, recipe = row.case["model"], row.case.get("recipe", "bf16")
         if len(runs) == 1 or model in LAYERS:
@@ -62,7 +65,7 @@ def fp8_experts(*runs: Run) -> str:
     """One sentence: experts of FP8 weights at one token, over all runs."""
     said = []
     for recipe, what in (("block", "128x128 blocks"), ("channel", "channels")):
-        rows = [row for run in runs for row in _ours([run]) if row.group.startswith(f"FP8 {recipe} experts")]
+        rows = [row for run in runs for row in _ours([run]) if row.suite == "moe" and f"FP8 {recipe}" in row.group]
         ratios = [row.ratio for row in rows if row.ratio]
         said.append(f"{_ratio(min(ratios))} to {_ratio(max(ratios))} ({what})")
     return _prose(f"FP8 experts at T = 1, {len(runs)} runs: {' and '.join(said)} of torch's cast and mm.")
@@ -130,8 +133,7 @@ def growth(axis: str) -> Callable[..., str]:
     """How the time of ours grows along an axis of a case: a line per other case, a column per value."""
 
     def table(*runs: Run) -> str:
-        rows = [row for row in _ours(runs) if row.median_s]
-        found = panels(rows, axis)
+        found = panels(replace(runs[0], rows=list(_ours(runs))), axis)
         values = sorted({number_of(row, axis) or 0 for mine in found.values() for row in mine})
         lines = []
         for case, mine in found.items():
@@ -187,7 +189,8 @@ def machine(*runs: Run) -> str:
     for run in runs:
         m = run.machine
         load = m.get("load_at_start", m.get("load"))
-        lines.append([run.date[:10], f"{m.get('cpu') or m.get('card')}, {m.get('cores')} cores", str(m.get("torch")),
+        torch = m.get("torch") or m.get("versions", {}).get("torch")
+        lines.append([run.date[:10], f"{m.get('cpu') or m.get('card')}, {m.get('cores')} cores", str(torch),
                       f"`{run.commit[:9]}`", f"{load:.2f}" if isinstance(load, int | float) else "-",
                       "; ".join(f"{name} {value:g}" for name, value in run.limits.items())])  # fmt: skip
     return _table(["date", "machine", "torch", "commit", "load at start", "measured limits"], lines)

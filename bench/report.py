@@ -41,12 +41,13 @@ def write(run: Run, path: Path, modelled: Sequence[dict[str, Any]] = ()) -> list
     Returns:
         What was written, the page first.
     Raises:
-        OrnithError: matplotlib, which draws, is not installed.
+        OrnithError: matplotlib, which draws, or jinja2, which fills the page, is not installed.
     """
     try:
+        import matplotlib  # noqa: F401
         from jinja2 import Environment
-    except ImportError:
-        raise OrnithError("report: jinja2, which fills the page, is not installed; pip install jinja2") from None
+    except ImportError as error:
+        raise OrnithError(f"report: {error.name}, which makes it, is not installed; pip install {error.name}") from None
 
     run = replace(run, rows=rated(run.rows))
     drawings = figures(run)

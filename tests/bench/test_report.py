@@ -124,9 +124,25 @@ def test_many_groups_take_several_figures():
 
 
 def test_panels_differ_in_nothing_but_their_axis():
-    found = panels(RUN.rows, "tokens")
+    found = panels(RUN, "tokens")
     assert len(found) == 2 and all(len({row.case["experts"] for row in mine}) == 1 for mine in found.values())
-    assert panels(RUN.rows, "cores") == {}
+    assert panels(RUN, "cores") == {}
+
+
+def test_a_row_without_threads_had_all_of_them():
+    case = {"model": "nano", "routing": "uniform"}
+    one = Row("moe", "one thread", "ours", False, case=case | {"threads": 1}, median_s=2.0)
+    every = Row("moe", "all threads", "ours", False, case=case, median_s=1.0)
+    other = replace(every, case={"model": "other"})
+    found = panels(replace(RUN, rows=[one, every, other]), "cores")
+    assert {name: [row.case["threads"] for row in mine] for name, mine in found.items()} == {"nano": [1, 2]}
+
+
+def test_along_e_the_size_of_the_experts_is_named():
+    cuts = [Row("moe", m, "ours", False, case={"model": m, "pass": "forward"}, median_s=1.0) for m in
+            ("ornith-35b/32", "ornith-35b/8", "nano")]  # fmt: skip
+    found = panels(replace(RUN, rows=cuts), "experts")
+    assert list(found) == ["experts of 2048x512, forward"] and len(*found.values()) == 2
 
 
 def test_the_page_stands_alone(page):
