@@ -65,10 +65,9 @@ def dswiglu_kernel(
             acc, _ = multiply(a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n, 0, I, K, CUT)
             m, offs_n, mask_m, mask = place(plan, e, row, offs_m, n, I, CUT)
             first = row.to(tl.int64) * I + n
-            first_of_gate = first + row.to(tl.int64) * I
-            offs, offs_2n = m * I + offs_n, m * (2 * I) + offs_n
             dtype: tl.constexpr = pre_ptr.dtype.element_ty
-            gate_ptr = pre_ptr + first_of_gate
+            gate_ptr = pre_ptr + first + row.to(tl.int64) * I
+            offs_2n = m * (2 * I) + offs_n
             gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
             up = widen(tl.load(gate_ptr + I + offs_2n, mask=mask, other=0.0))
             weight = tl.load(weights_ptr + tl.load(plan.row_to_slot + row + m))
@@ -80,7 +79,7 @@ def dswiglu_kernel(
                     s = tl.load(act_scale_ptr + row + m, mask=mask_m, other=1.0)
                 out = widen(narrow(e4m3_value(e4m3_code(divide_by_scale(out, s))) * s, dtype))
             if SAVE:
-                tl.store(wa_ptr + first + offs, narrow(out * weight, dtype), mask=mask)
+                tl.store(wa_ptr + first + (m * I + offs_n), narrow(out * weight, dtype), mask=mask)
             # da' of a row past the last is another row's: it only reaches values that the masks drop.
             acc = tl.where(mask, acc, 0.0)
             tl.store(dweights_ptr + (row.to(tl.int64) + m) * columns + column,
@@ -93,11 +92,12 @@ def dswiglu_kernel(
             dup = narrow(acc * silu, dtype)
             up = widen(tl.load(gate_ptr + I + offs_2n, mask=mask, other=0.0))
             dgate = narrow(acc * up * (sigmoid + silu * (1.0 - sigmoid)), dtype)
-            tl.store(dpre_ptr + first_of_gate + offs_2n, dgate, mask=mask)
-            tl.store(dpre_ptr + first_of_gate + I + offs_2n, dup, mask=mask)
+            dgate_ptr = dpre_ptr + first + row.to(tl.int64) * I
+            tl.store(dgate_ptr + offs_2n, dgate, mask=mask)
+            tl.store(dgate_ptr + I + offs_2n, dup, mask=mask)
             if DPRE_FP8:
                 groups = tl.cdiv(I, _FP8_BLOCK)
-                code_ptr = dpre_code_ptr + first_of_gate
+                code_ptr = dpre_code_ptr + first + row.to(tl.int64) * I
                 scale_ptr = dpre_scale_ptr + (2 * row.to(tl.int64) * groups + n // _FP8_BLOCK) + m * (2 * groups)
                 s = scale_of_rows(widen(dgate), SHIFT)
                 store_scale(scale_ptr, s, mask_m, SHIFT)
