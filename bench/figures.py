@@ -4,12 +4,13 @@
 
 Axes are logarithmic where rows differ by orders, and always carry their unit. Colours are Okabe and Ito's, which people
 who confuse red and green can tell apart; ours is blue, and a marker says the same as a colour. A row without a time is
-drawn hatched with its name and status, or, where an implementation has no time in any row, in the legend.
+named with its status, and hatched where it is red or missing; of what was skipped the legend tells how often.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -126,10 +127,14 @@ def peers(run: Run, suite: str, groups: Sequence[str], title: str) -> Figure | N
     for group, y in place.items():
         members = [row for row in rows if row.group == group]
         _ratio(ratios, y, next((row.ratio for row in members if row.ratio), None))
-        untimed = [row for row in members if not row.median_s and (row.name in somewhere or not row.peer)]
+        untimed = [row for row in members if row.status in ("red", "missing") and row.name in somewhere]
+        untimed += [row for row in members if not row.median_s and not row.peer and row not in untimed]
         if untimed:
-            _hatched(times, y, ", ".join(f"{row.name}: {row.status}" for row in untimed), untimed)
+            _hatched(times, y, untimed)
     times.set(xscale="log", xlabel="median time of a call, ms (line: p20 to p80)")
+    if timed and any(row.status == "red" for row in rows):
+        low, high = times.get_xlim()
+        times.set_xlim(low, high * (high / low) ** 0.4)  # a lane for the names
     times.set_yticks(range(len(groups)), [_short(group) for group in groups])
     times.set_ylim(len(groups) - 0.4, -0.6)
     ratios.set(xscale="log", xlabel="fastest peer's time / ours")
@@ -138,7 +143,7 @@ def peers(run: Run, suite: str, groups: Sequence[str], title: str) -> Figure | N
     ratios.set_xlim(min(low, 0.5) / 1.1, max(high, 2) * 1.6)  # room for the labels
     _logarithmic(times.xaxis)
     _logarithmic(ratios.xaxis, "x")
-    _legend(figure, look, [row for row in rows if row.name not in somewhere])
+    _legend(figure, look, rows)
     return figure
 
 
@@ -161,10 +166,13 @@ def _logarithmic(axis: Axis, unit: str = "") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _hatched(axes: Axes, y: float, label: str, rows: Sequence[Row]) -> None:
+def _hatched(axes: Axes, y: float, rows: Sequence[Row]) -> None:
+    """The names of rows without a time at the right of their line, hatched unless they were only skipped."""
     colour = WORSE if any(row.status == "red" for row in rows) else GREY
-    across = axes.get_yaxis_transform()
-    axes.barh(y, 1, height=0.9, transform=across, color="none", edgecolor=colour, hatch="////", alpha=0.5, linewidth=0)
+    across, style = axes.get_yaxis_transform(), {"color": "none", "edgecolor": colour, "hatch": "////", "linewidth": 0}
+    if any(row.status != "skipped" for row in rows):
+        axes.barh(y, 1, height=0.9, transform=across, alpha=0.5, **style)
+    label = _plain(", ".join(f"{row.name}: {row.status}" for row in rows))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.9}
     axes.text(0.99, y, label, transform=across, ha="right", va="center", color=colour, fontsize=8, bbox=box)
 
@@ -178,20 +186,23 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib would set what lies between two as mathematics
 
 
-def _legend(figure: Figure, look: dict[str, dict[str, Any]], untimed: Sequence[Row]) -> None:
+def _legend(figure: Figure, look: dict[str, dict[str, Any]], rows: Sequence[Row]) -> None:
+    """Every implementation; hatched if it has no time at all, and with the number of its rows that have none."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    states = {row.name: row.status for row in untimed}
     handles: list[Any] = []
     for name, style in look.items():
-        if name in states:
-            colour = WORSE if states[name] == "red" else GREY
-            label = _plain(f"{name} ({states[name]})")
-            handles.append(Patch(facecolor="none", edgecolor=colour, hatch="////", label=label))
+        mine = [row for row in rows if row.name == name]
+        untimed = Counter(row.status for row in mine if not row.median_s)
+        states = ", ".join(f"{status} in {count} of {len(mine)}" for status, count in untimed.items())
+        if mine and untimed.total() == len(mine):
+            colour, states = WORSE if untimed["red"] else GREY, ", ".join(untimed)
+            handles.append(Patch(facecolor="none", edgecolor=colour, hatch="////"))
         else:
-            handles.append(Line2D([], [], linestyle="", label=_plain(name), **style))
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)), fontsize=8)
+            handles.append(Line2D([], [], linestyle="", **style))
+        handles[-1].set_label(_plain(f"{name} ({states})" if states else name))
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(handles)), fontsize=8)
 
 
 def limits_of(run: Run, unit: str) -> dict[str, float]:
@@ -215,7 +226,7 @@ def roofline(run: Run, title: str) -> Figure | None:
     _roofs(axes, run, low / 2, high * 4)
     axes.set(xscale="log", yscale="log", xlim=(low / 2, high * 4))
     axes.set(xlabel="arithmetic intensity, FLOP per byte of least traffic", ylabel="reached, GFLOP/s")
-    _legend(figure, look, [])
+    _legend(figure, look, rows)
     return figure
 
 
@@ -228,13 +239,13 @@ def _roofs(axes: Axes, run: Run, low: float, high: float) -> None:
     end = min(high, top / copy)
     middle = math.sqrt(low * end)
     axes.plot([low, end], [low * copy, end * copy], color="black", linewidth=1)
-    axes.annotate(f"copy: {copy:,.0f} GB/s", (middle, middle * copy), (-6, 6), textcoords="offset points", fontsize=8,
+    axes.annotate(f"copy: {copy:,.3g} GB/s", (middle, middle * copy), (-6, 6), textcoords="offset points", fontsize=8,
                   ha="right")  # fmt: skip
     free = 0.0
     for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
         axes.plot([min(high, peak / copy), high], [peak, peak], color="black", linewidth=1, linestyle="--")
         free = max(1.4 * free, peak)  # where the next label does not meet the one below
-        axes.annotate(f" {_plain(name)}: {peak:,.0f} GFLOP/s", (high, free), fontsize=8, va="center",
+        axes.annotate(f" {_plain(name)}: {peak:,.3g} GFLOP/s", (high, free), fontsize=8, va="center",
                       annotation_clip=False)  # fmt: skip
 
 
@@ -317,7 +328,8 @@ def scaling(shown: dict[str, list[Row]], axis: str, title: str) -> Figure | None
             points = sorted((number_of(row, axis) or 0.0, 1e3 * (row.median_s or 0)) for row in timed_rows)
             axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, markersize=4.5, **style)
         for x in {number_of(row, axis) or 1 for row in mine}:
-            _strip(axes, x, [r for r in mine if number_of(r, axis) == x and not r.median_s and r.name in timed])
+            failed = [row for row in mine if row.status in ("red", "missing") and row.name in timed]
+            _strip(axes, x, [row for row in failed if number_of(row, axis) == x])
         _logarithmic(axes.yaxis)
         axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
         axes.tick_params(axis="x", which="minor", bottom=False)
@@ -329,7 +341,7 @@ def scaling(shown: dict[str, list[Row]], axis: str, title: str) -> Figure | None
         last.set_xlabel(AXES[axis])
     for axes in grid[:, 0]:
         axes.set_ylabel("median time, ms")
-    _legend(figure, look, [row for row in rows if row.name not in timed])
+    _legend(figure, look, rows)
     return figure
 
 
@@ -367,7 +379,7 @@ def error_beside_speed(run: Run, title: str) -> Figure | None:
     first.set_ylabel("relative RMS error against the reference (no unit)")
     first.annotate("equal bits", (0, floor), (3, 3), xycoords=("axes fraction", "data"), fontsize=8,
                    textcoords="offset points", color=GREY)  # fmt: skip
-    _legend(figure, look, [])
+    _legend(figure, look, rows)
     return figure
 
 

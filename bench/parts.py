@@ -271,9 +271,9 @@ def _best_peers(runs: Sequence[Run]) -> dict[str, str]:
     return {group: f"`{row.name}`" for group, row in found.items()}
 
 
-def _model_order(line: tuple[str, ...]) -> tuple[bool, str, bool, bool, str]:
+def _model_order(line: tuple[str, ...]) -> tuple[bool, str, bool, str, bool, bool, str]:
     model, dtype, way, routing = line
-    return "397" in model, model, dtype != "BF16", way != "forward", routing
+    return "397" in model, model, dtype != "BF16", dtype, way != "forward", routing != "uniform", routing
 
 
 def _layer(shape: str) -> tuple[str, str]:

@@ -109,7 +109,7 @@ def test_every_figure_is_drawn_and_its_axes_tell_their_unit(drawn):
 
 def test_no_row_is_dropped_from_a_figure_in_silence(drawn):
     said = words(drawn["peers-moe"].figure)
-    assert {"ours", "grouped_mm", "loop", "absent (missing)"} <= {
+    assert {"ours", "grouped_mm", "loop (red in 2 of 4)", "absent (missing)"} <= {
         text.get_text() for legend in drawn["peers-moe"].figure.legends for text in legend.get_texts()
     }
     assert said.count("loop: red") == 2 and "ours: skipped" in words(drawn["peers-codecs"].figure)
