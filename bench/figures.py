@@ -169,9 +169,11 @@ def _logarithmic(axis: Axis, unit: str = "") -> None:
 def _hatched(axes: Axes, y: float, rows: Sequence[Row]) -> None:
     """The names of rows without a time at the right of their line, hatched unless they were only skipped."""
     colour = WORSE if any(row.status == "red" for row in rows) else GREY
-    across, style = axes.get_yaxis_transform(), {"color": "none", "edgecolor": colour, "hatch": "////", "linewidth": 0}
+    across = axes.get_yaxis_transform()
     if any(row.status != "skipped" for row in rows):
-        axes.barh(y, 1, height=0.9, transform=across, alpha=0.5, **style)
+        axes.barh(
+            y, 1, height=0.9, transform=across, alpha=0.5, color="none", edgecolor=colour, hatch="////", linewidth=0
+        )
     label = _plain(", ".join(f"{row.name}: {row.status}" for row in rows))
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.9}
     axes.text(0.99, y, label, transform=across, ha="right", va="center", color=colour, fontsize=8, bbox=box)

@@ -229,6 +229,22 @@ def modelled_share(*told: dict[str, Any]) -> str:
     )
 
 
+def modelled_launches(*told: dict[str, Any]) -> str:
+    """The forward of the 35B in FP8 on an H100, launch by launch."""
+    columns = {"route, plan, cast": ("route", "plan", "fp8_cast"), "gate_up": ("gate_up",), "down": ("down",),
+               "combine": ("combine",)}  # fmt: skip
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for each in told for row in each["rows"]):
+        if (row["arch"], row["recipe"], row["pass"]) == ("sm90", "fp8", "forward") and _layer(row["shape"])[0] == "35B":
+            found.setdefault(_layer(row["shape"])[1], []).append(row)
+    lines = []
+    for tokens, rows in sorted(found.items(), key=lambda item: int(item[0])):
+        us = [sum(r["modelled_us"] for r in rows if r["kernel"].startswith(names)) for names in columns.values()]
+        if all(us):  # rows of small T that differ in nothing from others stand with those
+            lines.append([f"{int(tokens):,}", *(f"{each:,.0f}" for each in us), f"{sum(us):,.0f}"])
+    return _table(["modelled us: T", *columns, "forward"], lines)
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "codecs": codecs,
     "experts": experts,
@@ -239,6 +255,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "losses": losses,
     "machine": machine,
     "modelled": modelled,
+    "modelled-launches": modelled_launches,
     "modelled-share": modelled_share,
     "peers": peers,
     "sizes": sizes,

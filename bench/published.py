@@ -27,7 +27,7 @@ from ornith_moe.quant.errors import OrnithError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PART = re.compile(r"(<!-- figures: ([\w-]+)((?: [\w.-]+)+) -->\n)(?:.*?\n)?(<!-- end -->)", re.S)
+PART = re.compile(r"(<!-- figures: ([\w-]+)((?: [\w.-]+)+) -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
 OLDER_MODELS = {"35b": "ornith-35b", "35b/8": "ornith-35b/8"}
 
 

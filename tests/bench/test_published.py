@@ -25,6 +25,11 @@ LAYER = {
     "share_of_bound": 0.79,
     "modelled_tflop_s": 9.0,
 }
+LAUNCHES = [
+    {"arch": "sm90", "recipe": "fp8", "pass": "forward", "shape": LAYER["shape"], "kernel": kernel, "modelled_us": us}
+    for kernel, us in (("route softmax", 5.0), ("plan scan", 2.0), ("fp8_cast tokens", 3.0), ("gate_up fp8", 1000.0),
+                       ("down fp8", 200.0), ("combine", 50.0))
+]  # fmt: skip
 
 
 def layer_row(tokens, name, ms, **said):
@@ -55,7 +60,7 @@ RUN = Run("2026-11-29T01:02:03+00:00", "0123456789ab", MACHINE, {"copy": 30.0}, 
 @pytest.fixture
 def results(tmp_path):
     save(RUN, tmp_path / "new.json")
-    (tmp_path / "kernels.json").write_text(json.dumps({"rows": [], "layers": [LAYER]}))
+    (tmp_path / "kernels.json").write_text(json.dumps({"rows": LAUNCHES, "layers": [LAYER]}))
     return tmp_path
 
 
@@ -105,6 +110,7 @@ def test_modelled_parts(results):
     row = "| H100 SXM | 35B | 64 | `fp8` | 266 | 79 % | 1,095 | 9 |"
     said = part("modelled", "kernels.json", results)
     assert row in said and said.startswith("| modelled")
+    assert "| 64 | 10 | 1,000 | 200 | 50 | 1,260 |" in part("modelled-launches", "kernels.json", results)
     assert "modelled at 79 % of the bound at T = 64" in part("modelled-share", "kernels.json", results)
 
 
