@@ -28,7 +28,8 @@ help:
 	@echo 'make test-verl the engine of verl, in an environment of its own (.venv-verl)'
 	@echo 'make fuzz      hostile inputs against the command line (ARGS="--cases 5000 --seed 7")'
 	@echo 'make figures   numbers of README.md and docs from bench/results (ARGS=--check only compares)'
-	@echo 'make lint | bench | wheel | clean'
+	@echo 'make bench     times of this machine beside what one would use instead (ARGS=--quick)'
+	@echo 'make lint | wheel | clean'
 
 demo: $(VENV)/.installed
 	@$(BIN)/python demo/run.py $(ARGS)
@@ -55,7 +56,7 @@ lint: $(VENV)/.installed
 	@$(if $(LINKS),$(BIN)/mypy --no-error-summary,echo 'types are not checked: ornith_moe/quant is no link here')
 
 bench: $(VENV)/.installed
-	@$(BIN)/pytest bench --benchmark-only -o python_files='bench_*.py' $(ARGS)
+	@$(BIN)/ornith-moe bench $(ARGS)
 
 figures: $(VENV)/.installed
 	@$(BIN)/python -m ornith_moe.bench.published $(ARGS)

@@ -55,6 +55,7 @@ setup(
         "hf": ["transformers>=5.7,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
         "trl": ["trl>=1.16,<2", "transformers>=5.7,<6", "matplotlib>=3.8"],  # the last for the curve
         "verl": ["verl>=0.9.1,<0.10", "transformers>=5.7,<5.11", "compressed-tensors>=0.20"],  # apart from trl
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "jinja2>=3.1", "transformers>=5.7,<6"],
         "llama": ["xllamacpp>=2026.10"],
         "hub": ["huggingface_hub>=1.5"],
     },

@@ -1,70 +1,109 @@
-"""A whole conversion, four builds in one pass, against copying as many bytes with shutil.copyfile.
+"""A whole conversion, four builds in one pass, beside copying as many bytes with shutil.copyfile.
 
-Source: two layers of random BF16 weights in the sizes of the 35B (shapes.CHECKPOINT), in the page cache. The rate of a
-row is its bytes over its median: source bytes for the conversion, bytes copied for the copies. The limit of the
-conversion is the time to copy its finished builds file by file with an fsync each, on the same disk in the same run:
-what the same output costs with nothing to compute. The conversion also reads everything back and hashes it twice.
+Source: layers of random BF16 weights in the sizes of the 35B (shapes.CHECKPOINT), in the page cache. The rate of a row
+is the bytes of the source over its median. The limit is the time to copy the finished builds file by file with an fsync
+each, on the same disk in the same run: what the same output costs with nothing to compute. The conversion also reads
+everything back and hashes it twice.
 
 The note says where the time goes: `convert` reads, encodes and writes, `check` flushes, reads back and hashes. All
 builds are verified against the source before anything is timed.
+
+`convert_hf_to_gguf.py` of llama.cpp is the peer of a single GGUF build; it is a script of a checkout, no package, and
+stands here where it is on PATH.
 """
 
+import atexit
 import filecmp
 import os
 import shutil
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-
-import pytest
-from fixtures import qwen_tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 from ornith_moe.bench.limits import best_seconds
+from ornith_moe.bench.peers import Unable
 from ornith_moe.bench.shapes import CHECKPOINT, experts_of
+from ornith_moe.bench.tasks import Settings, Side, Task, Work
+from ornith_moe.bench.timing import Times
 from ornith_moe.quant.conversion.convert import convert
+from ornith_moe.quant.gguf.tokenizer import PRE_BY_PATTERN
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
 BUILDS = ("fp8-channel", "fp8-block", "gguf:BF16", "gguf:Q8_0")
 PRESET, EXPERTS_SHAPE = "ornith-1.0-35b", "ornith-35b"
-ROUNDS = 3
-GROUP = f"convert {PRESET} sizes, {CHECKPOINT['num_hidden_layers']} layers, to {' + '.join(BUILDS)}"
+SMALL = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "full_attention_interval": 1, "num_experts": 4}
+CONVERTER = "convert_hf_to_gguf.py"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench") / "source"
+def tasks(settings: Settings) -> list[Task]:
+    """Four builds in one pass, and one GGUF build; none for a GPU, whose encoders are in the suite of codecs."""
+    if settings.device == "cuda":
+        return []
+    changes = CHECKPOINT | (SMALL if settings.quick else {})
+    layers = changes["num_hidden_layers"]
+    sizes = f"{PRESET} sizes, {layers} layer{'s' * (layers != 1)} of {changes['num_experts']} experts"
+    together = {"ours": False, "copyfile of the builds": False}
+    single = {"ours": False, CONVERTER: True}
+    case = {"model": EXPERTS_SHAPE, "layers": layers, "experts": changes["num_experts"]}
+    return [
+        Task("convert", f"convert {sizes}, to {' + '.join(BUILDS)}", case | {"build": "all"}, together,
+             partial(_prepare_all, settings.quick)),
+        Task("convert", f"convert {sizes}, to gguf:Q8_0", case | {"build": "gguf:Q8_0"}, single,
+             partial(_prepare_one, settings.quick)),
+    ]  # fmt: skip
+
+
+@cache
+def scratch() -> Path:
+    """A folder that goes with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="ornith-bench-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
+def checkpoint(quick: bool) -> Any:
+    """A source of random weights with a tokenizer that was trained on a sentence."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    folder = scratch() / "source"
     text = open_source(PRESET).config["text_config"]
     assert (text["hidden_size"], text["moe_intermediate_size"]) == experts_of(EXPERTS_SHAPE)[:2]
-    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**text | CHECKPOINT)).bfloat16()
+    torch.manual_seed(0)
+    changes = CHECKPOINT | (SMALL if quick else {})
+    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**text | changes)).bfloat16()
     model.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=qwen_tokenizer(), eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    pattern = next(pattern for pattern, name in PRE_BY_PATTERN.items() if name == "qwen35")
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["A router reads each token once and names the experts that work on it."], trainer)
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return open_source(folder)
 
 
-@pytest.fixture(scope="module")
-def builds(checkpoint):
-    """Folder of the finished and verified builds; also warms the page cache and compiles what numba compiles."""
-    out = checkpoint.folder.parent / "builds"
-    for report in convert(checkpoint, out, BUILDS).builds:
-        verification = verify(report.path, checkpoint)
-        assert verification.ok, verification.problems
-        assert verification.tensors == report.tensors
-    return out
-
-
-def files(folder):
+def files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def total_bytes(folder):
+def total_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in files(folder))
 
 
-def copy(folder, target):
+def copy(folder: Path, target: Path) -> None:
     """Copy every file of `folder`, each flushed to the disk."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -74,37 +113,96 @@ def copy(folder, target):
             os.fsync(copied.fileno())
 
 
-@pytest.fixture(scope="module")
-def copy_s(builds):
-    return best_seconds(lambda: copy(builds, builds.parent / "limit"), ROUNDS)
+def _verified(out: Path, source: Any, builds: tuple[str, ...]) -> None:
+    """Convert to `out` and verify; also warms the page cache and compiles what numba compiles."""
+    shutil.rmtree(out, ignore_errors=True)
+    for report in convert(source, out, builds).builds:
+        found = verify(report.path, source)
+        assert found.ok, str(found.problems[:1])
+        assert found.tensors == report.tensors
 
 
-@pytest.mark.parametrize("what", ["source", "builds"])
-def test_copyfile(measure, checkpoint, builds, copy_s, what):
-    folder, target = {"source": checkpoint.folder, "builds": builds}[what], builds.parent / "copy"
-    copy(folder, target)
-    assert all(filecmp.cmp(path, target / str(i), shallow=False) for i, path in enumerate(files(folder)))
-    limit_s = copy_s * total_bytes(folder) / total_bytes(builds)
-    name, call = f"shutil.copyfile of the {what}", lambda: copy(folder, target)
-    measure(GROUP, name, call, peer=False, nbytes=total_bytes(folder), limit_s=limit_s, rounds=ROUNDS)
+def _conversion(source: Any, out: Path, builds: tuple[str, ...], phases: list[tuple[float, float]]) -> Side:
+    _verified(out, source, builds)
+    expected = total_bytes(out)
 
-
-def test_convert(measure, checkpoint, builds, copy_s):
-    out, phases = builds.parent / "again", []
-
-    def fresh():
-        shutil.rmtree(out, ignore_errors=True)
-
-    def run():
-        ends = {}
+    def call() -> None:
+        ends: dict[str, float] = {}
         began = time.perf_counter()
-        convert(checkpoint, out, BUILDS, progress=lambda phase, *_: ends.update({phase: time.perf_counter()}))
+        convert(source, out, builds, progress=lambda phase, *_: ends.update({phase: time.perf_counter()}))
         seconds = time.perf_counter() - began
         phases.append(((ends["convert"] - began) / seconds, (ends["check"] - ends["convert"]) / seconds))
 
-    nbytes, name = total_bytes(checkpoint.folder), "ornith-moe convert"
-    row = measure(GROUP, name, run, peer=False, nbytes=nbytes, limit_s=copy_s, rounds=ROUNDS, setup=fresh)
-    assert total_bytes(out) == total_bytes(builds)
-    writing, checking = (statistics.median(shares) for shares in zip(*phases, strict=True))
-    written = total_bytes(out) / nbytes
-    row["note"] = f"convert {writing:.0%}, check {checking:.0%}; writes {written:.2f} bytes per byte of source"
+    def check(_: None) -> float:
+        assert total_bytes(out) == expected, f"{total_bytes(out)} bytes written, {expected} were verified"
+        return 0.0
+
+    return Side(call, check, setup=lambda: shutil.rmtree(out, ignore_errors=True))
+
+
+def _prepare_all(quick: bool) -> Work:
+    source, builds, again = checkpoint(quick), scratch() / "builds", scratch() / "again"
+    _verified(builds, source, BUILDS)
+    limit_s = best_seconds(lambda: copy(builds, scratch() / "limit"), 3)
+    phases: list[tuple[float, float]] = []
+    written = total_bytes(builds) / total_bytes(source.folder)
+
+    def copied() -> Side:
+        def check(_: None) -> float:
+            pairs = ((path, target / str(i)) for i, path in enumerate(files(builds)))
+            assert all(filecmp.cmp(*pair, shallow=False) for pair in pairs), "a copied file differs"
+            return 0.0
+
+        target = scratch() / "copy"
+        return Side(partial(copy, builds, target), check)
+
+    def note(name: str, times: Times) -> str:
+        if name != "ours":
+            return (
+                f"{total_bytes(source.folder if 'source' in name else builds) / times.median_s / 1e9:.2f} GB/s copied"
+            )
+        writing, checking = (statistics.median(shares) for shares in zip(*phases, strict=True))
+        return f"convert {writing:.0%}, check {checking:.0%}; writes {written:.2f} bytes per byte of source"
+
+    sides = {
+        "ours": lambda: _conversion(source, again, BUILDS, phases),
+        "copyfile of the builds": copied,
+    }
+    return Work(sides, total_bytes(source.folder), limit=(limit_s, "copy"), note=note)
+
+
+def _prepare_one(quick: bool) -> Work:
+    source, out = checkpoint(quick), scratch() / "one"
+    sides: dict[str, Callable[[], Side]] = {
+        "ours": lambda: _conversion(source, out, ("gguf:Q8_0",), []),
+        CONVERTER: partial(_converter, source.folder, scratch() / "theirs.gguf"),
+    }
+    size = total_bytes(source.folder)
+    return Work(
+        sides, size + size * 17 // 32, note=lambda name, times: f"{size / times.median_s / 1e6:.0f} MB/s of source"
+    )
+
+
+def _converter(folder: Path, out: Path) -> Side:
+    script = shutil.which(CONVERTER)
+    if script is None:
+        raise Unable("missing", f"llama.cpp's {CONVERTER} is not on PATH; clone llama.cpp and add its folder")
+    command = [sys.executable, script, str(folder), "--outtype", "q8_0", "--outfile", str(out)]
+
+    def call() -> None:
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, " ".join(done.stderr.split())[-200:]
+
+    def check(_: None) -> float:
+        import gguf
+
+        ours = next(path for path in files(scratch() / "one") if path.suffix == ".gguf")
+        sums = [{t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors} for path in (out, ours)]
+        assert sums[0] == sums[1], "its tensors are not those of ours"
+        return 0.0
+
+    return Side(call, check, setup=lambda: out.unlink(missing_ok=True))
+
+
+def test_convert(measure: Callable[[Task, str], None], task: Task, name: str) -> None:
+    measure(task, name)

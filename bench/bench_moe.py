@@ -1,244 +1,226 @@
-"""The routed-experts MLP on the CPU, all threads, against transformers' implementations on the same weights.
+"""The routed-experts MLP, against what transformers, torch and others compute with the same weights.
 
-Forward without autograd; forward + backward with the gradients of x, weights, gate_up_proj and down_proj. Routing is
-uniform and random, every token with `top_k` different experts. FP8 experts at one token, against what torch offers:
-cast each active expert, scale it, torch.mm.
+Forward without autograd; forward + backward with the gradients of x, weights, gate_up_proj and down_proj, all made anew
+in each step. FP8 recipes are served from stored pairs in a forward and train on masters; between steps the masters do
+not change, so what is timed is a step of gradient accumulation. "masters" and "unchanged masters" are the forward that
+compares BF16 masters with the digests of their FP8 copies, and the one inside `unchanged()`.
 
-Peers: `grouped_mm` always, `eager` where its backward is not absurd (it adds a zero gradient of all experts for each
-active one), `batched_mm` where the weights it gathers per token are not. Ours is never left out.
-A step frees what it made, as a training step does. One longer than LONG_S is timed three times, after a warm one.
+`stored` tasks compute in BF16 on the weights of an FP8 checkpoint, against what torch offers: cast each active expert,
+scale it, torch.mm.
 
-FLOP: 6 T top_k H I forward, three times that with backward. Bytes: the active experts' weights once, with backward
-twice, and then the dense gradient of all experts. The note is the peak of the process's resident memory during one step
-over its size before, with all memory that ours keeps for reuse given back first (Linux).
-
-Every row is checked first, output and all gradients, against `backend="reference"` in FP32, one expert at a time, so
-that the truth for 256 experts needs the memory of one.
+Every row is checked first, output and all gradients, against a loop over experts in FP32 (`cases`).
 """
 
-import gc
-import time
-from contextlib import nullcontext
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
-import pytest
 import torch
-from transformers import Qwen3_5MoeTextConfig
-from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts
 
 import ornith_moe as om
-from ornith_moe.backend.cpu import BACKEND
-from ornith_moe.backend.cpu.memory import release
-from ornith_moe.bench.numeric import TOLERANCE, assert_close
-from ornith_moe.bench.shapes import TOKENS, experts_of
+from ornith_moe.bench.cases import (
+    DTYPES,
+    RECIPE_TOLERANCE,
+    Case,
+    Truth,
+    allowed_error,
+    make_case,
+    outputs_of,
+    true_outputs,
+    worst,
+)
+from ornith_moe.bench.limits import FP8
+from ornith_moe.bench.peers import MOE_PEERS, Forward, Unable, moe_peers
+from ornith_moe.bench.shapes import TOKENS, TOKENS_GPU, Experts, experts_of, fitting
+from ornith_moe.bench.tasks import Settings, Side, Task, Work
 from ornith_moe.fp8_weights import unchanged
 from ornith_moe.quant.operand import Operand
-from ornith_moe.quant.recipes import recipe_of
+from ornith_moe.quant.recipes import RECIPES, recipe_of
 
-EXPERTS = {"nano": experts_of("nano"), "35b/8": experts_of("ornith-35b/8"), "35b": experts_of("ornith-35b")}
-SLOW_EXPERTS = ("35b",)
-LONG_S = 0.3
-# Added after three BF16 rows of grouped_mm and eager missed our 1e-2 on dweights at T = 1 (1.2e-2 and 1.5e-2). The
-# likely cause is that they round y before they weight it; it was not traced. Ours is held to the table as it stands.
-PEERS_ALLOWANCE = 3
-LARGEST_GATHER_BYTES = 256 << 20  # batched_mm copies an expert per routed row
-LARGEST_EAGER_BYTES = 64 << 20  # eager's backward fills a gradient of all experts per active expert
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-pytestmark = pytest.mark.benchmark(max_time=0.3)
+QUANTIZERS = {"block": om.quantize_fp8_block, "channel": om.quantize_fp8_channel}
+MASTERS = ("masters", "unchanged masters")
+PASSES = {"forward": False, "forward+backward": True}
+MEMORY_SHARE = 0.4  # of what is free, for weights and their gradients
+Point = tuple[str, int, str, str, str, str]  # model, tokens, routing, dtype, recipe, pass
 
 
-class Case(NamedTuple):
-    x: torch.Tensor
-    indices: torch.Tensor
-    weights: torch.Tensor
-    gate_up_proj: torch.Tensor
-    down_proj: torch.Tensor
-    dy: torch.Tensor
-
-    @property
-    def leaves(self):
-        return self.x, self.weights, self.gate_up_proj, self.down_proj
+def tasks(settings: Settings) -> list[Task]:
+    """The grid that `settings` ask for."""
+    points = list(dict.fromkeys(_asked(settings) if settings.models else _usual(settings)))
+    made = [_task(*point, settings.device) for point in points]
+    if not settings.models:
+        one = _task("ornith-35b/8", 64 if settings.quick else 1024, "uniform", "bf16", "bf16", "forward", "cpu", 1)
+        made += [one] if settings.device == "cpu" and torch.get_num_threads() > 1 else []
+        made += [_stored(scales, settings.device) for scales in QUANTIZERS]
+    return made
 
 
-def normal(dtype, *size, std=1.0):
-    return torch.randn(*size, dtype=dtype).mul_(std)
+def _usual(settings: Settings) -> Iterator[Point]:
+    """Tokens, passes, routings, dtypes, recipes and numbers of experts, each varied around one point."""
+    tokens: dict[str, tuple[int, ...]]
+    if settings.device == "cuda":
+        main, middle, tokens = "ornith-35b", 8192, {"ornith-35b": TOKENS_GPU}
+    elif settings.quick:
+        main, middle, tokens = "ornith-35b/8", 64, {"nano": (1, 64, 256), "ornith-35b/8": (1, 64)}
+    else:
+        main, middle, tokens = "ornith-35b/8", 128, {"nano": TOKENS, "ornith-35b/8": TOKENS}
+    for model, counts in tokens.items():
+        for count in counts:
+            for which in PASSES:
+                yield model, count, settings.routing, "bf16", "bf16", which
+    for routing in ("zipf", "one-hot"):
+        yield main, middle, routing, "bf16", "bf16", "forward"
+        if not settings.quick:
+            yield main, middle, routing, "bf16", "bf16", "forward+backward"
+    for recipe in (name for name in RECIPES if name != "bf16"):
+        for count in (middle,) if settings.quick else (1, middle, 1024):
+            yield main, count, settings.routing, "bf16", recipe, "forward"
+        if recipe == "fp8" or not settings.quick:
+            yield main, middle, settings.routing, "bf16", recipe, "forward+backward"
+    if settings.device == "cpu":
+        yield main, middle, settings.routing, "fp32", "bf16", "forward"
+        for ranks in () if settings.quick else (32, 16, 4):
+            yield f"ornith-35b/{ranks}", middle, settings.routing, "bf16", "bf16", "forward"
 
 
-@lru_cache(maxsize=1)  # up to 3 GB
-def make_experts(shape, dtype):
-    hidden, inner, experts, _ = EXPERTS[shape]
-    gate_up_proj = normal(dtype, experts, 2 * inner, hidden, std=hidden**-0.5)
-    return gate_up_proj.requires_grad_(), normal(dtype, experts, hidden, inner, std=inner**-0.5).requires_grad_()
+def _asked(settings: Settings) -> Iterator[Point]:
+    """Models by name, at a few numbers of tokens, cut to what fits in memory with gradients."""
+    tokens = TOKENS_GPU if settings.device == "cuda" else TOKENS
+    free = _free_bytes(settings.device) * MEMORY_SHARE
+    for name in settings.models:
+        model = fitting(name, int(free), 8)  # BF16 weights, as many gradients, and some experts in FP32
+        for count in tokens[:3] if settings.quick else tokens:
+            for which in PASSES:
+                yield model, count, settings.routing, "bf16", "bf16", which
+        for recipe in (recipe for recipe in RECIPES if recipe != "bf16"):
+            yield model, tokens[2], settings.routing, "bf16", recipe, "forward"
 
 
-@lru_cache(maxsize=1)  # the rows of a group follow one another and share one case
-def make_case(shape, dtype, tokens):
-    hidden, _, experts, top_k = EXPERTS[shape]
-    x, dy = (normal(dtype, tokens, hidden) for _ in range(2))
-    indices = torch.rand(tokens, experts).topk(top_k).indices
-    weights = torch.rand(tokens, top_k).add_(0.1).to(dtype)
-    return Case(x.requires_grad_(), indices, weights.requires_grad_(), *make_experts(shape, dtype), dy)
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def forward_of(implementation, case):
-    """A function of no arguments that computes y."""
-    if implementation == "ours":
-        return lambda: om.moe_mlp(*case[:5], backend="cpu")
-    experts, hidden, inner = case.down_proj.shape
-    config = Qwen3_5MoeTextConfig(num_experts=experts, hidden_size=hidden, moe_intermediate_size=inner)
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        module = Qwen3_5MoeExperts(config)
-    del module.gate_up_proj, module.down_proj
-    module.gate_up_proj, module.down_proj = case.gate_up_proj, case.down_proj  # the very same tensors
-    return lambda: module(case.x, case.indices, case.weights)
+def _task(
+    model: str, tokens: int, routing: str, dtype: str, recipe: str, which: str, device: str, threads: int | None = None
+) -> Task:
+    shape, backward = experts_of(model), PASSES[which]
+    case: dict[str, Any] = {"model": model, "tokens": tokens, "routing": routing, "dtype": dtype, "recipe": recipe}
+    case |= {"pass": which} | ({"threads": threads} if threads else {})
+    names = {"ours": False} | (dict.fromkeys(MASTERS, False) if recipe == "fp8" and not backward else {})
+    names |= {peer.name: True for peer in moe_peers(recipe)}
+    group = f"moe {model} {dtype}{'' if recipe == 'bf16' else f' {recipe}'}, T = {tokens}, {routing}, {which}"
+    group += f", {threads} thread" if threads else ""
+    prepare = partial(_prepare, shape, tokens, routing, dtype, recipe, backward, device, _cut_note(model))
+    return Task("moe", group, case, names, prepare, threads)
 
 
-def check(case, y, gradients, allowance):
-    tolerance = TOLERANCE[case.x.dtype] * allowance
-    total_y, total_dx, total_dweights = (torch.zeros(t.shape) for t in (case.x, case.x, case.weights))
-    for e in range(case.down_proj.shape[0]):
-        w13, w2 = case.gate_up_proj[e : e + 1], case.down_proj[e : e + 1]
-        leaves = [t.detach().float().requires_grad_() for t in (case.x, case.weights, w13, w2)]
-        only_e = torch.where(case.indices == e, 0, -1)
-        y_e = om.moe_mlp(leaves[0], only_e, *leaves[1:], backend="reference")
-        total_y += y_e.detach()
-        if gradients:
-            dx, dweights, dw13, dw2 = torch.autograd.grad(y_e, leaves, case.dy.float())
-            total_dx += dx
-            total_dweights += dweights
-            assert_close(f"dgate_up[{e}]", gradients[2][e], dw13[0], tolerance)
-            assert_close(f"ddown[{e}]", gradients[3][e], dw2[0], tolerance)
-    assert_close("y", y, total_y, tolerance)
-    if gradients:
-        assert_close("dx", gradients[0], total_dx, tolerance)
-        assert_close("dweights", gradients[1], total_dweights, tolerance)
+def _cut_note(model: str) -> str:
+    if "/" not in model:
+        return ""
+    shape, whole = experts_of(model), experts_of(model.partition("/")[0])
+    return f"{shape.experts} of {whole.experts} experts, top_k {shape.top_k} of {whole.top_k}"
 
 
-def peak_memory(step):
-    """How far the resident memory rises above what it is, in one step: "+... MiB"."""
-    release()
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
-        before = resident("VmRSS")
-    except OSError:
-        before = None
-    step()
-    return "" if before is None else f"+{max(resident('VmHWM') - before, 0) >> 10} MiB"
+def _prepare(
+    shape: Experts, tokens: int, routing: str, dtype: str, recipe: str, backward: bool, device: str, note: str
+) -> Work:
+    case = make_case(shape, tokens, routing, DTYPES[dtype], device)
+    truth = true_outputs(case, backward)
+    sides: dict[str, Callable[[], Side]] = {}
+    for name in ("ours", *MASTERS):
+        sides[name] = partial(_ours, name, case, truth, recipe, backward)
+    for peer in moe_peers(recipe):
+        sides[peer.name] = partial(_theirs, peer.name, case, truth, recipe, backward)
+    weight_bytes = case.down_proj.itemsize if recipe == "bf16" else 1
+    multiplied = FP8 if recipe != "bf16" else DTYPES[dtype]
+    return Work(
+        sides, case.least_bytes(backward, weight_bytes), case.flops(backward), multiplied, note=lambda name, times: note
+    )
 
 
-def resident(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))  # KiB
+def _ours(name: str, case: Case, truth: Truth, recipe: str, backward: bool) -> Side:
+    row, inner = recipe_of(recipe), case.down_proj.shape[2]
+    if not row.takes(inner):
+        raise Unable("skipped", f"recipe {recipe} takes an expert size that is a multiple of 128, not {inner}")
+    weights: list[Any] = [case.gate_up_proj, case.down_proj]
+    if row.is_fp8 and not backward and name == "ours":
+        weights = [Operand.quantized(w.detach(), row, "fp32")[:2] for w in weights]
+
+    def forward() -> torch.Tensor:
+        with ExitStack() as promised:
+            if name == "unchanged masters":
+                promised.enter_context(unchanged())
+            return om.moe_mlp(case.x, case.indices, case.weights, *weights, recipe=recipe)
+
+    checks = [(truth, allowed_error(case.x.dtype, recipe, peer=False))]
+    if row.is_fp8 and not backward:
+        checks.append((true_outputs(case, backward, recipe=recipe), RECIPE_TOLERANCE))
+    return _side(forward, case, backward, checks)
 
 
-def absurd(implementation, case, backward):
-    weight_bytes = case.gate_up_proj.nbytes + case.down_proj.nbytes
-    if implementation == "batched_mm":
-        return backward or case.indices.numel() * weight_bytes // len(case.down_proj) > LARGEST_GATHER_BYTES
-    return implementation == "eager" and backward and weight_bytes > LARGEST_EAGER_BYTES
+def _theirs(name: str, case: Case, truth: Truth, recipe: str, backward: bool) -> Side:
+    peer = MOE_PEERS[name]
+    peer.check(case, backward)
+    return _side(peer.forward(case), case, backward, [(truth, allowed_error(case.x.dtype, recipe, peer=True))])
 
 
-@pytest.mark.parametrize("implementation", ["ours", "grouped_mm", "eager", "batched_mm"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape", [pytest.param(s, marks=pytest.mark.slow if s in SLOW_EXPERTS else ()) for s in EXPERTS]
-)
-def test_moe_mlp(measure, shape, dtype, tokens, backward, implementation):
-    hidden, inner, _, top_k = EXPERTS[shape]
-    flops = 6 * tokens * top_k * hidden * inner * (3 if backward else 1)
-    case = make_case(shape, DTYPES[dtype], tokens)
-    if absurd(implementation, case, backward):
-        pytest.skip(f"{implementation}: out of proportion here, see the module")
-    forward = forward_of(implementation, case)
+def _side(forward: Forward, case: Case, backward: bool, checks: list[tuple[Truth, float]]) -> Side:
+    """A step that frees what it made, as a training step does; its error is that to the first of `checks`."""
 
-    def step():
-        with torch.set_grad_enabled(backward):
-            y = forward()
-            return y.detach(), torch.autograd.grad(y, case.leaves, case.dy) if backward else None
+    def check(outputs: tuple[torch.Tensor, ...]) -> float:
+        errors = [worst(truth.errors(outputs), allowed) for truth, allowed in checks]
+        return errors[0]
 
-    peer = implementation != "ours"
-    check(case, *step(), allowance=PEERS_ALLOWANCE if peer else 1)
-    note = peak_memory(step)  # from here on memory is as steps leave it to one another
-    began = time.perf_counter()
-    step()
-    rounds = 3 if time.perf_counter() - began > LONG_S else None
-    weight_bytes = sum(t[0].nbytes for t in (case.gate_up_proj, case.down_proj)) * case.indices.unique().numel()
-    nbytes = weight_bytes * (2 if backward else 1) + 2 * case.x.nbytes
-    if backward:
-        nbytes += case.gate_up_proj.nbytes + case.down_proj.nbytes
-    group = f"moe_mlp {shape} {dtype}, T = {tokens}, {'forward + backward' if backward else 'forward'}"
-    info = measure(
-        group, implementation, lambda: step() and None, peer=peer, nbytes=nbytes, flops=flops, dtype=DTYPES[dtype],
-        rounds=rounds,
-    )  # fmt: skip
-    info["note"] = note
+    return Side(lambda: outputs_of(forward, case, backward), check)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["compared at every call", "unchanged"])
-@pytest.mark.parametrize("tokens", [1, 16, 512])
-def test_fp8_masters(measure, tokens, implementation):
-    """What it costs to compare BF16 masters with the digests of their FP8 copies; bytes are those of the masters."""
-    hidden, inner, experts, top_k = EXPERTS["35b"]
-    x, indices = normal(torch.bfloat16, tokens, hidden), torch.rand(tokens, experts).topk(top_k).indices
-    weights, masters = torch.rand(tokens, top_k), [w.detach() for w in make_experts("35b", torch.bfloat16)]
-
-    def step():
-        return om.moe_mlp(x, indices, weights, *masters, recipe="fp8", backend="cpu")
-
-    assert torch.equal(step(), om.moe_mlp(x, indices, weights, *map(om.quantize_fp8_block, masters), recipe="fp8"))
-    promise = unchanged() if implementation == "unchanged" else nullcontext()
-    nbytes = sum(w[0].nbytes for w in masters) * indices.unique().numel()
-    flops, group = 6 * tokens * top_k * hidden * inner, f"moe_mlp 35b, BF16 masters in FP8, T = {tokens}, forward"
-    with promise:
-        step()
-        peer = implementation != "unchanged"
-        measure(group, implementation, step, peer=peer, nbytes=nbytes, flops=flops, dtype=torch.bfloat16)
+def _stored(scales: str, device: str) -> Task:
+    case = {"model": "ornith-35b/8", "tokens": 1, "routing": "uniform", "dtype": "bf16", "weights": f"FP8 {scales}"}
+    group = f"moe ornith-35b/8 bf16 on stored FP8 {scales}, T = 1, uniform, forward"
+    names = {"ours": False, "cast + mm": True}
+    return Task("moe", group, case | {"pass": "forward"}, names, partial(_prepare_stored, scales, device))
 
 
-@pytest.mark.parametrize("implementation", ["ours", "cast + mm"])
-@pytest.mark.parametrize("recipe", ["block", "channel"])
-def test_fp8_decode(measure, recipe, implementation):
-    """One token, FP8 weights as a checkpoint holds them, BF16 activations, weight-only."""
-    hidden, inner, experts, top_k = EXPERTS["35b/8"]._replace(top_k=8)
-    x = normal(torch.bfloat16, 1, hidden)
-    indices, weights = torch.rand(1, experts).topk(top_k).indices, torch.rand(1, top_k).add_(0.1)
-    quantize = om.quantize_fp8_block if recipe == "block" else om.quantize_fp8_channel
-    sides = [
-        Operand(*quantize(normal(torch.bfloat16, experts, n, k, std=k**-0.5)))
-        for n, k in ((2 * inner, hidden), (hidden, inner))
-    ]
+def _prepare_stored(scales: str, device: str) -> Work:
+    whole = make_case(experts_of("ornith-35b/8")._replace(top_k=8), 1, "uniform", torch.bfloat16, device)
+    sides = [Operand(*QUANTIZERS[scales](w.detach())) for w in (whole.gate_up_proj, whole.down_proj)]
+    case = whole._replace(
+        gate_up_proj=sides[0].dequantized(torch.float32), down_proj=sides[1].dequantized(torch.float32)
+    )
+    truth = true_outputs(case, backward=False)
 
-    def expert(side, e):
+    def expert(side: Operand, e: int) -> torch.Tensor:
+        assert side.scale is not None
         q, scale = side.value[e].to(torch.bfloat16), side.scale[e].to(torch.bfloat16)
-        if recipe == "channel":
+        if scales == "channel":
             return q * scale
         blocks = q.view(scale.shape[0], 128, scale.shape[1], 128) * scale[:, None, :, None]
         return blocks.view(q.shape)
 
-    def cast_and_mm():
-        y = torch.zeros(1, hidden)
-        for k, e in enumerate(indices[0].tolist()):
-            gate, up = torch.mm(x, expert(sides[0], e).T).chunk(2, -1)
-            y += weights[0, k] * torch.mm(torch.nn.functional.silu(gate) * up, expert(sides[1], e).T)
+    def cast_and_mm() -> torch.Tensor:
+        y = torch.zeros(1, case.x.shape[1], device=device)
+        for k, e in enumerate(case.indices[0].tolist()):
+            gate, up = torch.mm(case.x, expert(sides[0], e).T).chunk(2, -1)
+            y += case.weights[0, k] * torch.mm(torch.nn.functional.silu(gate) * up, expert(sides[1], e).T)
         return y.bfloat16()
 
-    def step():
-        if implementation != "ours":
-            return cast_and_mm()
-        return BACKEND.moe_forward(x, indices, weights, *sides, recipe=recipe_of("bf16"))[0]
+    pairs: Any = [side[:2] for side in sides]
+    forwards: dict[str, Forward] = {
+        "ours": lambda: om.moe_mlp(case.x, case.indices, case.weights, *pairs, recipe="bf16"),
+        "cast + mm": cast_and_mm,
+    }
+    made = {
+        name: partial(_side, forward, case, False, [(truth, allowed_error(torch.bfloat16, "bf16", name != "ours"))])
+        for name, forward in forwards.items()
+    }
+    cut = _cut_note("ornith-35b/8")
+    nbytes = case.indices.numel() * sum(part[0].nbytes for pair in pairs for part in pair)
+    return Work(made, nbytes, case.flops(False), torch.bfloat16, note=lambda name, times: cut)
 
-    wide = [side.dequantized(torch.float32) for side in sides]
-    expected = om.moe_mlp(x.float(), indices, weights, *wide, backend="reference")
-    peer = implementation != "ours"
-    assert_close("y", step(), expected, TOLERANCE[torch.bfloat16] * (PEERS_ALLOWANCE if peer else 1))
-    nbytes = top_k * sum(side.value[0].nbytes + side.scale[0].nbytes for side in sides)
-    group = f"FP8 {recipe} experts, 35b sizes, T = 1, forward"
-    measure(group, implementation, step, peer=peer, nbytes=nbytes, flops=6 * top_k * hidden * inner)
+
+def test_moe(measure: Callable[[Task, str], None], task: Task, name: str) -> None:
+    measure(task, name)

@@ -169,6 +169,19 @@ def load(path: Path) -> Run:
     return from_json(told, str(path))
 
 
+def heading(run: Run) -> list[str]:
+    """Lines above the table: the machine, its limits and the control."""
+    told, control = run.machine, run.control
+    versions = told.get("versions", {})
+    where = [told.get("card"), told.get("cpu"), f"{told.get('cores')} cores", told.get("capability")]
+    where += [f"torch {versions.get('torch', 'unknown')}", f"load {told.get('load_at_start', 'unknown')} at start"]
+    lines = [", ".join(str(word) for word in where if word)]
+    lines += [f"{name} {value:g}" for name, value in run.limits.items()]
+    if control.get("median_s"):
+        lines.append(f"control {control['what']} {control['median_s'] * 1e3:.3f} ms, spread {control['spread']:.0%}")
+    return lines
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """Lines of the closing table, a title per group."""
     groups: dict[str, list[Row]] = {}

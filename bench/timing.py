@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any, Protocol
 
 import torch
@@ -111,8 +111,8 @@ def clock_of(device: str) -> Clock:
 
 
 def control_of(device: str) -> Call:
-    """torch.mm as the control: 512^3 in FP32 on a CPU, 4096^3 in BF16 on a GPU; a few milliseconds, or tenths."""
-    size, dtype = (4096, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    """torch.mm as the control: 256^3 in FP32 on a CPU, 4096^3 in BF16 on a GPU; around a millisecond, or tenths."""
+    size, dtype = (4096, torch.bfloat16) if device == "cuda" else (256, torch.float32)
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return lambda: torch.mm(a, b)
 
@@ -123,6 +123,10 @@ class Times:
 
     seconds: tuple[float, ...]
     control: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return median(self.seconds)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -139,14 +143,21 @@ class Times:
 
 
 def interleave(
-    calls: Mapping[str, Call], clock: Clock, *, budget_s: float, control: Call, setups: Mapping[str, Call] | None = None
+    calls: Mapping[str, Call],
+    clock: Clock,
+    *,
+    budget_s: float,
+    control: Call,
+    setups: Mapping[str, Call] | None = None,
+    estimates: Mapping[str, float] | None = None,
 ) -> dict[str, Times]:
     """Times of `calls`, which take turns for about `budget_s` seconds; every one has been called before, to be checked.
 
     `setups` run before each call of theirs, untimed; such a call gets no untimed one before it and is not repeated.
+    `estimates` are rough seconds of calls, of which the long ones need not be measured again to plan their rounds.
     """
-    setups = setups or {}
-    plans = {name: _Plan.of(call, clock, budget_s / len(calls), setups.get(name)) for name, call in calls.items()}
+    setups, rough, each_s = setups or {}, estimates or {}, budget_s / max(1, len(calls))
+    plans = {n: _Plan.of(call, clock, each_s, setups.get(n), rough.get(n, 0.0)) for n, call in calls.items()}
     total = max((plan.rounds for plan in plans.values()), default=0)
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     beside: dict[str, list[float]] = {name: [] for name in plans}
@@ -173,10 +184,10 @@ class _Plan:
     rounds: int
 
     @classmethod
-    def of(cls, call: Call, clock: Clock, budget_s: float, setup: Call | None) -> "_Plan":
-        if setup:
+    def of(cls, call: Call, clock: Clock, budget_s: float, setup: Call | None, rough: float) -> "_Plan":
+        if setup and rough <= LONG_S:
             setup()
-        once = max(clock.seconds(call), 1e-9)
+        once = rough if rough > LONG_S else max(clock.seconds(call), 1e-9)
         if setup or clock.flushes:
             warm, repeat = False, 1
         else:

@@ -19,18 +19,24 @@ Exit code 3 if a loss is more than 1 % above that of bf16, or a replayed choice 
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-_spec = importlib.util.spec_from_file_location("demo_nano", Path(__file__).resolve().parent.parent / "demo" / "nano.py")
-nano = sys.modules["demo_nano"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(nano)  # before torch: it sets how OpenMP waits
+_path = Path(__file__).resolve().parent.parent / "demo" / "nano.py"  # of a checkout: a wheel has no demo/
+_loader = SourceFileLoader("demo_nano", str(_path))
+nano: Any = ModuleType("demo_nano")
+sys.modules["demo_nano"] = nano
+nano.__file__ = str(_path)
+_loader.exec_module(nano)  # before torch: it sets how OpenMP waits
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -55,7 +61,9 @@ ALLOWED = 1.01  # loss relative to bf16
 ROLLOUT = "fp8_channel"
 
 
-def experts(recipe, self, hidden_states, top_k_index, top_k_weights):
+def experts(
+    recipe: str, self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """transformers' experts function: BF16 activations, fp32 masters."""
     masters = [self.gate_up_proj, self.down_proj]
     if not recipe_of(recipe).is_fp8:
@@ -72,18 +80,23 @@ OUTPUTS = ("y", "dx", "dweights", "dgate_up", "ddown")
 SQNR_WINDOWS = 32
 
 
-def least_sqnr(model, heldout, length, recipes):
+def least_sqnr(model: Any, heldout: torch.Tensor, length: int, recipes: Sequence[str]) -> dict[str, dict[str, float]]:
     """{recipe: {output: dB}}: signal over error of a trained model's experts, of the layer where it is least."""
-    calls = []
+    calls: list[Any] = []
 
-    def spy(self, hidden_states, top_k_index, top_k_weights):
+    def spy(
+        self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         y = experts("bf16", self, hidden_states, top_k_index, top_k_weights)
         y.retain_grad()
         routed = hidden_states.detach(), top_k_index, top_k_weights.detach()
         calls.append((y, *routed, self.gate_up_proj, self.down_proj))
         return y
 
-    def outputs(dtype, recipe, dy, x, indices, weights, *masters):
+    def outputs(
+        dtype: torch.dtype, recipe: str, dy: torch.Tensor, x: torch.Tensor, indices: torch.Tensor,
+        weights: torch.Tensor, *masters: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         leaves = [t.detach().clone().requires_grad_() for t in (x.to(dtype), weights.float(), *masters)]
         y = om.moe_mlp(leaves[0], indices, *leaves[1:], recipe=recipe)
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
@@ -109,28 +122,31 @@ def least_sqnr(model, heldout, length, recipes):
 class Replay:
     """Routers that record their choice, or visit a recorded one again; one entry of `record` per layer."""
 
-    def __init__(self, model):
-        self.model, self.record, self.replaying = model, [], False
+    def __init__(self, model: Any):
+        self.model, self.replaying = model, False
+        self.record: list[torch.Tensor] = []
         self.choices = self.flipped = self.wrong = 0
         self.routers = [layer.mlp.gate for layer in model.model.layers]
         self.start = [router.weight.detach().clone() for router in self.routers]
         for layer, router in enumerate(self.routers):
             router.forward = partial(self._route, layer, router)
 
-    def _route(self, layer, router, hidden_states):
+    def _route(
+        self, layer: int, router: Any, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
         recorded = self.record[layer] if self.replaying else None
         routing = om.route(logits, router.top_k, replay=recorded)
-        if self.replaying:
+        if recorded is not None:
             own = om.route(logits.detach(), router.top_k).indices
-            self.wrong += int((routing.indices != recorded).sum())
+            self.wrong += int(routing.indices.ne(recorded).sum())
             self.flipped += int((own.unsqueeze(-1) != recorded.unsqueeze(-2)).all(-1).sum())
             self.choices += own.numel()
         elif len(self.record) < len(self.routers):
             self.record.append(routing.indices)
         return logits, routing.weights.to(logits.dtype), routing.indices.long()
 
-    def before_forward(self, model, args, kwargs):
+    def before_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A rollout of the batch about to be trained on."""
         if not model.training or self.replaying:
             return
@@ -142,10 +158,10 @@ class Replay:
         model.set_experts_implementation(trained_with)
         self.replaying = True
 
-    def after_forward(self, *_):
+    def after_forward(self, *_: Any) -> None:
         self.replaying = False
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         pairs = zip((router.weight.detach() for router in self.routers), self.start, strict=True)
         moved = [(weight - start).norm() / start.norm() for weight, start in pairs]
         return {
@@ -156,7 +172,9 @@ class Replay:
         }
 
 
-def train(recipe, seed, replayed, text, settings=SETTINGS, progress=None):
+def train(
+    recipe: str, seed: int, replayed: bool, text: Any, settings: Any = SETTINGS, progress: Any = None
+) -> dict[str, Any]:
     """One run: {recipe, replay, seed, steps, loss_before, loss_after, seconds, ...}."""
     tokenizer, stream, heldout = text
     settings = replace(settings, seed=seed)
@@ -183,7 +201,7 @@ def train(recipe, seed, replayed, text, settings=SETTINGS, progress=None):
     return run | (replay.report() if replay else {}) | ({"least_sqnr_db": lost} if lost else {})
 
 
-def read_text(settings=SETTINGS):
+def read_text(settings: Any = SETTINGS) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """(tokenizer, training tokens, held-out tokens) of the library of this Python, as in demo/nano.py."""
     training = [text for name, text in nano._read_library(settings.text_bytes) if not nano._is_heldout(name)]
     tokenizer = nano.train_tokenizer(training, settings.vocab_size)
@@ -194,9 +212,12 @@ def read_text(settings=SETTINGS):
     )
 
 
-def compare(recipes, seeds, replayed, settings=SETTINGS, progress=None):
+def compare(
+    recipes: Sequence[str], seeds: Sequence[int], replayed: bool, settings: Any = SETTINGS, progress: Any = None
+) -> dict[str, Any]:
     """{"settings", "runs", "ok"}: each recipe after bf16, each with the ratio of its loss to bf16's."""
-    text, runs = read_text(settings), []
+    text = read_text(settings)
+    runs: list[dict[str, Any]] = []
     wanted = [("bf16", False), *((recipe, False) for recipe in recipes if recipe != "bf16")]
     wanted += [("fp8", True)] if replayed else []
     for seed in seeds:
@@ -208,7 +229,7 @@ def compare(recipes, seeds, replayed, settings=SETTINGS, progress=None):
     return {"settings": asdict(settings), "allowed_ratio": ALLOWED, "runs": runs, "ok": ok}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train a nano per recipe and compare the losses on held-out text.")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES], help="besides bf16 (default all)")
     parser.add_argument("--replay", action="store_true", help="also fp8 with router replay")

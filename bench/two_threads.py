@@ -15,13 +15,13 @@ Bytes of two workers must equal those of one call before anything is timed.
 import argparse
 import json
 import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ornith_moe.bench.shapes import SEARCHED
 from ornith_moe.quant.codecs.gguf import ENCODERS
 from ornith_moe.quant.codecs.grids import GridCodec
 
+Pools = tuple[ThreadPoolExecutor, ThreadPoolExecutor]  # of one worker, of two
 SLABS = 8
 VISIT = 0.5  # seconds
 # One to five ms for 1024x2048, where starting eight tasks would be part of what is measured.
@@ -49,7 +50,7 @@ class Work:
     weights: int
     seconds: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
-    def visit(self, pools):
+    def visit(self, pools: Pools) -> None:
         until = time.monotonic() + VISIT
         while time.monotonic() < until:
             for pool, seconds in zip(pools, self.seconds, strict=True):
@@ -57,7 +58,7 @@ class Work:
                 list(pool.map(self.call, self.pieces))
                 seconds.append(time.perf_counter() - began)
 
-    def row(self):
+    def row(self) -> dict[str, Any]:
         one, two = self.seconds
         return {
             "name": self.name,
@@ -68,19 +69,20 @@ class Work:
         }
 
 
-def encoder(name, importance, pools):
+def encoder(name: str, importance: bool, pools: Pools) -> Work:
     quick = name in QUICK and not importance
     matrix = "256x2048" if isinstance(ENCODERS[name], GridCodec) else "4096x4096" if quick else "1024x2048"
     rows = np.random.default_rng(0).standard_normal(SEARCHED[matrix], np.float32)
-    imatrix = np.random.default_rng(1).random(rows.shape[1], np.float32) if importance else None
+    drawn = np.random.default_rng(1).random((1, rows.shape[1]), np.float32)[0]
+    imatrix = drawn if importance else None
     encode, slabs = partial(om.quantize_gguf, type_name=name, imatrix=imatrix), np.split(rows, SLABS)
     if not np.array_equal(np.concatenate(list(pools[1].map(encode, slabs))), encode(rows)):
         raise AssertionError(f"{name}: two workers give other bytes than one call")
     return Work(f"{name}{' with importance' * importance}, {matrix}", encode, slabs, rows.size)
 
 
-def control(pools):
-    def square(a):
+def control(pools: Pools) -> Work:
+    def square(a: torch.Tensor) -> None:
         torch.set_num_threads(1)  # of this thread
         for _ in range(12):  # four milliseconds
             a @ a
@@ -91,7 +93,7 @@ def control(pools):
     return work
 
 
-def measure(minutes):
+def measure(minutes: float) -> list[dict[str, Any]]:
     """Rows of every encoder and of the control, after laps of visits for that many minutes, one lap at least."""
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(2) as two:
         pools = one, two
@@ -107,7 +109,7 @@ def measure(minutes):
     return [work.row() for work in works]
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="What a second thread adds to each GGUF encoder.")
     parser.add_argument("--minutes", type=float, default=10, help="of visits (default 10)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -127,4 +129,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
