@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from textwrap import fill
@@ -94,38 +95,60 @@ def codecs(*runs: Run) -> str:
     return _table(["codec, one core", "ours", "best peer", "its time over ours", "with importance"], lines)
 
 
+def verdict(ours: Row, peer: Row) -> str:
+    """Won or lost where the 20th to 80th percentiles of the two do not meet, else even; without them by medians."""
+    (low, high), (peers_low, peers_high) = _range(ours), _range(peer)
+    return "won" if high < peers_low else "lost" if low > peers_high else "even"
+
+
+def _range(row: Row) -> tuple[float, float]:
+    median = row.median_s or 0.0
+    return (row.p20_s or median), (row.p80_s or median)
+
+
 def peers(*runs: Run) -> str:
-    """Against each peer: tasks that both have a time for, won and lost, and the ratios."""
-    found: dict[tuple[str, str], list[float]] = {}
+    """Against each peer: tasks that both have a time for, won, even and lost, and the ratios."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     ours = {(row.suite, row.group, row.device): row for row in reversed(list(_ours(runs)))}
     for row in (row for run in runs for row in run.rows if row.peer and row.median_s):
         mine = ours.get((row.suite, row.group, row.device))
         if mine and mine.median_s and row.median_s:
-            found.setdefault((row.suite, row.name), []).append(row.median_s / mine.median_s)
-    lines = [
-        [suite, f"`{name}`", str(len(r)), str(sum(x >= 1 for x in r)),
-         str(sum(x < 1 for x in r)), _ratio(_mean(r)), _ratio(min(r)), _ratio(max(r))]
-        for (suite, name), r in found.items()
-    ]  # fmt: skip
-    for row in _absent(runs):
-        lines.append([row.suite, f"`{row.name}`", "-", "-", "-", row.status, "", ""])
-    header = ["suite", "peer", "tasks", "won", "lost", "its time over ours, mean", "least", "most"]
-    return _table(header, lines)
+            result = row.median_s / mine.median_s, verdict(mine, row)
+            found.setdefault((row.suite, row.name), []).append(result)
+    lines = []
+    for (suite, name), results in found.items():
+        ratios, said = [ratio for ratio, _ in results], Counter(word for _, word in results)
+        counts = [str(said[word]) for word in ("won", "even", "lost")]
+        lines.append([suite, f"`{name}`", str(len(ratios)), *counts, *map(_ratio, (_mean(ratios), min(ratios),
+                      max(ratios)))])  # fmt: skip
+    lines += [[row.suite, f"`{row.name}`", row.status, "", "", "", "", "", ""] for row in _absent(runs)]
+    return _table(["suite", "peer", "tasks", "won", "even", "lost", "its time over ours, mean", "least", "most"], lines)
 
 
 def losses(*runs: Run) -> str:
-    """Every task on which a peer is faster, how near both come to the limit, and which limit that is."""
+    """Every task on which a peer's median is lower, how near both come to the limit, and which limit that is."""
     best = {(r.suite, r.group): r for run in runs for r in sorted(rated(run.rows), key=lambda r: -(r.median_s or 0))
             if r.peer and r.median_s}  # fmt: skip
     lines = []
     for row in sorted(_ours(runs), key=lambda row: row.ratio or math.inf):
         if row.ratio and row.ratio < 1:
             peer = best[row.suite, row.group]
-            lines.append([row.group, row.name, _ms(row), f"`{peer.name}`", _ms(peer), _ratio(row.ratio), _share(row),
-                          _share(peer), row.limit or "-"])  # fmt: skip
+            lines.append([row.group, row.name, _ms(row), f"`{peer.name}`", _ms(peer), _ratio(row.ratio),
+                          verdict(row, peer), _share(row), _share(peer), row.limit or "-"])  # fmt: skip
     if not lines:
-        return "No task of this run is lost to a peer."
-    header = ["task", "ours", "ms", "faster peer", "ms", "ratio", "of the limit, ours", "the peer's", "limit"]
+        return "On no task of this run a peer's median is lower than ours."
+    header = [
+        "task",
+        "ours",
+        "ms",
+        "faster peer",
+        "ms",
+        "ratio",
+        "verdict",
+        "of the limit, ours",
+        "the peer's",
+        "limit",
+    ]
     return _table(header, lines)
 
 
@@ -141,8 +164,8 @@ def growth(axis: str) -> Callable[..., str]:
                 times = {number_of(r, axis) or 0.0: 1e3 * (r.median_s or 0) for r in mine if r.name == name}
                 if len(times) > 1:
                     ends = min(times), max(times)
-                    grown = f"{times[ends[1]] / times[ends[0]]:.3g}x over {ends[1] / ends[0]:,.0f}x"
-                    lines.append([case, name, *(f"{times[v]:,.3g}" if v in times else "-" for v in values), grown])
+                    grown = f"{_number(times[ends[1]] / times[ends[0]])}x over {ends[1] / ends[0]:,.0f}x"
+                    lines.append([case, name, *(_number(times[v]) if v in times else "-" for v in values), grown])
         if not lines:
             return f"This run has no two rows that differ in nothing but {axis}."
         return _table([f"ms; {axis} =", "", *(f"{v:g}" for v in values), "last over first"], lines)
@@ -151,10 +174,13 @@ def growth(axis: str) -> Callable[..., str]:
 
 
 def sizes(*runs: Run) -> str:
-    """Experts of ours by the size of the model, forward at one token and at the most tokens of the run."""
+    """Experts of ours by the size of the model, forward, at the fewest and most tokens and where most models stand."""
     rows = [row for row in _ours(runs) if row.suite == "moe" and row.case.get("pass") == "forward"]
     rows = [row for row in rows if row.case.get("routing", "uniform") == "uniform" and "tokens" in row.case]
-    ends = {f([row.case["tokens"] for row in rows], default=0) for f in (min, max)}
+    models: dict[int, set[str]] = {}
+    for row in rows:
+        models.setdefault(row.case["tokens"], set()).add(str(row.case.get("model")))
+    ends = {min(models, default=0), max(models, default=0), max(models, key=lambda t: len(models[t]), default=0)}
     lines = []
     for row in sorted(rows, key=lambda row: (row.case["tokens"], row.case.get("dtype", ""), row.bytes)):
         if row.case["tokens"] in ends and (size := sizes_of(row)):
@@ -322,8 +348,12 @@ def _prose(text: str) -> str:
     return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _ms(row: Row) -> str:
-    return f"{1e3 * (row.median_s or 0):,.3g}"
+    return _number(1e3 * (row.median_s or 0))
 
 
 def _share(row: Row) -> str:

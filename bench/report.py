@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ornith_moe.bench.figures import figures
+from ornith_moe.bench.parts import verdict
 from ornith_moe.bench.rows import STATUSES, Row, Run, load, rated
 from ornith_moe.quant.errors import OrnithError
 
@@ -66,7 +67,7 @@ def write(run: Run, path: Path, modelled: Sequence[dict[str, Any]] = ()) -> list
         scores=scores(run.rows),
         warnings=_warnings(run),
         absent=_absent(run.rows),
-        losses=_losses(run.rows),
+        losses=[(ours, peer, verdict(ours, peer)) for ours, peer in _losses(run.rows)],
         suites=_suites(run.rows),
         drawings=drawings,
         images={name: base64.b64encode(png).decode("ascii") for name, png in pictures.items()},
@@ -81,26 +82,29 @@ def write(run: Run, path: Path, modelled: Sequence[dict[str, Any]] = ()) -> list
 
 
 class Score(NamedTuple):
-    """Of the tasks of a suite for which a peer has a time: how many our fastest won and lost, and the mean ratio."""
+    """Of the tasks that a peer has a time for: our fastest against the fastest peer, and the geometric mean ratio."""
 
     suite: str
     won: int
+    even: int
     lost: int
     mean: str
 
 
 def scores(rows: Sequence[Row]) -> list[Score]:
-    """A score per suite that has a peer; the mean is geometric."""
-    best: dict[str, dict[tuple[str, str], float]] = {}
-    for row in rows:
-        if row.ratio:
-            mine = best.setdefault(row.suite, {})
-            mine[row.group, row.device] = max(row.ratio, mine.get((row.group, row.device), 0))
-    return [
-        Score(suite, sum(r >= 1 for r in ratios.values()), sum(r < 1 for r in ratios.values()),
-              f"{math.exp(sum(map(math.log, ratios.values())) / len(ratios)):.2f}x")
-        for suite, ratios in best.items()
-    ]  # fmt: skip
+    """A score per suite that has a peer."""
+    found = []
+    for suite, groups in _suites(rows).items():
+        pairs = []
+        for members in groups.values():
+            timed = sorted((row for row in members if row.median_s), key=lambda row: row.median_s or 0)
+            ours, theirs = ([row for row in timed if row.peer == peer] for peer in (False, True))
+            pairs += [(ours[0], theirs[0])] if ours and theirs else []
+        if pairs:
+            said = Counter(verdict(*pair) for pair in pairs)
+            mean = math.exp(sum(math.log(pair[0].ratio or 1) for pair in pairs) / len(pairs))
+            found.append(Score(suite, said["won"], said["even"], said["lost"], f"{mean:.2f}x"))
+    return found
 
 
 def _absent(rows: Sequence[Row]) -> list[Row]:

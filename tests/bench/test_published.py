@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ornith_moe.bench import published
-from ornith_moe.bench.parts import PARTS
+from ornith_moe.bench.parts import PARTS, verdict
 from ornith_moe.bench.rows import Row, Run, save
 from ornith_moe.quant.errors import OrnithError
 
@@ -91,9 +91,9 @@ def test_a_changed_digit_is_noticed_and_mended(tmp_path, monkeypatch, capsys):
     ("name", "lines"),
     [
         ("experts", ["| 35B layer (256 experts, top 8), BF16 forward | 0.50x | 2.5x |", "means 1.12x forward"]),
-        ("peers", ["| moe | `grouped_mm` | 2 | 2 | 0 | 2.2x | 2.0x | 2.5x |",
-                   "| moe | `eager` | 1 | 0 | 1 | 0.50x | 0.50x | 0.50x |", "| moe | `liger` | - | - | - | missing |"]),
-        ("losses", ["| 35b bf16, T = 1, forward | ours | 2 | `eager` | 1 | 0.50x | 50 % | 100 % | copy |"]),
+        ("peers", ["| moe | `grouped_mm` | 2 | 2 | 0 | 0 | 2.2x | 2.0x | 2.5x |",
+                   "| moe | `eager` | 1 | 0 | 0 | 1 | 0.50x | 0.50x | 0.50x |", "| moe | `liger` | missing |"]),
+        ("losses", ["| 35b bf16, T = 1, forward | ours | 2 | `eager` | 1 | 0.50x | lost | 50 % | 100 % | copy |"]),
         ("growth-tokens", ["| ornith-35b, bf16, forward | ours | 2 | 10 | 5x over 64x |"]),
         ("growth-experts", ["no two rows that differ in nothing but experts"]),
         ("sizes", ["| ornith-35b | 256 | 8 | 2048x512 | bf16 | 64 | 10 | 1 | 1.0 | 10 % |"]),
@@ -104,6 +104,17 @@ def test_parts_of_a_run(results, name, lines):
     said = part(name, "new.json", results)
     assert [line for line in lines if line not in said] == []
     assert "old" not in said
+
+
+def test_even_is_where_percentiles_meet():
+    ours = layer_row(1, "ours", 10.0, p20_s=0.009, p80_s=0.011)
+    for ms, low, high, word in (
+        (12.0, 0.0115, 0.0125, "won"),
+        (12.0, 0.0105, 0.0125, "even"),
+        (8.0, 0.007, 0.0085, "lost"),
+    ):
+        assert verdict(ours, layer_row(1, "eager", ms, p20_s=low, p80_s=high)) == word
+        assert verdict(ours, layer_row(1, "eager", ms)) == {"even": "won"}.get(word, word)
 
 
 def test_modelled_parts(results):

@@ -164,9 +164,9 @@ def test_the_page_holds_every_row_and_escapes_what_files_say(page):
 
 
 def test_warnings_and_scores(page):
-    assert scores(RUN.rows)[0][:3] == ("moe", 2, 2)  # T = 1 is lost to grouped_mm, T = 64 won
+    assert scores(RUN.rows) == [("moe", 2, 0, 2, "1.55x")]  # T = 1 is lost to grouped_mm, T = 64 won
     told = "".join(Page(page).text)
-    assert "load 3.00 on 2 cores" in told and "30% of their median" in told and "Where we lose" in told
+    assert "load 3.00 on 2 cores" in told and "30% of their median" in told and "Where a peer is faster" in told
     assert "moe, absent, missing throughout: absent is not installed" in told
 
 
