@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo rl test test-gpu test-verl fuzz lint bench figures wheel clean
+.PHONY: help demo rl test test-gpu test-verl fuzz lint style bench figures wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 rl: $(VENV)/.installed
 	@$(BIN)/python examples/self_scaffold.py $(ARGS)
 
-test: lint
+test: style
 	@$(BIN)/pytest -m 'not gpu' -n $(WORKERS) --dist worksteal $(ARGS)
 
 fuzz: $(VENV)/.installed
@@ -50,9 +50,11 @@ test-gpu:
 test-verl:
 	@PYTHON='$(PYTHON)' .ci/verl $(ARGS)
 
-lint: $(VENV)/.installed
+style: $(VENV)/.installed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
+
+lint: style
 	@$(if $(LINKS),$(BIN)/mypy --no-error-summary,echo 'types are not checked: ornith_moe/quant is no link here')
 
 bench: $(VENV)/.installed

@@ -14,9 +14,10 @@ from ornith_moe.kernels import (
     project,
     routing,
 )
-from ornith_moe.kernels.examine.compile import compile_launches
+from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 
 MODULES = (combine, dswiglu, fp8_cast, gate_up, gguf_encode, grouped_wgrad, plan, project, routing)
+FORMS = tuple(arch for arch in PROCESSORS if arch != "sm89")  # which runs sm90's form where nothing is multiplied
 
 
 def watch(monkeypatch, around=None):

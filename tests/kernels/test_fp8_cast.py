@@ -12,10 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import compiled
+from launches import FORMS, compiled
 
 from ornith_moe.kernels import fp8_cast
-from ornith_moe.kernels.examine.compile import PROCESSORS
 from ornith_moe.kernels.launch import recording
 from ornith_moe.quant import fp8
 
@@ -222,7 +221,7 @@ def launches(arch):
     return started
 
 
-@pytest.mark.parametrize("target", PROCESSORS)
+@pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
     for one, report in compiled(target, launches):
         asm, name = report.asm, one.label

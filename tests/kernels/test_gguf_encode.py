@@ -21,9 +21,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 from codec_cases import FEW, IMPORTANCE, WEIGHTS
+from launches import FORMS
 
 from ornith_moe.kernels import gguf_encode
-from ornith_moe.kernels.examine.compile import PROCESSORS, compile_requests, specialize
+from ornith_moe.kernels.examine.compile import compile_requests, specialize
 from ornith_moe.kernels.gguf_encode import ENCODED, quantize_gguf
 from ornith_moe.kernels.gguf_search import nearest
 from ornith_moe.kernels.launch import recording
@@ -163,7 +164,7 @@ def fused(arch, asm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in PROCESSORS if arch != "sm89"])  # it runs sm90's form
+@pytest.mark.parametrize("arch", FORMS)
 def test_compiles_for_every_target_without_contraction(arch):
     started = launches(arch)
     requests = [specialize(arch, one) for one in started]

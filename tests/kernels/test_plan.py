@@ -14,9 +14,8 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import compiled
+from launches import FORMS, compiled
 
-from ornith_moe.kernels.examine.compile import PROCESSORS
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.plan import build_plan, max_tiles, plan_reference
 
@@ -160,7 +159,7 @@ def launches(arch):
     return started
 
 
-@pytest.mark.parametrize("target", PROCESSORS)
+@pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
     reports = compiled(target, launches)
     assert len(reports) == 6

@@ -11,10 +11,9 @@ from numeric import assert_close, assert_same_bits
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import compiled
+from launches import FORMS, compiled
 
 import ornith_moe as om
-from ornith_moe.kernels.examine.compile import PROCESSORS
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.routing import route_backward, route_forward
 
@@ -262,7 +261,7 @@ def launches(arch):
     return started
 
 
-@pytest.mark.parametrize("target", PROCESSORS)
+@pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
     for one, report in compiled(target, launches):
         asm, name = report.asm, f"{one.label}, E = {one.arguments['E']}"
