@@ -18,14 +18,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help demo rl test test-gpu test-verl fuzz lint style bench figures wheel clean
+.PHONY: help demo rl test test-gpu test-verl test-oldest gpu-day gpu-wheels fuzz lint style bench figures wheel clean
 
 help:
 	@echo 'make demo      train a small Ornith, convert it, run every build in a foreign client (ARGS=--json)'
 	@echo 'make rl        self-scaffolding RL of a small policy, three arms, then served (ARGS="--seeds 0 1 2")'
 	@echo 'make test      lint and every test that needs no GPU (ARGS="-k fp8" picks some)'
 	@echo 'make test-gpu  the tests that mean something on a GPU, there; installs nothing'
+	@echo 'make gpu-day   a GPU measured in 15 minutes (ARGS="--out DIR"; ARGS=--dry without one); make gpu-wheels before'
 	@echo 'make test-verl the engine of verl, in an environment of its own (.venv-verl)'
+	@echo 'make test-oldest  what matters, with the oldest versions that setup.py names (.venv-oldest)'
 	@echo 'make fuzz      hostile inputs against the command line (ARGS="--cases 5000 --seed 7")'
 	@echo 'make figures   numbers of README.md and docs from bench/results (ARGS=--check only compares)'
 	@echo 'make bench     times of this machine beside what one would use instead (ARGS=--quick)'
@@ -49,6 +51,16 @@ test-gpu:
 
 test-verl:
 	@PYTHON='$(PYTHON)' .ci/verl $(ARGS)
+
+test-oldest:
+	@PYTHON='$(PYTHON)' .ci/oldest $(ARGS)
+
+# On the machine with the GPU: gpu-day with the Python at hand, after gpu-wheels where there is a network.
+gpu-day:
+	@$(HERE) bench/gpu_day.py $(ARGS)
+
+gpu-wheels:
+	@$(HERE) bench/gpu_day.py --fetch $(ARGS)
 
 style: $(VENV)/.installed
 	@$(BIN)/ruff check --quiet .

@@ -39,24 +39,27 @@ setup(
     package_dir=package_dir,
     package_data={"": ["*.json", "*.html", "py.typed"]},  # every folder of the three is a package: "" reaches all data
     include_package_data=False,
+    # The oldest that work, which `make test-oldest` installs: each line is said here and nowhere else.
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.10",  # Tensor.grad_dtype
         "numpy>=2.0",
         "safetensors>=0.5",
         "gguf>=0.18",
-        "numba>=0.61,<1",
+        "numba>=0.62,<1",  # the LLVM of 0.61 does not know BF16 products as we write them
         "regex>=2025.10.22",
-        "typer>=0.15",
+        "typer>=0.16",  # 0.15 takes any click, and raises in --help with today's
         "rich>=13.7",
-        "xxhash>=3.4",
+        "xxhash>=3.4.1",
     ],
     extras_require={
-        "triton": ["triton>=3.6,<4"],  # torch's CUDA and ROCm builds bring their own
+        # torch's CUDA and ROCm builds bring their own. Its interpreter, which only tests use, wrote beyond its memory
+        # before 3.6, and that of 3.6 needs numpy < 2.4.
+        "triton": ["triton>=3.6,<4"],
         "hf": ["transformers>=5.7,<6", "accelerate>=1.1", "compressed-tensors>=0.20"],  # the latter two for FP8 builds
         "trl": ["trl>=1.16,<2", "transformers>=5.7,<6", "matplotlib>=3.8"],  # the last for the curve
         "verl": ["verl>=0.9.1,<0.10", "transformers>=5.7,<5.11", "compressed-tensors>=0.20"],  # apart from trl
         "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "jinja2>=3.1", "transformers>=5.7,<6"],
-        "llama": ["xllamacpp>=2026.10"],
+        "llama": ["xllamacpp>=2026.10.11549"],
         "hub": ["huggingface_hub>=1.5"],
     },
     entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},
