@@ -224,7 +224,10 @@ def multiply(
     if CUT.pair:
         up = tl.zeros(shape, tl.float32)
     if CUT.late:
-        partial, partial_scale = tl.zeros(shape, tl.float32), tl.zeros([CUT.block_m], tl.float32)
+        rows: tl.constexpr = [
+            CUT.block_m
+        ]  # not in the call: Triton 3.6 gives a plain int there, and asks it for a type
+        partial, partial_scale = tl.zeros(shape, tl.float32), tl.zeros(rows, tl.float32)
     for k in range(0, K, CUT.block_k):
         tile_a = _load_a(a, a_offs, row, k, K, CUT)
         tile_b = _load_b(b, e, n, k, N, K, strides, CUT)
