@@ -57,7 +57,9 @@ def figures(run: Run) -> list[Drawn]:
         per_page = math.ceil(len(groups) / pages)
         for page in range(pages):
             shown = groups[page * per_page : (page + 1) * per_page]
-            question = f"{suite}: where are we faster than every peer, where slower?" + _page(page, pages)
+            rivals = any(row.peer for row in run.rows if row.suite == suite)
+            asked = "where are we faster than every peer, where slower?" if rivals else "how long does each task take?"
+            question = f"{suite}: {asked}{_page(page, pages)}"
             name = f"peers-{suite}" + (f"-{page + 1}" if pages > 1 else "")
             draw = partial(peers, run, suite, shown, question)
             drawn.append(_drawn(name, question, draw)._replace(suite=suite))
@@ -153,7 +155,13 @@ def _ratio(axes: Axes, y: int, ratio: float | None) -> None:
         return
     colour = OURS if ratio >= 1 else WORSE
     axes.barh(y, ratio - 1, left=1, height=0.6, color=colour)
-    axes.text(max(ratio, 1) * 1.04, y, f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x", va="center", fontsize=8)
+    axes.text(
+        max(ratio, 1) * 1.04,
+        y,
+        f"{ratio:.2g}x" if ratio < 0.1 else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x",
+        va="center",
+        fontsize=8,
+    )
 
 
 def _logarithmic(axis: Axis, unit: str = "") -> None:
@@ -227,6 +235,8 @@ def roofline(run: Run, title: str) -> Figure | None:
     low, high = (f(row.flops / row.bytes for row in rows) for f in (min, max))
     _roofs(axes, run, low / 2, high * 4)
     axes.set(xscale="log", yscale="log", xlim=(low / 2, high * 4))
+    _logarithmic(axes.xaxis)
+    _logarithmic(axes.yaxis)
     axes.set(xlabel="arithmetic intensity, FLOP per byte of least traffic", ylabel="reached, GFLOP/s")
     _legend(figure, look, rows)
     return figure

@@ -337,6 +337,8 @@ def _mean(ratios: Iterable[float]) -> float:
 def _ratio(ratio: float | None) -> str:
     if ratio is None:
         return "-"
+    if ratio < 0.1:
+        return f"{ratio:.2g}x"
     return f"{ratio:.2f}x" if ratio < 1.1 else f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x"
 
 

@@ -60,7 +60,14 @@ def write(run: Run, path: Path, modelled: Sequence[dict[str, Any]] = ()) -> list
             drawn.figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
             pictures[drawn.name] = buffer.getvalue()
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"ms": _ms, "percent": _percent, "figure": _figure, "told": _told, "fastest": _fastest}
+    environment.filters |= {
+        "ms": _ms,
+        "ratio": _ratio,
+        "percent": _percent,
+        "figure": _figure,
+        "told": _told,
+        "fastest": _fastest,
+    }
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         run=run,
         counts={status: Counter(row.status for row in run.rows)[status] for status in STATUSES},
@@ -148,6 +155,10 @@ def _ms(seconds: float | None) -> str:
 
 def _figure(value: float) -> str:
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2g}x" if ratio < 0.1 else f"{ratio:.2f}x"
 
 
 def _percent(share: float | None) -> str:

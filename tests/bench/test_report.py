@@ -112,7 +112,11 @@ def test_no_row_is_dropped_from_a_figure_in_silence(drawn):
     assert {"ours", "grouped_mm", "loop (red in 2 of 4)", "absent (missing)"} <= {
         text.get_text() for legend in drawn["peers-moe"].figure.legends for text in legend.get_texts()
     }
-    assert said.count("loop: red") == 2 and "ours: skipped" in words(drawn["peers-codecs"].figure)
+    assert (
+        drawn["peers-codecs"].question.startswith("codecs: where")
+        and said.count("loop: red") == 2
+        and "ours: skipped" in words(drawn["peers-codecs"].figure)
+    )
     assert "loop: red" in words(drawn["scaling-tokens"].figure)
     assert any(patch.get_hatch() for axes in drawn["peers-moe"].figure.axes for patch in axes.patches)
 
@@ -121,6 +125,7 @@ def test_many_groups_take_several_figures():
     many = [Row("codecs", f"group {i}", "ours", False, "skipped", "no time") for i in range(40)]
     names = [each.name for each in figures(replace(RUN, rows=many)) if each.figure]
     assert names == ["peers-codecs-1", "peers-codecs-2", "builds"]
+    assert figures(replace(RUN, rows=many))[1].question == "codecs: how long does each task take? (2 of 2)"
 
 
 def test_panels_differ_in_nothing_but_their_axis():
