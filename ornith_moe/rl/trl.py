@@ -49,7 +49,7 @@ from safetensors.torch import load_file, save_file
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-    from trl.trainer.utils import pad
+    from trl.trainer.utils import pad, use_adapter
 except ImportError as error:
     raise ImportError(f"ornith_moe.rl.trl needs TRL 1.16 or later ({error}); pip install 'ornith-moe[trl]'") from None
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -284,6 +284,8 @@ class SelfScaffoldTrainer(GRPOTrainer):
         if self.model.training and self._buffered_inputs is not before:
             for micro_batch in self._buffered_inputs:
                 self._freeze(micro_batch)
+        elif not self.model.training:
+            self._freeze(rows)
         return rows
 
     @torch.no_grad()
@@ -295,7 +297,8 @@ class SelfScaffoldTrainer(GRPOTrainer):
         if trace is not None:
             rows["routed_experts"] = torch.cat(list(trace.values())).unflatten(0, (len(old), -1))
         if self.beta != 0.0:
-            rows["ref_per_token_logps"] = self._log_probs(self.ref_model, rows)
+            with self._reference() as reference:
+                rows["ref_per_token_logps"] = self._log_probs(reference, rows)
         if self.use_vllm and self.vllm_importance_sampling_correction:
             mask = rows["completion_mask"] * rows["tool_mask"]
             sampled = rows["sampling_per_token_logps"]  # NaN where vLLM has none: no correction there
@@ -307,6 +310,16 @@ class SelfScaffoldTrainer(GRPOTrainer):
                 mode="mask" if self.args.vllm_importance_sampling_mode.endswith("mask") else "truncate",
                 cap=self.args.vllm_importance_sampling_cap,
             )
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[Any]:
+        """The policy that `beta` holds to: TRL's copy, or where it trains an adapter the model without it."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield self.model
 
     def _log_probs(self, model: Any, rows: Rows) -> torch.Tensor:
         ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
@@ -414,8 +427,13 @@ class SelfScaffoldTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not Path(checkpoint, STATE_FILE).is_file():
+        if checkpoint is None:
             return
+        if not Path(checkpoint, STATE_FILE).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {checkpoint} holds no {STATE_FILE}, so it was cut while it was written, or "
+                "written by another trainer; resume from the one before, or begin anew with it as the model"
+            )
         state = json.loads(Path(checkpoint, STATE_FILE).read_text(encoding="utf-8"))
         self.memory.load_state_dict(state["memory"])
         self._generated_at, self._step = state["generated_at"], state["step"]

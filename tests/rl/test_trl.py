@@ -14,7 +14,7 @@ from datasets import Dataset
 from ornith_moe.rl.credit import two_level
 from ornith_moe.rl.monitor import Monitor
 from ornith_moe.rl.scaffolds import Stages
-from ornith_moe.rl.trl import SCAFFOLD, SOLUTION, SelfScaffoldConfig, SelfScaffoldTrainer
+from ornith_moe.rl.trl import SCAFFOLD, SOLUTION, STATE_FILE, SelfScaffoldConfig, SelfScaffoldTrainer
 
 S, R = 3, 2
 STAGES = Stages("{task} plan :", "", "{task} plan : {scaffold} answer :", ("", ""), ("", ""))
@@ -192,6 +192,25 @@ def test_fp8_experts_train(tmp_path, implementation):
     assert not torch.equal(before, made.model.model.layers[0].mlp.experts.down_proj)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_reference_holds_the_policy_in_training_and_evaluation(checkpoint, tmp_path, adapter):
+    """With an adapter the reference is the model without it; at first both are the policy, so KL is 0 and then not."""
+    from peft import LoraConfig
+
+    own = (
+        {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")} if adapter else {}
+    )
+    own["eval_dataset"] = Dataset.from_list(policy.TASKS)
+    made = trainer(
+        checkpoint, tmp_path, beta=0.1, num_iterations=2, max_steps=4, own=own, per_device_eval_batch_size=2 * ROWS
+    )
+    before = made.evaluate()
+    made.train()
+    kl = figures(made, "kl")
+    assert kl[0] == 0 and all(later > 0 for later in kl[1:])
+    assert before["eval_kl"] == 0 < made.evaluate()["eval_kl"]
+
+
 def test_the_curve_is_drawn(checkpoint, tmp_path):
     trainer(checkpoint, tmp_path, max_steps=2).train()
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -260,6 +279,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(checkpoint, tmp_pat
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     resumed = run(checkpoint, tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
+    (cut := tmp_path / "killed" / "checkpoint-2" / STATE_FILE).unlink()  # as if it had been killed while it wrote that
+    with pytest.raises(ValueError, match=f"checkpoint-2 holds no {STATE_FILE}, so it was cut"):
+        run(checkpoint, tmp_path / "killed").train(resume_from_checkpoint=str(cut.parent))
     assert curve(resumed) == curve(undisturbed) and len(curve(resumed)) == 5
     assert resumed.memory.state_dict() == undisturbed.memory.state_dict() != {"step": 0, "kept": {}}
     for (name, a), (_, b) in zip(resumed.model.named_parameters(), undisturbed.model.named_parameters(), strict=True):
