@@ -69,7 +69,9 @@ def fp8_experts(*runs: Run) -> str:
         rows = [row for run in runs for row in _ours([run]) if row.suite == "moe" and f"FP8 {recipe}" in row.group]
         ratios = [row.ratio for row in rows if row.ratio]
         said.append(f"{_ratio(min(ratios))} to {_ratio(max(ratios))} ({what})")
-    return _prose(f"FP8 experts at T = 1, {len(runs)} runs: {' and '.join(said)} of torch's cast and mm.")
+    return _prose(
+        f"FP8 experts at T = 1, {len(runs)} run{'s' * (len(runs) > 1)}: {' and '.join(said)} of torch's cast and mm."
+    )
 
 
 def codecs(*runs: Run) -> str:
