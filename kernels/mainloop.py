@@ -224,9 +224,8 @@ def multiply(
     if CUT.pair:
         up = tl.zeros(shape, tl.float32)
     if CUT.late:
-        rows: tl.constexpr = [
-            CUT.block_m
-        ]  # not in the call: Triton 3.6 gives a plain int there, and asks it for a type
+        # A shape with a name of its own: within the call Triton 3.6 makes a plain int of it, and asks that for a type.
+        rows: tl.constexpr = [CUT.block_m]
         partial, partial_scale = tl.zeros(shape, tl.float32), tl.zeros(rows, tl.float32)
     for k in range(0, K, CUT.block_k):
         tile_a = _load_a(a, a_offs, row, k, K, CUT)
