@@ -191,33 +191,6 @@ def quantize_fp8_tokens(
     return q.view(x.shape), s.view(*x.shape[:-1], s.shape[-1])
 
 
-def quantize_fp8_tokens_both(
-    x: torch.Tensor, *, group: int = 128, scale: str = "fp32"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`quantize_fp8_tokens` of x and of x transposed: groups along K and groups along R.
-
-    A weight gradient contracts the tokens, so its operands need scales that are constant along them.
-
-    Args:
-        x: [R, K], fp32, fp16 or BF16, any strides; quantized as given.
-        group: elements that share a scale, columns of a row and rows of a column.
-        scale: dtype of the scales, "fp32" or "ue8m0".
-    Returns:
-        q, scale: [R, K] and [R, ceil(K / group)], as `quantize_fp8_tokens`.
-        q_t, scale_t: [K, R] and [K, ceil(R / group)], contiguous; q_t[k, r] = e4m3fn(x[r, k] / scale_t[k, r // group]).
-    Raises, Numerics: as `quantize_fp8_tokens`; ValueError also where x is no matrix.
-    Source: DeepSeek-V3 section 3.3.
-    Example:
-        >>> q, s, q_t, s_t = quantize_fp8_tokens_both(torch.randn(200, 300))
-        >>> s.shape, q_t.shape, s_t.shape
-        (torch.Size([200, 3]), torch.Size([300, 200]), torch.Size([300, 2]))
-    """
-    _check("x", x, 1)
-    if x.dim() != 2:
-        raise ValueError(f"x: expected [R, K], got shape {list(x.shape)}; flatten its leading dimensions")
-    return *quantize_fp8_tokens(x, group=group, scale=scale), *quantize_fp8_tokens(x.T, group=group, scale=scale)
-
-
 @torch.no_grad()
 def dequantize_fp8(
     q: torch.Tensor, scale: torch.Tensor, *, block: Block | None = None, dtype: torch.dtype = torch.bfloat16

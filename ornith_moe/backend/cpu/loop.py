@@ -48,13 +48,13 @@ def activation_gradient(
     weight: Operand,
     pre: torch.Tensor,
     a_given: torch.Tensor | None,
-    wants: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    wants_dweights, wants_wa, wants_dpre = wants
+    needs_dweights, needs_wa, needs_dpre = needs
     slot_weights = _wide(weights.reshape(-1))
-    dweights = dy.new_zeros(rows.slots, dtype=torch.float32) if wants_dweights else None
-    wa = dy.new_empty(rows.slots, pre.shape[1] // 2) if wants_wa else None
-    dpre = torch.empty_like(pre) if wants_dpre else None
+    dweights = dy.new_zeros(rows.slots, dtype=torch.float32) if needs_dweights else None
+    wa = dy.new_empty(rows.slots, pre.shape[1] // 2) if needs_wa else None
+    dpre = torch.empty_like(pre) if needs_dpre else None
     for e, first, last in rows.groups():
         slots = rows.slots_of(first, last)
         gate, up = _wide(pre[first:last]).chunk(2, -1)
@@ -64,7 +64,7 @@ def activation_gradient(
         a = _wide((silu * up).to(dy.dtype) if a_given is None else a_given[first:last])
         if wa is not None:
             wa[first:last] = a * factor
-        if wants_dweights or wants_dpre:
+        if needs_dweights or needs_dpre:
             da = _wide(dy[rows.tokens_of(first, last)] @ _expert(weight, e, dy.dtype))
         if dweights is not None:
             dweights[slots] = (da * a).sum(-1).float()

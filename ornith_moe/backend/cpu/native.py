@@ -93,19 +93,19 @@ class Native:
         weight: Operand,
         pre: torch.Tensor,
         a_given: torch.Tensor | None,
-        wants: tuple[bool, bool, bool],
+        needs: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """dweights = <da', a'> float32 [T, top_k], wa = d(w * a') [R, I], dpre [R, 2I]; None where `wants` says no.
+        """dweights = <da', a'> float32 [T, top_k], wa = d(w * a') [R, I], dpre [R, 2I]; None where `needs` says no.
 
         da' = dy @ down. a' comes from `pre`, or is `a_given` [R, I] where the forward quantized it.
         """
-        wants_dweights, wants_wa, wants_dpre = wants
+        needs_dweights, needs_wa, needs_dpre = needs
         _, hidden, inner = weight.value.shape
         dy, weights = _whole_vectors(dy, 4), weights.float().contiguous()
         panels, chunk = -(-inner // PANEL), 64
-        partial = empty((rows.slots, panels), torch.float32) if wants_dweights else None
-        wa = empty((rows.slots, inner), dy.dtype) if wants_wa else None
-        dpre = empty((rows.slots, 2 * inner), dy.dtype) if wants_dpre else None
+        partial = empty((rows.slots, panels), torch.float32) if needs_dweights else None
+        wa = empty((rows.slots, inner), dy.dtype) if needs_wa else None
+        dpre = empty((rows.slots, 2 * inner), dy.dtype) if needs_dpre else None
         a_given = None if a_given is None else a_given.contiguous()
         matrix, _alive = _matrix(weight)
         run(
