@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+import ornith_moe
 from ornith_moe.bench.rows import Row, Run, save
 from ornith_moe.bench.tasks import Settings
 from ornith_moe.quant.errors import OrnithError
@@ -52,7 +53,11 @@ def run(settings: Settings, out: Path, told: Told = lambda row, done, total: Non
     from ornith_moe.bench.tasks import Bench
 
     bench = Bench(settings)
-    made = Run(datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), commit_of(HERE), machine(bench.clock.state(), load))
+    made = Run(
+        datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit_of(Path(ornith_moe.__file__).parent),
+        machine(bench.clock.state(), load),
+    )
     made.settings = asdict(settings)
 
     def add(row: Row, done: int, total: int) -> None:
@@ -132,15 +137,16 @@ def _version(name: str) -> str | None:
 
 
 def commit_of(folder: Path) -> str:
-    """HEAD of the checkout that tracks `folder`, "+" at its end where files of it were changed; "" outside of one."""
+    """HEAD of the checkout that tracks the package in `folder`, "+" at its end with changes, "" outside of one."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder.resolve()), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "rows.py")
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!bench")  # a link where compared
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,7 @@ from ornith_moe.command.terminal import print_json, progress_bar, say
 from ornith_moe.quant.errors import OrnithError
 
 if TYPE_CHECKING:
+    from ornith_moe.bench.comparison import Verdict
     from ornith_moe.bench.rows import Row, Run
     from ornith_moe.bench.tasks import Settings
 
@@ -60,23 +62,25 @@ def bench(
     """Measure kernels, codecs, conversion and RL here, each row checked first and beside its peers."""
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
-    from ornith_moe.bench.rows import heading, table, to_json
     from ornith_moe.bench.session import check_installed
 
     check_installed()
+    from ornith_moe.bench.comparison import as_lines
+    from ornith_moe.bench.rows import heading, table, to_json
     from ornith_moe.bench.tasks import SUITES, Settings
 
     settings = Settings(
         tuple(each.value for each in suite or ()) or SUITES, quick, device.value, tuple(model or ()), routing, keyword
     )
     path = out or Path(f"bench-{date.today().isoformat()}.json")
-    run = _measured(settings, path)
+    run, verdicts = _compared(settings, path, compare, any_machine) if compare else (_measured(settings, path), [])
     if report:
         _write_report(run, report)
     if as_json:
-        print_json(to_json(run))
+        print_json(to_json(run) | ({"verdicts": [asdict(each) for each in verdicts]} if compare else {}))
     else:
-        for line in [*heading(run), "", *table(run.rows), "", f"Written to {path}."]:
+        told = ["", *as_lines(verdicts)] if compare else []
+        for line in [*heading(run), "", *table(run.rows), *told, "", f"Written to {path}."]:
             say(line)
     if run.red:
         names = "; ".join(f"{row.group}: {row.name}" for row in run.red[:3])
@@ -94,6 +98,21 @@ def _measured(settings: Settings, path: Path) -> Run:
             progress("rows", done, total)
 
         return run(settings, path, told)
+
+
+def _compared(settings: Settings, path: Path, other: str, any_machine: bool) -> tuple[Run, list[Verdict]]:
+    """Against a file, which is read before anything is measured, or against a commit."""
+    from ornith_moe.bench.comparison import against_commit, compare
+    from ornith_moe.bench.rows import load, save
+
+    if Path(other).suffix == ".json" or Path(other).is_file():
+        then = [load(Path(other))]
+        now = [_measured(settings, path)]
+    else:
+        with progress_bar(counted=True) as progress:
+            then, now = against_commit(other, settings, lambda done, of: progress("runs", done, of))
+        save(now[-1], path)
+    return now[-1], compare(then, now, any_machine=any_machine)
 
 
 def _write_report(run: Run, path: Path) -> None:
