@@ -50,6 +50,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def prepare(asked: argparse.Namespace) -> None:
     """What must be set before Triton and torch are imported."""
     sys.path[0] = str(ROOT)  # not bench/, where a script's imports begin
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # as in the processes that compile: one cache for both
     os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")  # its own tuning runs out of memory, says its docstring
     if asked.dry or asked.record:
@@ -91,8 +92,17 @@ def parts() -> list:
 
 
 def day(asked: argparse.Namespace) -> int:
-    """Work the parts that were asked for; 1 where a row is red, else 0."""
-    from ornith_moe.bench.day import machine, wheels
+    """Put what was carried where imports look, and work the parts; 1 where a row is red, else 0."""
+    from ornith_moe.bench.day import wheels
+
+    with tempfile.TemporaryDirectory() as site:
+        carried = wheels.unpack(asked.wheels, Path(site)) if asked.wheels.is_dir() else []
+        return work(asked, carried)
+
+
+def work(asked: argparse.Namespace, carried: list[str]) -> int:
+    """The parts that were asked for, one after the other."""
+    from ornith_moe.bench.day import machine
     from ornith_moe.bench.day.parts import Journal, shared_out, supervise
     from ornith_moe.bench.rows import Run, table
 
@@ -103,21 +113,19 @@ def day(asked: argparse.Namespace) -> int:
     chosen = [part for part in every if part.letter in letters]
     asked.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as site:
-        carried = wheels.unpack(asked.wheels, Path(site)) if asked.wheels.is_dir() else []
-        settings = {"dry": asked.dry, "only": letters, "budget_s": asked.budget, "wheels": carried}
-        commit = asked.commit if asked.commit is not None else machine.commit()
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        run = Run(now, commit, machine.described(asked.dry), settings=settings)
-        journal = Journal(run, asked.out / "gpu-day.json", partial(print, flush=True))
-        journal.save()
-        make = partial(machine.dry if asked.dry else machine.real, asked.out)
-        seconds = shared_out(chosen, asked.budget)
-        for part in chosen:
-            gone = time.monotonic() - began
-            left = asked.budget if asked.dry else min(seconds[part.letter], max(asked.budget - gone, 0.0))
-            print(f"{gone:6.0f} s  part {part.letter}: {part.title}, {left:.0f} s", flush=True)
-            supervise(part, make, journal, left)
+    settings = {"dry": asked.dry, "only": letters, "budget_s": asked.budget, "wheels": carried}
+    commit = asked.commit if asked.commit is not None else machine.commit()
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    run = Run(now, commit, machine.described(asked.dry), settings=settings)
+    journal = Journal(run, asked.out / "gpu-day.json", partial(print, flush=True))
+    journal.save()
+    make = partial(machine.dry if asked.dry else machine.real, asked.out)
+    seconds = shared_out(chosen, asked.budget)
+    for part in chosen:
+        gone = time.monotonic() - began
+        left = asked.budget if asked.dry else min(seconds[part.letter], max(asked.budget - gone, 0.0))
+        print(f"{gone:6.0f} s  part {part.letter}: {part.title}, {left:.0f} s", flush=True)
+        supervise(part, make, journal, left)
     print("\n".join(["", *table(journal.run.rows)]))
     red = journal.run.red
     print(f"{len(journal.run.rows)} rows, {len(red)} red, {time.monotonic() - began:.0f} s: {journal.path}")

@@ -93,11 +93,13 @@ def _layer(machine: Machine, journal: Journal, tokens: int, recipe: Recipe, obse
 class Pass:
     """Forward and backward of a layer, router included, on operands that are quantized before."""
 
-    def __init__(self, machine: Machine, model: str, tokens: int, recipe: Recipe, tiles: Tiles | None = None):
+    tiles: Tiles | None = None  # those of the table
+
+    def __init__(self, machine: Machine, model: str, tokens: int, recipe: Recipe):
         torch.manual_seed(0)
         shape = machine.experts(model)
         case = make_case(shape, tokens, "uniform", torch.bfloat16, machine.device)
-        self.machine, self.recipe, self.tiles, self.top_k = machine, recipe, tiles, shape.top_k
+        self.machine, self.recipe, self.top_k = machine, recipe, shape.top_k
         with torch.no_grad():
             self.x, self.dy = case.x.detach(), case.dy
             sides = [Operand.quantized(w.detach(), recipe) for w in (case.gate_up_proj, case.down_proj)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ornith_moe as om
-from ornith_moe.bench.cases import Case, Truth, allowed_error, make_case, make_experts, outputs_of, true_outputs, worst
+from ornith_moe.bench.cases import Case, allowed_error, make_case, outputs_of, true_outputs, worst
 from ornith_moe.bench.day.machine import Machine
 from ornith_moe.bench.day.parts import Journal, Task, sentence
 from ornith_moe.bench.limits import FP8
@@ -45,8 +45,6 @@ def _group(machine: Machine, journal: Journal, group: str, told: dict[str, Any])
     with unchanged():  # copies in FP8 are made by the first call and not compared with their masters after it
         yield from _beside_one_another(machine, journal, group, told, case, backward, recipe)
     del case
-    if told["model"] == machine.sizes.large:
-        make_experts.cache_clear()
     if not machine.dry:
         torch.cuda.empty_cache()
 
@@ -63,8 +61,10 @@ def _beside_one_another(
     for name, peer, make in _implementations(machine, case, backward, recipe):
         try:
             forward = make()
-            step = partial(outputs_of, forward, case, backward)
-            errors[name] = _checked(truth, step(), recipe, peer)
+            outputs = outputs_of(forward, case, backward)
+            errors[name] = worst(truth.errors(outputs), allowed_error(torch.bfloat16, recipe, peer))
+            del outputs
+            steps[name] = _captured(forward) if name == "graph" else partial(outputs_of, forward, case, backward)
         except Unable as why:
             yield Row("moe", group, name, peer, status=why.status, why=why.why, **base)
         except AssertionError as wrong:
@@ -73,8 +73,6 @@ def _beside_one_another(
             yield Row("moe", group, name, peer, status="red", why=sentence(error), **base)
             if not machine.answers():
                 raise
-        else:
-            steps[name] = _captured(forward) if name == "graph" else step
     for name, times in machine.time(steps).items():
         peak = None if machine.dry or name == "graph" else peak_bytes(steps[name], machine.device)
         note = ", ".join(f"{key} {value:g}" for key, value in machine.clock.state().items())
@@ -102,10 +100,6 @@ def _implementations(
             return peer.forward(case)
 
         yield peer.name, True, theirs
-
-
-def _checked(truth: Truth, outputs: tuple[torch.Tensor, ...], recipe: str, peer: bool) -> float:
-    return worst(truth.errors(outputs), allowed_error(torch.bfloat16, recipe, peer))
 
 
 def _captured(forward: Callable[[], torch.Tensor]) -> Call:

@@ -35,7 +35,7 @@ class Sizes:
     layer: str  # parts b to d
     large: str  # part f
     model: Mapping[str, str]
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # the most asked for first: a part may run out of time
     large_tokens: tuple[int, ...]
     recipes: tuple[str, ...]  # parts c and d
     layer_recipes: tuple[str, ...]  # part b
@@ -46,7 +46,7 @@ class Sizes:
 
 
 REAL = Sizes(
-    "35B", "397B", {"35B": "ornith-35b", "397B": "ornith-397b"}, (1, 64, 1024, 8192, 32768), (64, 8192),
+    "35B", "397B", {"35B": "ornith-35b", "397B": "ornith-397b"}, (8192, 64, 32768, 1024, 1), (8192, 64),
     ("bf16", "fp8"), ("bf16", "fp8", "fp8_channel"), ("bf16", "fp8"), (32768, 4096),
     Experts(hidden=2048, inner=512, experts=16, top_k=4), 20,
 )  # fmt: skip

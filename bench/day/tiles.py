@@ -68,9 +68,9 @@ def _product(
     ranked = _ranked(machine, which, product, own, every[:2] if machine.dry else every)
     tried = {tile: us for tile, us in ranked[: 1 if machine.dry else TIMED]} | dict.fromkeys([own[product]])
     best: dict[Tile, float] = {}
+    run = Pass(machine, machine.sizes.layer, tokens, RECIPES[operands])
     for tile, us in tried.items():
-        tiles = Tiles(block_m, own.tile | {product: tile})
-        run = Pass(machine, machine.sizes.layer, tokens, RECIPES[operands], tiles)
+        run.tiles = Tiles(block_m, own.tile | {product: tile})
         way = run.times(ROUNDS if not machine.dry else 1, ways=1 if direction == "forward" else 2)[
             direction != "forward"
         ]

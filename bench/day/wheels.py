@@ -6,6 +6,7 @@ unpack(folder)    where there is none: a wheel is an archive of what lies in sit
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -39,11 +40,12 @@ def fetch(folder: Path) -> list[str]:
 
 
 def unpack(folder: Path, into: Path) -> list[str]:
-    """Put the wheels of `folder` on sys.path, unpacked in `into`, behind what is installed; their names."""
+    """Put the wheels of `folder`, unpacked in `into`, where this process and those that it starts look; their names."""
     found = sorted(folder.glob("*.whl"))
     for wheel in found:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(into)
     if found and str(into) not in sys.path:
         sys.path.append(str(into))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(into))))
     return [wheel.name for wheel in found]

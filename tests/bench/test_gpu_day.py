@@ -151,10 +151,12 @@ def test_wheels_are_fetched_or_said_to_be_missing_and_unpacked_where_imports_loo
     assert len(said) == 4 and said[0].startswith("gguf-1.0-py3-none-any.whl: 0.0 MB")
     assert said[1] == "xllamacpp: missing, its rows will say so (ERROR: No matching distribution)"
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
     assert wheels.unpack(tmp_path, tmp_path / "site") == ["gguf-1.0-py3-none-any.whl"]
     import carried_here
 
     assert carried_here.there and sys.path[-1] == str(tmp_path / "site")
+    assert os.environ["PYTHONPATH"] == f"elsewhere{os.pathsep}{tmp_path / 'site'}"  # of the processes that compile
 
 
 def test_a_card_is_known_by_its_name():
