@@ -154,8 +154,9 @@ def quantize_tile_kernel(
         _store_scales(scale_ptr + (e * scales_n + scale_n) * grid_k + j, s, scale_n < scales_n, SHIFT)
     if q_t_ptr is not None:
         _store_scales(scale_t_ptr + (e * grid_k + j) * grid_n + scale_n, s, scale_n < scales_n, SHIFT)
+    at = q_ptr + (e * N + n) * K + k  # before the codes: after them sm100 spills
     codes = _codes(x, s)
-    _store(q_ptr + (e * N + n) * K + k, codes, s, mask)
+    _store(at, codes, s, mask)
     if q_t_ptr is not None:
         _store(q_t_ptr + (e * K + k) * N + n, codes, s, mask)
 
