@@ -44,8 +44,8 @@ setup(
         "torch>=2.10",  # Tensor.grad_dtype
         "numpy>=2.0",
         "safetensors>=0.5",
-        "gguf>=0.18",
-        "numba>=0.62,<1",  # the LLVM of 0.61 does not know BF16 products as we write them
+        "gguf>=0.19",  # NVFP4
+        "numba>=0.68.1,<1",  # that of 0.62 encodes IQ4_XS to other bytes than ggml; none between was tried
         "regex>=2025.10.22",
         "typer>=0.16",  # 0.15 takes any click, and raises in --help with today's
         "rich>=13.7",
