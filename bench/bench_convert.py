@@ -122,9 +122,10 @@ def _verified(out: Path, source: Any, builds: tuple[str, ...]) -> None:
         assert found.tensors == report.tensors
 
 
-def _conversion(source: Any, out: Path, builds: tuple[str, ...], phases: list[tuple[float, float]]) -> Side:
-    _verified(out, source, builds)
-    expected = total_bytes(out)
+def _conversion(
+    source: Any, out: Path, builds: tuple[str, ...], expected: int, phases: list[tuple[float, float]]
+) -> Side:
+    """Into `out`, whose bytes are those that were `expected` of a verified one."""
 
     def call() -> None:
         ends: dict[str, float] = {}
@@ -165,7 +166,7 @@ def _prepare_all(quick: bool) -> Work:
         return f"convert {writing:.0%}, check {checking:.0%}; writes {written:.2f} bytes per byte of source"
 
     sides = {
-        "ours": lambda: _conversion(source, again, BUILDS, phases),
+        "ours": lambda: _conversion(source, again, BUILDS, total_bytes(builds), phases),
         "copyfile of the builds": copied,
     }
     return Work(sides, total_bytes(source.folder), limit=(limit_s, "copy"), note=note)
@@ -173,8 +174,10 @@ def _prepare_all(quick: bool) -> Work:
 
 def _prepare_one(quick: bool) -> Work:
     source, out = checkpoint(quick), scratch() / "one"
+    _verified(out, source, ("gguf:Q8_0",))
+    expected = total_bytes(out)
     sides: dict[str, Callable[[], Side]] = {
-        "ours": lambda: _conversion(source, out, ("gguf:Q8_0",), []),
+        "ours": lambda: _conversion(source, out, ("gguf:Q8_0",), expected, []),
         CONVERTER: partial(_converter, source.folder, scratch() / "theirs.gguf"),
     }
     size = total_bytes(source.folder)

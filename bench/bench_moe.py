@@ -63,7 +63,7 @@ def _usual(settings: Settings) -> Iterator[Point]:
     if settings.device == "cuda":
         main, middle, tokens = "ornith-35b", 8192, {"ornith-35b": TOKENS_GPU}
     elif settings.quick:
-        main, middle, tokens = "ornith-35b/8", 64, {"nano": (1, 64, 256), "ornith-35b/8": (1, 64)}
+        main, middle, tokens = "ornith-35b/8", 64, {"nano": (1, 16, 64), "ornith-35b/8": (1, 64)}
     else:
         main, middle, tokens = "ornith-35b/8", 128, {"nano": TOKENS, "ornith-35b/8": TOKENS}
     for model, counts in tokens.items():

@@ -16,6 +16,7 @@ from command import ornith_moe
 
 import ornith_moe as om
 from ornith_moe.bench import bench_codecs, bench_convert, bench_gpu_encode, bench_moe, bench_rl
+from ornith_moe.bench.plugin import Plugin
 from ornith_moe.bench.rows import load
 from ornith_moe.bench.shapes import MODELS
 from ornith_moe.bench.tasks import Bench, Settings, Side, Task, Work
@@ -191,3 +192,18 @@ def test_without_pytest_benchmark_there_is_a_remedy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and "pip install 'ornith-moe[bench]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_signal_ends_the_run_and_leaves_its_rows(bench):
+    class Stopped(BaseException):
+        pass
+
+    def stop():
+        raise Stopped
+
+    task = Task("moe", "group", {}, {"a": False}, lambda: Work({"a": lambda: Side(stop, float)}, 8))
+    plugin = Plugin(bench, lambda *row: None)
+    plugin.names["group"] = ["a"]
+    with pytest.raises(pytest.exit.Exception):
+        plugin._row(task, "a")
+    assert isinstance(plugin.failed, Stopped)
