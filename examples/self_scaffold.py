@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ARMS = ("two_level", "shared", "solution_only")
 S, R, TASKS = 6, 2, 12  # scaffolds a task, rollouts a scaffold, tasks a batch: 216 rows
-UPDATES, LEARNING_RATE, WARMUP = 200, 3e-4, 10  # at 5e-4 one seed of two stopped at a reward of 0.5
+UPDATES, LEARNING_RATE, WARMUP = 300, 3e-4, 10  # at 5e-4 one seed of two stopped at a reward of 0.5
 WARM_ROUND, WARM_ROUNDS, OBEYS = 200, 8, 0.99
 HINT = 0.1  # how much more often a demonstration's scaffold is the right one
 STAGES = Stages("{task}\nplan:", "", "{task}\nplan: {scaffold}\nanswer:", ("", ""), ("", ""))
@@ -346,7 +346,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else on stdout")
     options = parser.parse_args(None if argv is None else list(argv))
     logging.set_verbosity_error()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 stays one
     options.out.mkdir(parents=True, exist_ok=True)
 
     result: dict[str, Any] = {
