@@ -2,18 +2,23 @@
 
     [low, high]   95 % confidence interval of the median of a row's rounds, by their ranks; of several runs of one
                   side, from the lowest low to the highest high
-    drift         |ln(median of the control beside the row now / then)|: how far the machine itself has moved
+    moved         how far the machine itself has moved: of the peers of the row's group, whose code is the same on both
+                  sides, the median of then / now; of a group without peers, of the control beside the row
+    drift         |ln| of what that leaves: of peers in groups of several, how far nine in ten of them lie from `moved`;
+                  of a group without peers, of `moved` itself
     margin        exp(drift) * (1 + FLOOR)
 
-    faster        now.high * margin < then.low
-    slower        now.low > then.high * margin
-    no difference otherwise
+    faster        now.high * moved * margin < then.low      (moved: only where it is the peers')
+    slower        now.low * moved > then.high * margin
+    no difference otherwise; a peer is the yardstick, and so has no verdict
 
 The interval needs no normal distribution: of n sorted rounds it goes from rank floor((n - 1.96 sqrt(n)) / 2) to rank
 ceil(1 + (n + 1.96 sqrt(n)) / 2), and over all of them where n is small (Hoefler and Belli, "Scientific benchmarking of
 parallel computing systems", SC 2015, rules 5 to 7; Le Boudec, "Performance evaluation", 2010). Two processes differ by
-more than rounds of one do, by where their pages lie for instance, which no interval of one run contains: hence FLOOR,
-and against a commit two runs of each side, in the order A B B A.
+more than rounds of one do, by where their pages lie for instance, which no interval of one run contains: hence peers as
+a yardstick (without them, seven of a hundred rows of one commit seemed to have changed; where they moved by more than
+UNUSABLE, something disturbed that group, and there is no verdict), FLOOR, and against a commit two runs of each side,
+in the order A B B A.
 
 A row that is red or has no time on one side gets no verdict, and neither does a run of another machine, unless asked.
 """
@@ -36,7 +41,7 @@ from ornith_moe.bench.rows import Row, Run, load
 from ornith_moe.bench.tasks import Settings
 from ornith_moe.quant.errors import OrnithError, brief
 
-FLOOR = 0.03
+FLOOR, UNUSABLE = 0.03, 2.0
 SAME_MACHINE = ("cpu", "cores", "threads", "card", "environment")
 HERE = Path(__file__).parent
 Key = tuple[str, str, str, str]
@@ -47,8 +52,9 @@ class Verdict:
     """What became of a row.
 
     Attributes:
-        verdict: "faster", "slower", "no difference" or "no verdict". `why`: one sentence of the last.
-        ratio: median then over median now; above 1: faster. `noise`: by which ratio medians had to differ at least.
+        verdict: "faster", "slower", "no difference", "yardstick" or "no verdict". `why`: one sentence of the last.
+        ratio: median then over median now, less what the machine moved; above 1: faster.
+        noise: by which ratio medians had to differ at least.
     """
 
     suite: str
@@ -63,6 +69,8 @@ class Verdict:
         if self.verdict == "no verdict":
             return f"no verdict: {self.why}"
         ratio, noise = self.ratio or 1.0, self.noise or 1.0
+        if self.verdict == "yardstick":
+            return f"yardstick ({ratio:.2f}x)"
         if self.verdict == "no difference":
             return f"no difference (medians {ratio:.2f}x, noise {noise:.2f}x)"
         return f"{self.verdict} {max(ratio, 1 / ratio):.2f}x (noise {noise:.2f}x)"
@@ -85,7 +93,41 @@ def compare(then: Sequence[Run], now: Sequence[Run], *, any_machine: bool = Fals
     if not any_machine:
         _check_machines(then[0], now[-1])
     sides = [[{row.key: row for row in run.rows} for run in runs] for runs in (then, now)]
-    return [_verdict(row, *([rows.get(row.key) for rows in side] for side in sides)) for row in now[-1].rows]
+    pairs = {row.key: _measured(row, *([rows.get(row.key) for rows in side] for side in sides)) for row in now[-1].rows}
+    same = then[0].machine.get("versions") == now[-1].machine.get("versions")
+    yardstick = _Yardstick.of([pair for pair in pairs.values() if isinstance(pair, _Pair) and pair.row.peer and same])
+    return [pair if isinstance(pair, Verdict) else _verdict(pair, yardstick) for pair in pairs.values()]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A row that was measured on both sides."""
+
+    row: Row
+    then: Sequence[Row]
+    now: Sequence[Row]
+
+    @property
+    def change(self) -> float:
+        """ln of median then over median now."""
+        return math.log(_median(self.then) / _median(self.now))
+
+
+@dataclass(frozen=True)
+class _Yardstick:
+    """What unchanged code tells of the machine: ln of then over now by group, and how far single peers lie from it."""
+
+    moved: dict[str, float]
+    scatter: float | None
+
+    @classmethod
+    def of(cls, peers: Sequence[_Pair]) -> "_Yardstick":
+        groups: dict[str, list[float]] = {}
+        for peer in peers:
+            groups.setdefault(peer.row.group, []).append(peer.change)
+        moved = {group: median(changes) for group, changes in groups.items()}
+        off = sorted(abs(c - moved[g]) for g, changes in groups.items() if len(changes) > 1 for c in changes)
+        return cls(moved, off[len(off) * 9 // 10] if off else None)
 
 
 def _check_machines(then: Run, now: Run) -> None:
@@ -98,19 +140,32 @@ def _check_machines(then: Run, now: Run) -> None:
             )
 
 
-def _verdict(row: Row, then: Sequence[Row | None], now: Sequence[Row | None]) -> Verdict:
-    who = row.suite, row.group, row.name
+def _measured(row: Row, then: Sequence[Row | None], now: Sequence[Row | None]) -> _Pair | Verdict:
     for when, side in (("then", then), ("now", now)):
         for each in side:
             if each is None or each.status != "ok" or not each.seconds:
                 why = "it was not measured" if each is None else f"{each.status}: {each.why or 'rounds were not kept'}"
-                return Verdict(*who, "no verdict", why=f"{when} {why}")
-    old, new = ([each for each in side if each is not None] for side in (then, now))
-    (old_low, old_high), (new_low, new_high) = _pooled(old), _pooled(new)
-    margin = math.exp(_drift(old, new)) * (1 + FLOOR)
-    ratio = _median(old) / _median(new)
-    to_be_faster = margin * (new_high / _median(new)) * (_median(old) / old_low)
-    to_be_slower = margin * (_median(new) / new_low) * (old_high / _median(old))
+                return Verdict(row.suite, row.group, row.name, "no verdict", why=f"{when} {why}")
+    return _Pair(row, *([each for each in side if each is not None] for side in (then, now)))
+
+
+def _verdict(pair: _Pair, yardstick: _Yardstick) -> Verdict:
+    who = pair.row.suite, pair.row.group, pair.row.name
+    if pair.row.peer:
+        return Verdict(*who, "yardstick", math.exp(pair.change))
+    moved, drift = yardstick.moved.get(pair.row.group), yardstick.scatter
+    if moved is None or drift is None:
+        drift = _drift(pair.then, pair.now)
+    shift = math.exp(moved or 0.0)
+    if not 1 / UNUSABLE < shift < UNUSABLE:
+        why = f"peers beside it changed by {max(shift, 1 / shift):.1f}x, so something disturbed them; measure again"
+        return Verdict(*who, "no verdict", why=why)
+    (old_low, old_high), (new_low, new_high) = _pooled(pair.then), _pooled(pair.now)
+    new_low, new_high = new_low * shift, new_high * shift
+    old_median, new_median = _median(pair.then), _median(pair.now) * shift
+    margin, ratio = math.exp(drift) * (1 + FLOOR), old_median / new_median
+    to_be_faster = margin * (new_high / new_median) * (old_median / old_low)
+    to_be_slower = margin * (new_median / new_low) * (old_high / old_median)
     if new_high * margin < old_low:
         return Verdict(*who, "faster", ratio, to_be_faster)
     if new_low > old_high * margin:
@@ -139,7 +194,8 @@ def as_lines(verdicts: Sequence[Verdict]) -> list[str]:
     counts: dict[str, int] = {}
     for each in verdicts:
         counts[each.verdict] = counts.get(each.verdict, 0) + 1
-    told = [f"  {each.group}: {each.name}  {each}" for each in verdicts if each.verdict != "no difference"]
+    silent = ("no difference", "yardstick")
+    told = [f"  {each.group}: {each.name}  {each}" for each in verdicts if each.verdict not in silent]
     return ["compared: " + ", ".join(f"{count} {name}" for name, count in counts.items()), *told]
 
 

@@ -70,6 +70,33 @@ def test_a_machine_that_slowed_down_is_not_the_code():
     assert verdict(run_of(1), run_of(2, 0.065, control=1.1e-3)).verdict == "slower"
 
 
+@pytest.mark.parametrize(
+    ("peers", "ours", "expected"),
+    [
+        (1.3, 1.3, "no difference"),
+        (1.3, 1.55, "slower"),
+        (0.8, 1.0, "slower"),
+        (1.3, 1.0, "faster"),
+        (9, 1, "no verdict"),
+    ],
+)
+def test_peers_whose_code_is_the_same_tell_how_far_the_machine_moved(peers, ours, expected):
+    """The control next to them saw nothing of it: a neighbour takes memory from some shapes and not from others."""
+
+    def run(seed, ours, peers, version="1"):
+        calls = {"ours": lambda: 0.01 * ours, "a": lambda: 0.02 * peers, "b": lambda: 0.05 * peers}
+        times = interleave(calls, Drawn(seed), budget_s=2.0, control=lambda: 1e-3)
+        rows = [Row("moe", "layer", name, name != "ours", **found.summary) for name, found in times.items()]
+        return Run("2026-11-29T00:00:00Z", "", MACHINE | {"versions": {"torch": version}}, rows=rows)
+
+    found = compare([run(1, 1, 1)], [run(2, ours, peers)])
+    assert [each.verdict for each in found] == [expected, "yardstick", "yardstick"]
+    if expected == "no verdict":
+        assert "peers beside it changed by 9" in found[0].why
+    other_torch = compare([run(1, 1, 1)], [run(2, ours, peers, version="2")])  # whose peers may have changed themselves
+    assert other_torch[0].verdict == ("no difference" if ours == 1 else "slower")
+
+
 def test_the_interval_holds_the_median_in_nineteen_of_twenty_runs():
     draw = random.Random(0)
     inside = 0
