@@ -172,7 +172,7 @@ def _prepare_encode(name: str, matrix: str, importance: bool, coders: dict[str, 
         if coder == "ggml":
             build = _ggml()
             return lambda: ggml.quantize(rows, name, imatrix, build=build)
-        return lambda: gguf.quants.quantize(rows, gguf.GGMLQuantizationType[name])
+        return lambda: gguf.quants.quantize(rows, gguf.GGMLQuantizationType[name]).view(np.uint8)  # F16 are halves
 
     @cache
     def reference() -> np.ndarray | None:
