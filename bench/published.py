@@ -26,7 +26,6 @@ from ornith_moe.bench.rows import Row, Run, from_json
 from ornith_moe.quant.errors import OrnithError
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 PART = re.compile(r"(<!-- figures: ([\w-]+)((?: [\w.-]+)+) -->\n)(?:.*?\n)??(<!-- end -->)", re.S)
 OLDER_MODELS = {"35b": "ornith-35b", "35b/8": "ornith-35b/8"}
 
@@ -70,7 +69,7 @@ def _older_case(each: dict[str, Any]) -> dict[str, Any]:
     return case
 
 
-def rewritten(text: str, results: Path = RESULTS) -> str:
+def rewritten(text: str, results: Path) -> str:
     """A document with every marked part as its files have it.
 
     Raises:
@@ -95,18 +94,21 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the numbers of README.md and docs from bench/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a number differs")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (default: the one this file is in)")
     arguments = parser.parse_args(argv)
-    if not RESULTS.is_dir():
-        raise SystemExit(f"published: expected a checkout with bench/results, got {ROOT}; an install has no results")
+    root: Path = arguments.root
+    results = root / "bench" / "results"
+    if not results.is_dir():
+        raise SystemExit(f"--root: expected a checkout with bench/results, got {root}; an install has no results")
     differ = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         try:
-            new = rewritten(text)
+            new = rewritten(text, results)
         except OrnithError as error:
             raise SystemExit(f"{path.name}: {error}") from None
         if new != text:
-            differ.append(path.relative_to(ROOT).as_posix())
+            differ.append(path.relative_to(root).as_posix())
             if not arguments.check:
                 path.write_text(new, encoding="utf-8")
     if differ:

@@ -1,0 +1,32 @@
+"""What each of the two processes of rl/test_trl_parallel.py runs; a module that a new process can import."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+def run(rank, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    sys.path.insert(0, str(Path(__file__).parent / "rl"))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    import test_trl
+
+    seen = []
+
+    def reward(completions, answer, **columns):
+        made = test_trl.reward(completions, answer)
+        seen.append((columns["prompt"] if "prompt" in columns else columns["prompts"], made))
+        return made
+
+    made = test_trl.trainer(
+        f"{folder}/policy", f"{folder}/out", tasks=1, reward_funcs=reward, num_iterations=2, max_steps=2
+    )
+    made.train()
+    weights = {name: p.detach().clone() for name, p in made.accelerator.unwrap_model(made.model).named_parameters()}
+    told = {key: test_trl.figures(made, key) for key in ("reward", "replay/flipped_share", "clip_ratio/region_mean")}
+    torch.save((weights, made.memory.state_dict(), seen, told), f"{folder}/rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
