@@ -50,7 +50,7 @@ REAL = Sizes(
     ("bf16", "fp8"), ("bf16", "fp8", "fp8_channel"), ("bf16", "fp8"), (32768, 4096),
     Experts(hidden=2048, inner=512, experts=16, top_k=4), 20,
 )  # fmt: skip
-DRY = Sizes("toy", "toy", {"toy": "toy"}, (4,), (1,), ("bf16", "fp8"), ("bf16", "fp8"), ("bf16",), (2, 256), TOY, 2)
+DRY = Sizes("toy", "toy", {"toy": "toy"}, (4,), (1,), ("bf16", "fp8"), ("fp8",), ("bf16",), (2, 256), TOY, 2)
 
 
 @dataclass(frozen=True)
