@@ -119,7 +119,7 @@ def test_a_damaged_file_is_fetched_again(m, out):
 
 @follows("give its checkpoint folder, whose tensors can, or the BF16 original")
 def test_the_folder_of_a_stale_quantization_is_given(m, out):
-    say(m, quantization_config={"quant_method": "fp8"})
+    say(m, quantization_config={"quant_method": "awq"})
     refused("give its checkpoint folder", open_source, m / "config.json")
     made(m, out)
 
@@ -127,13 +127,26 @@ def test_the_folder_of_a_stale_quantization_is_given(m, out):
 @follows("convert from its BF16 original", "use its BF16 original")
 def test_the_original_is_converted(m, out, tmp_path):
     built = made(m, out, ["fp8-channel"]).builds[0].path
-    refused("convert from its BF16 original", open_source, built)
-    say(built, quantization_config=None)
+    scale = "model.layers.1.self_attn.q_proj.weight_scale"
+    edit(built, lambda t: t.pop(scale))
     refused("use its BF16 original", open_source, built)
+    edit(built, lambda t: t.update({"x_scale": t["lm_head.weight"].clone()}))
+    say(built, quantization_config={"quant_method": "awq"})
+    refused("convert from its BF16 original", open_source, built)
     packed = Path(shutil.copytree(m, tmp_path / "packed"))
-    edit(packed, lambda t: t.update({NORM: t[NORM].to(torch.float8_e4m3fn)}))
+    edit(packed, lambda t: t.update({NORM: t[NORM].to(torch.float8_e5m2)}))
     refused("use its BF16 original", open_source, packed)
     made(m, out, ["bf16"])
+
+
+@follows("expected a positive number, so fetch the checkpoint again")
+def test_a_damaged_scale_is_fetched_again(m, out, tmp_path):
+    built = made(m, out, ["fp8-channel"]).builds[0].path
+    scale = "model.layers.1.self_attn.q_proj.weight_scale"
+    before = edit(built, lambda t: t.update({scale: t[scale] * 0}))
+    refused("so fetch the checkpoint again", made, built, tmp_path / "bf16")
+    save_file(before, built / "model.safetensors")
+    made(built, tmp_path / "bf16")
 
 
 @follows(

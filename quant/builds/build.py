@@ -63,6 +63,10 @@ class Build(ABC):
         if not options.stored:
             plan.warn_of_fallbacks(source)
         plan.keep(source, options.kept)
+        if plan.copied:
+            plan.notes.append(
+                f"{self.name}: {plan.copied:,} weights keep the codes and scales of the source, untouched"
+            )
         return plan
 
     @abstractmethod

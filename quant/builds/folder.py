@@ -19,6 +19,7 @@ from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import json_bytes
+from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.weights import DROPPED_MTP
 
@@ -76,7 +77,7 @@ class SafetensorsBuild(Build):
 
         def is_kept(step: Step) -> bool:
             tensor = found.tensors.get(plan.tensors[step.tensors[0]].name)
-            return tensor is not None and tensor.dtype == source.dtype(step.weight)
+            return tensor is not None and tensor.dtype in ITEM_BYTES
 
         kept = {step.weight: "stored unquantized" for step in quantized if is_kept(step)}
         if not kept:
@@ -96,7 +97,8 @@ class SafetensorsBuild(Build):
 
 def add_step(plan: BuildPlan, source: Source, index: int, storage: Storage) -> None:
     """Plan weight `index` in `storage`, its parts being tensors of their own, named after the weight."""
-    weight = source.weights[index]
+    weight, codes = source.weights[index], source.codes(index)
+    storage = storage if codes is None else storage.taking(codes)
     parts = storage.parts(weight.shape, source.dtype(index))
     first, group = len(plan.tensors), source.architecture.fused_group(weight) if storage.needs else ""
     for part in parts:

@@ -78,6 +78,11 @@ class BuildPlan:
         return {tensor.name: tensor.dtype for tensor in self.tensors}
 
     @property
+    def copied(self) -> int:
+        """How many weights keep the codes and scales of the source."""
+        return sum(step.storage.copies for step in self.steps)
+
+    @property
     def tensor_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 

@@ -45,10 +45,11 @@ def lost_weights(storage: Storage, slab: Slab, encoded: tuple[np.ndarray, ...]) 
     """How many weights above zero of `slab` are lost in `encoded`, being below the range of the scales of `storage`."""
     from ornith_moe.quant.codecs.small_blocks import has_small  # not at import: planning needs no numba
 
-    below, columns = limit(storage), slab.raw.shape[1] // ITEM_BYTES[slab.dtype]
+    below = limit(storage)
     if not below or storage.exact(slab.dtype):
         return 0
-    shape = storage.tile((slab.raw.shape[0], columns))
+    columns = slab.raw.shape[1] // ITEM_BYTES[slab.dtype]
+    shape = storage.tile((slab.rows, columns))
     if not has_small(slab.raw, slab.dtype, shape[1], below):
         return 0
     weights = slab.float32

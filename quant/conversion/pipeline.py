@@ -310,8 +310,9 @@ class Pass:
 
 
 def unit_bytes(source: Source, unit: Unit) -> int:
-    """Bytes of a unit in the source."""
-    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * ITEM_BYTES[source.dtype(unit.weight)]
+    """Bytes of a unit in the source; of codes, without their scales."""
+    item_bytes = 1 if source.codes(unit.weight) else ITEM_BYTES[source.dtype(unit.weight)]
+    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * item_bytes
 
 
 def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:

@@ -43,6 +43,8 @@ def finish(source: Source, placed: PlacedBuild, sha256: Sequence[str], more: Map
         **more,
         "files": files,
     }
+    if plan.copied:
+        manifest["copied"] = plan.copied  # weights that keep the codes and scales of the source
     if plan.non_finite:
         manifest["non_finite"] = plan.non_finite
     write_file(placed.staging / MANIFEST, json_bytes(manifest))

@@ -38,7 +38,8 @@ def sample(source: Source) -> str:
     for index in range(0, len(source.weights), step):
         dtype, (rows, columns) = source.dtype(index), weight_matrix(source.weights[index])
         wanted = max(SAMPLE_BYTES // max(columns * ITEM_BYTES[dtype], 1), 1)
-        digest.update(f"{source.weights[index].name}\0{dtype}\0".encode())
+        codes = source.codes(index)
+        digest.update(f"{source.weights[index].name}\0{dtype}\0{f'{codes}' if codes else ''}".encode())
         digest.update(source.read(index, 0, min(wanted, rows)).raw.tobytes())
     return digest.hexdigest()
 

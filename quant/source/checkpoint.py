@@ -9,8 +9,8 @@ A checkpoint is hostile input until it is checked. All of this happens before th
 - the index names plain files of this folder, each file holds just the tensors the index gives it, and none is missing;
 - a header is at most 100 MB of JSON without duplicate keys, and its tensors tile the payload: no hole, no overlap, no
   unknown dtype, byte counts that follow from dtype and shape, and a file that ends where the header says it ends;
-- a source that is already quantized is refused, for quantizing twice is not a conversion; its tensors tell, since a
-  config may keep the `quantization_config` of a training run whose weights were merged and saved in BF16.
+- a source that is quantized in any way but FP8 with scales (quant/source/quantized.py) is refused; its tensors tell,
+  since a config may keep the `quantization_config` of a training run whose weights were merged and saved in BF16.
 
 Format: https://github.com/huggingface/safetensors (format section of its README).
 """
@@ -32,7 +32,9 @@ import xxhash
 from ornith_moe.quant.budget import budget, budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import kind, open_file, parse_json, read_json
+from ornith_moe.quant.recipes import BLOCK
 from ornith_moe.quant.source.accounts import LeftOut, bare
+from ornith_moe.quant.source.quantized import READ, block_of, describes_fp8
 from ornith_moe.quant.source.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
 from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization, is_spare
@@ -76,6 +78,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     others: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)  # files that may hold more of it
     left_out: tuple[LeftOut, ...] = ()  # files
+    block: tuple[int, int] = BLOCK  # rows and columns that share a scale in FP8 tensors of that layout
 
     def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
         """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
@@ -84,7 +87,7 @@ class Checkpoint:
         """
         total, columns = matrix_shape(tensor.shape)
         assert 0 <= start and start + rows <= total, (tensor.name, start, rows, total)
-        row_bytes = columns * ITEM_BYTES[tensor.dtype]
+        row_bytes = columns * _KNOWN_BYTES[tensor.dtype]
         buffer = np.empty((rows, row_bytes), np.uint8)
         view = buffer.data.cast("B") if buffer.size else memoryview(b"")
         offset, done = tensor.offset + start * row_bytes, 0
@@ -138,7 +141,7 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
     config = read_json(folder / "config.json", what="a checkpoint folder with a config.json")
     found = model_files(folder, lambda: _weight_map(folder), drop_mtp=drop_mtp)
     files, tensors = _read_tables(folder, found)
-    config, stale = without_stale_quantization(config, folder / "config.json", tensors)
+    config, section, stale = without_quantization(config, folder / "config.json", tensors)
     others, left_out = _read_others(folder, found)
     return Checkpoint(
         folder,
@@ -149,6 +152,7 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
         (*found.notes, *stale),
         others,
         left_out,
+        block_of(section),
     )
 
 
@@ -232,39 +236,48 @@ def read_header(path: Path, *, named: bool = False) -> dict[str, TensorInfo]:
     return {info.name: info for info in infos}
 
 
-def without_stale_quantization(
+def without_quantization(
     config: dict[str, Any], path: Path, tensors: Mapping[str, TensorInfo] | None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`config` without a quantization section that its tensors do not bear out, and a note of that.
+) -> tuple[dict[str, Any], Mapping[str, Any], tuple[str, ...]]:
+    """`config` without its quantization section, that section where it is of FP8 weights, {} otherwise, and notes.
+
+    A section that the tensors do not bear out is stale.
 
     Args:
         path: of the config, for messages. tensors: of the checkpoint; None if only the config is known.
     Raises:
-        CheckpointError: the tensors are quantized, or may be.
+        CheckpointError: the tensors are quantized, or may be, in a way that is not read.
     """
     sections = [(where, key) for where in (config, _text(config)) for key in QUANTIZATION_KEYS if where.get(key)]
     if not sections:
-        return config, ()
-    section = sections[0][0][sections[0][1]]
+        return config, {}, ()
+    section, key = sections[0][0][sections[0][1]], sections[0][1]
     method = brief(section.get("quant_method", "unknown") if isinstance(section, dict) else section)
+    odd = None if tensors is None else _quantized_tensor(tensors)
+    clean = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), dict):
+        clean["text_config"] = {k: v for k, v in config["text_config"].items() if k not in QUANTIZATION_KEYS}
+    if tensors is not None and odd is None:
+        stale = f"config.json has a stale {key} (quant_method {method}): no tensor is quantized, so it is left out"
+        return clean, {}, (stale,)
+    if describes_fp8(section):
+        return clean, section, ()
     if tensors is None:
         raise CheckpointError(
             f"{path}: says that the source is already quantized (quant_method {method}), which a config alone cannot "
             "refute; give its checkpoint folder, whose tensors can, or the BF16 original"
         )
-    plain = (name for name, info in tensors.items() if info.dtype in ITEM_BYTES and not is_quantization(name))
-    odd = next(iter(sorted(tensors.keys() - set(plain) - {name for name in tensors if is_buffer(name)})), None)
-    if odd is not None:
-        raise CheckpointError(
-            f"{path}: the source is already quantized (quant_method {method}; tensor {bare(odd)} is "
-            f"{tensors[odd].dtype}); convert from its BF16 original"
-        )
-    clean = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    if isinstance(config.get("text_config"), dict):
-        clean["text_config"] = {k: v for k, v in config["text_config"].items() if k not in QUANTIZATION_KEYS}
-    return clean, (
-        f"config.json has a stale {sections[0][1]} (quant_method {method}): no tensor is quantized, so it is left out",
+    raise CheckpointError(
+        f"{path}: the source is already quantized (quant_method {method}; tensor {bare(odd or '')} is "
+        f"{tensors[odd or ''].dtype}), and of quantized weights only FP8 is read, {READ}; convert from its BF16 "
+        "original, or from an FP8 one"
     )
+
+
+def _quantized_tensor(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The first tensor that no unquantized checkpoint has."""
+    plain = (name for name, info in tensors.items() if info.dtype in ITEM_BYTES and not is_quantization(name))
+    return next(iter(sorted(tensors.keys() - set(plain) - {name for name in tensors if is_buffer(name)})), None)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

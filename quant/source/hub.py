@@ -20,7 +20,8 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.architectures import architecture
-from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_stale_quantization
+from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_quantization
+from ornith_moe.quant.source.quantized import planned_as_bf16
 from ornith_moe.quant.source.reconcile import HEAD
 from ornith_moe.quant.source.shards import INDEX
 from ornith_moe.quant.source.source import Source
@@ -110,12 +111,12 @@ def _unreachable(repository: str) -> str:
 def _from_names(path: Path, config: dict[str, Any], names: Iterable[str] | None, name: str, mtp: str | None) -> Source:
     """The source of a config and, if there is an index, of its names: those of scales tell quantized weights."""
     table = None if names is None else {tensor: TensorInfo(tensor, "BF16", (), path, 0) for tensor in names}
-    config, notes = without_stale_quantization(config, path, table)
+    config, section, notes = without_quantization(config, path, table)
     known = None if names is None else "keep" if any(map(architecture(config).is_mtp, names)) else "drop"
     found = source_from_config(config, name=name, mtp=mtp or known)
     if found.architecture.tied and names is not None and HEAD in names:
         notes += (f"the config ties the head and {HEAD} is there: it counts if its values are not the embedding's",)
-    return replace(found, notes=(*notes, *found.notes))
+    return replace(found, notes=(*notes, *planned_as_bf16(section), *found.notes))
 
 
 def _parse(source: str) -> tuple[str, str | None]:

@@ -1,9 +1,13 @@
-"""Rows of a weight as they lie in a checkpoint, and what they mean."""
+"""Rows of a weight as they lie in a checkpoint, and what they mean.
+
+Slab            numbers in BF16, F16 or F32
+QuantizedSlab   codes and scales: w[i, j] = code[i, j] * factor[i, j // width], one product in fp32
+"""
 
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +20,8 @@ FLOAT_BITS = {  # dtype: the integer that carries it, mask of its magnitude, inf
     "F16": (np.uint16, np.uint16(0x7FFF), 0x7C00),
     "F32": (np.uint32, np.uint32(0x7FFFFFFF), 0x7F800000),
 }
+MAGNITUDE, NAN = 0x7F, 0x7F  # of an e4m3 code; the only codes that are no number
+DECODED_VALUES = 1 << 16  # of a slab, at a time: they stay in a core's cache between code and product
 
 
 class Slab:
@@ -23,6 +29,10 @@ class Slab:
 
     def __init__(self, raw: np.ndarray, dtype: str):
         self.raw, self.dtype = raw, dtype
+
+    @property
+    def rows(self) -> int:
+        return self.raw.shape[0]
 
     @cached_property
     def float32(self) -> np.ndarray:
@@ -43,6 +53,56 @@ class Slab:
         values = self.float32
         row, column = map(int, np.argwhere(~np.isfinite(values))[0])
         return row, column, float(values[row, column])
+
+
+class QuantizedSlab(Slab):
+    """Rows held as e4m3 codes and scales; to all who do not ask for these, rows in F32, decoded when they are needed.
+
+    Args:
+        parts: uint8, as stored: codes [rows, K], scales [their rows, bytes].
+        factors: fp32 [rows, ceil(K / width)]: what those scales are for each row.
+        width: columns that share a factor.
+    """
+
+    def __init__(self, parts: tuple[np.ndarray, np.ndarray], factors: np.ndarray, width: int):
+        self.parts, self.factors, self.width, self.dtype = parts, factors, width, "F32"
+
+    @cached_property
+    def raw(self) -> np.ndarray:  # type: ignore[override]  # a Slab's is given, this one is made
+        codes, table = self.parts[0], e4m3_values()
+        rows, columns = codes.shape
+        values = np.empty((rows, columns), np.float32)
+        step = max(DECODED_VALUES // max(columns, 1), 1)
+        for start in range(0, rows, step):
+            some = values[start : start + step]
+            np.take(table, codes[start : start + step], out=some, mode="clip")
+            factors = self.factors[start : start + step]
+            some *= factors if factors.shape[1] == 1 else np.repeat(factors, self.width, axis=1)[:, :columns]
+        return values.view(np.uint8)
+
+    @property
+    def rows(self) -> int:
+        return self.parts[0].shape[0]
+
+    def first_non_finite(self) -> tuple[int, int, float] | None:
+        """As of a `Slab`; factors are finite, and no product with one overflows."""
+        codes = self.parts[0]
+        if not codes.size or (codes & MAGNITUDE).max() < NAN:
+            return None
+        row, column = map(int, np.argwhere((codes & MAGNITUDE) == NAN)[0])
+        return row, column, math.nan
+
+
+@cache
+def e4m3_values() -> np.ndarray:
+    """fp32 [256]: what each code of F8_E4M3 (e4m3fn) is: sign, 4 bits of exponent with bias 7, 3 of mantissa."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    magnitude = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(mantissa * 1.0, -9))
+    values = np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    values[(codes & MAGNITUDE) == NAN] = np.nan
+    values.flags.writeable = False
+    return values
 
 
 def to_float32(raw: np.ndarray, dtype: str) -> np.ndarray:

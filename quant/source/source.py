@@ -17,13 +17,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import Checkpoint, TensorInfo
+from ornith_moe.quant.source.quantized import Codes, Scales, read_quantized
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 
 
@@ -59,6 +60,10 @@ class Source(ABC):
     @abstractmethod
     def dtype(self, index: int) -> str:
         """In which of BF16, F16 and F32 `read` gives the rows of weight `index`."""
+
+    def codes(self, index: int) -> Codes | None:
+        """How weight `index` lies as codes and scales, which its slabs then hold; None: as numbers of its dtype."""
+        return None
 
     @abstractmethod
     def read(self, index: int, start: int, rows: int) -> Slab:
@@ -120,18 +125,37 @@ class ConfigSource(Source):
         raise AssertionError("without bytes: `require` refuses what needs them")
 
 
+class Rows(NamedTuple):
+    """Where a weight lies: in which tensor, from which of its rows on, and the tensor's scales if it is quantized."""
+
+    tensor: TensorInfo
+    first: int
+    scales: Scales | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSource(Source):
-    """A checkpoint folder; `rows` says per weight which tensor holds it, and from which row on."""
+    """A checkpoint folder; `rows` says of each weight where it lies."""
 
     checkpoint: Checkpoint
-    rows: tuple[tuple[TensorInfo, int], ...]
+    rows: tuple[Rows, ...]
 
     def dtype(self, index: int) -> str:
-        return self.rows[index][0].dtype
+        tensor, _, scales = self.rows[index]
+        return "F32" if scales else tensor.dtype
+
+    def codes(self, index: int) -> Codes | None:
+        tensor, first, scales = self.rows[index]
+        if scales is None:
+            return None
+        height = scales.block[0] or matrix_shape(tensor.shape)[0]
+        whole = first % height == 0 and tensor.shape[-2] % height == 0
+        return Codes(scales.block, scales.tensor.dtype, whole)
 
     def read(self, index: int, start: int, rows: int) -> Slab:
-        tensor, first = self.rows[index]
+        tensor, first, scales = self.rows[index]
+        if scales:
+            return read_quantized(self.checkpoint, tensor, scales, first + start, rows)
         return Slab(self.checkpoint.read_rows(tensor, first + start, rows), tensor.dtype)
 
     @property
@@ -143,7 +167,7 @@ class CheckpointSource(Source):
         return self.checkpoint.folder
 
     def position(self, index: int) -> tuple[Any, ...]:
-        tensor, first = self.rows[index]
+        tensor, first, _ = self.rows[index]
         return tensor.path.name, tensor.offset, first
 
     def changed(self) -> bool:
@@ -153,10 +177,11 @@ class CheckpointSource(Source):
         return max(path.stat().st_mtime_ns for path in (self.folder / "config.json", *self.checkpoint.files))
 
     def tensor_of(self, index: int) -> str:
-        return self.rows[index][0].name
+        return self.rows[index].tensor.name
 
     def tensor_sizes(self) -> Mapping[str, int]:
-        return {name: math.prod(info.shape) for name, info in self.checkpoint.tensors.items()}
+        scales = {held.scales.tensor.name for held in self.rows if held.scales}
+        return {name: math.prod(info.shape) for name, info in self.checkpoint.tensors.items() if name not in scales}
 
 
 def weight_matrix(weight: Weight) -> tuple[int, int]:

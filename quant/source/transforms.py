@@ -154,7 +154,7 @@ class Transform:
 
     def taken(self, slab: Slab, start: int, total: int) -> Slab:
         """The rows of `slab`, which begins at row `start` of `total`, that go anywhere, as they are."""
-        targets = self.targets(start, slab.raw.shape[0], total)
+        targets = self.targets(start, slab.rows, total)
         return slab if targets is None or targets.min(initial=0) >= 0 else Slab(slab.raw[targets >= 0], slab.dtype)
 
     def forward(self, slab: Slab) -> Slab:

@@ -11,6 +11,7 @@ may be announced and absent, as in every Ornith-1.0 checkpoint; the vision tower
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +28,19 @@ from ornith_moe.quant.source.checkpoint import (
     Checkpoint,
     TensorInfo,
     open_checkpoint,
-    without_stale_quantization,
+    without_quantization,
 )
 from ornith_moe.quant.source.preset import preset_names, read_preset
+from ornith_moe.quant.source.quantized import (
+    ACTIVATIONS,
+    E4M3,
+    READ,
+    Scales,
+    is_of_activations,
+    layout_name,
+    planned_as_bf16,
+    scales_of,
+)
 from ornith_moe.quant.source.reconcile import (
     HEAD,
     absent_parts,
@@ -40,12 +51,12 @@ from ornith_moe.quant.source.reconcile import (
     settle_head,
 )
 from ornith_moe.quant.source.shards import MTP_ADVICE
-from ornith_moe.quant.source.source import CheckpointSource, ConfigSource, Source
+from ornith_moe.quant.source.source import CheckpointSource, ConfigSource, Rows, Source
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization
 
 MTP_CHOICES = (None, "keep", "drop")
 LONGEST_NAME = 200  # bytes; a file's name may have 255
-QUANTIZED_ADVICE = "(an already quantized or packed checkpoint cannot be a source: use its BF16 original)"
+QUANTIZED_ADVICE = f"(of quantized weights only FP8 is read, {READ}: use its BF16 original, or an FP8 one)"
 BUFFERS = "buffers that every model computes for itself"
 DROPPED_MTP = "multi-token prediction, dropped as asked"
 
@@ -69,8 +80,9 @@ def open_source(source: str | Path, *, mtp: str | None = None, name: str | None 
     elif path.is_dir():
         return source_from_checkpoint(open_checkpoint(path, drop_mtp=mtp == "drop"), name=name, mtp=mtp)
     elif path.suffix == ".json" and path.is_file():
-        config, _ = without_stale_quantization(read_json(path, named=True), path, None)
+        config, section, _ = without_quantization(read_json(path, named=True), path, None)
         opened = source_from_config(config, name=path.stem, mtp=mtp)
+        opened = replace(opened, notes=(*planned_as_bf16(section), *opened.notes))
     else:
         raise CheckpointError(
             f"{source}: expected a checkpoint folder, a config .json or one of the presets {', '.join(preset_names())}"
@@ -137,6 +149,8 @@ def source_from_checkpoint(
     tensors = named_tensors(checkpoint, model, notes)
     if buffers := [key for key in tensors if is_buffer(key)]:
         left_out.append(LeftOut(BUFFERS, tuple(tensors.pop(key).name for key in buffers)))
+    if any(info.dtype == E4M3 for info in tensors.values()) and (found := list(filter(is_of_activations, tensors))):
+        left_out.append(LeftOut(ACTIVATIONS, tuple(tensors.pop(key).name for key in found)))
     if mtp == "keep":
         checkpoint, more = mtp_beside(checkpoint, model, tensors, notes)
         tensors |= more
@@ -155,6 +169,7 @@ def source_from_checkpoint(
     model = architecture(config)
     weights = tuple(model.weights(prefix, vision=vision, mtp=has_mtp))
     rows = _locate_all(checkpoint, model, weights, tensors)
+    notes += _quantized_notes(rows)
     left_out += checkpoint.left_out
     notes += [str(entry) for entry in left_out]
     offered = [file for file, table in checkpoint.others.items() if mtp_of(model, table, tensors)]
@@ -176,23 +191,32 @@ def source_from_checkpoint(
 
 def _locate_all(
     checkpoint: Checkpoint, model: Architecture, weights: tuple[Weight, ...], tensors: Mapping[str, TensorInfo]
-) -> tuple[tuple[TensorInfo, int], ...]:
+) -> tuple[Rows, ...]:
     """The rows of every weight.
 
     Raises:
-        CheckpointError: a weight missing, twice, quantized or of the wrong shape; a tensor that is no weight.
+        CheckpointError: a weight missing, twice, quantized in a way that is not read or of the wrong shape; a tensor
+            that is no weight.
     """
-    used: set[str] = set()
-    rows = [_locate(weight, tensors, used) for weight in weights]
+    used: dict[str, Scales | None] = {}
+    scaled: set[str] = set()
+    rows = [_locate(weight, tensors, checkpoint.block, used, scaled) for weight in weights]
     located = [row for row in rows if row is not None]
     missing = [weight for weight, row in zip(weights, rows, strict=True) if row is None]
-    unknown = sorted(tensors.keys() - used)
+    unknown = sorted(tensors.keys() - used.keys() - scaled)
     if missing or unknown:
         raise CheckpointError(_mismatch(checkpoint, model, weights, missing, [tensors[key].name for key in unknown]))
     return tuple(located)
 
 
-def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -> tuple[TensorInfo, int] | None:
+def _locate(
+    weight: Weight,
+    tensors: Mapping[str, TensorInfo],
+    block: tuple[int, int],
+    used: dict[str, Scales | None],
+    scaled: set[str],
+) -> Rows | None:
+    """The rows of a weight; its tensor goes into `used`, with its scales, and these into `scaled`."""
     alone = tensors.get(weight.name)
     packed = tensors.get(weight.packed.name) if weight.packed else None
     if alone and packed:
@@ -206,9 +230,9 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
     else:
         return None
     advice = MTP_ADVICE if weight.role == "mtp" else ""
-    if info.dtype not in ITEM_BYTES:
+    if info.dtype not in ITEM_BYTES and info.dtype != E4M3:
         raise CheckpointError(
-            f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16 or F32 "
+            f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16, F32 or {E4M3} "
             + ("(save it as one of them)" if info.dtype == "F64" else QUANTIZED_ADVICE)
             + advice
         )
@@ -217,8 +241,21 @@ def _locate(weight: Weight, tensors: Mapping[str, TensorInfo], used: set[str]) -
             f"{info.path.name}: tensor {bare(info.name)} has shape {list(info.shape)}, config.json means "
             f"{list(shape)}; config and shards are not of one model{advice}"
         )
-    used.add(name)
-    return info, row
+    if name not in used:
+        used[name] = None
+        if info.dtype == E4M3:
+            key, used[name] = scales_of(name, info, tensors, block)
+            scaled.add(key)
+    return Rows(info, row, used[name])
+
+
+def _quantized_notes(rows: tuple[Rows, ...]) -> list[str]:
+    """What is to be said of a source whose weights are FP8."""
+    blocks = Counter(held.scales.block for held in rows if held.scales)
+    return [
+        f"{count:,} of {len(rows):,} weights are FP8 {layout_name(block)}: builds are encoded from code * scale in fp32"
+        for block, count in blocks.items()
+    ]
 
 
 def _mismatch(
@@ -232,7 +269,10 @@ def _mismatch(
     folder, kind = checkpoint.folder, checkpoint.config.get("model_type")
     is_mtp = all(weight.role == "mtp" for weight in missing) and all(model.MTP_PREFIX in name for name in unknown)
     if quantized := next((name for name in unknown if is_quantization(name)), None):
-        return f"{folder}: the source is already quantized (tensor {bare(quantized)}); convert from its BF16 original"
+        return (
+            f"{folder}: the source is already quantized, but tensor {bare(quantized)} belongs to no weight in FP8, and "
+            f"only FP8 is read, {READ}; convert from its BF16 original, or from an FP8 one"
+        )
     count = f"{len(unknown):,} tensors are" if len(unknown) > 1 else "a tensor is"
     stray = f"{count} no weight of {brief(kind)}, the first is {bare(unknown[0])}" if unknown else ""
     if not missing:

@@ -89,7 +89,7 @@ def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Veri
 def _unit_error(source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]) -> Error:
     rows = weight_matrix(source.weights[unit.weight])[0]
     slab = step.transform.taken(read_unit(source, unit), unit.start, rows)
-    parts = [np.empty((part.rows_of(len(slab.raw)), part.row_bytes), np.uint8) for part in step.parts]
+    parts = [np.empty((part.rows_of(slab.rows), part.row_bytes), np.uint8) for part in step.parts]
     for run in runs(step, unit, rows):
         part, tensor = step.parts[run.part], found[plan.tensors[step.tensors[run.part]].name]
         stored = tensor.read(run.target * part.row_bytes, run.count * part.row_bytes)

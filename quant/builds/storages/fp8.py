@@ -1,9 +1,14 @@
-"""e4m3 values with BF16 scales beside them: one per output row, or one per 128 x 128 block."""
+"""e4m3 values with BF16 scales beside them: one per output row, or one per 128 x 128 block.
+
+Where the source holds a weight in the same layout, its codes and scales are copied, whatever made them.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,10 +16,9 @@ from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, not_
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Cast
 from ornith_moe.quant.source.accounts import bare
-from ornith_moe.quant.source.slab import Slab, matrix_shape, to_float32
-
-E4M3 = "F8_E4M3"
-MAGNITUDE, NAN = 0x7F, 0x7F  # of a code; the only codes that are no number
+from ornith_moe.quant.source.checkpoint import ITEM_BYTES
+from ornith_moe.quant.source.quantized import E4M3, Codes
+from ornith_moe.quant.source.slab import MAGNITUDE, NAN, QuantizedSlab, Slab, matrix_shape, to_float32
 
 
 class FP8(Storage):
@@ -44,6 +48,10 @@ class FP8(Storage):
     def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
         return self.block[0], self.block[1] or shape[1]
 
+    def taking(self, codes: Codes) -> Storage:
+        same = codes.whole and codes.block == self.block and codes.scale_dtype in ("BF16", "F32")
+        return Copied(self, codes.scale_dtype) if same else self
+
     def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:
         tensor, scale = found[name], found.get(name + self.suffix)
         expected = self.scale_shape(*matrix_shape(tensor.shape))
@@ -57,6 +65,36 @@ class FP8(Storage):
             if bad.any():
                 yield not_finite(name, tensor, start + int(bad.argmax()))
                 return
+
+
+class Copied(Storage):
+    """The codes and scales of the source, which has the layout of `storage`; the scales keep their dtype."""
+
+    floor_db = math.inf
+    copies = True
+
+    def __init__(self, storage: FP8, scale_dtype: str):
+        self.storage, self.scale_dtype = storage, scale_dtype
+        self.name = f"{storage.name}, copied"
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        codes, scale = self.storage.parts(shape, dtype)
+        return codes, replace(scale, dtype=self.scale_dtype, row_bytes=scale.shape[1] * ITEM_BYTES[self.scale_dtype])
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        assert isinstance(slab, QuantizedSlab)  # or `Source.codes` was wrong
+        return slab.parts
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
+
+        return decode_fp8(parts[0], to_float32(parts[1], self.scale_dtype), self.storage.block)
+
+    def exact(self, dtype: str) -> bool:
+        return True
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return self.storage.tile(shape)
 
 
 class FP8Channel(FP8):

@@ -8,11 +8,12 @@ import numpy as np
 
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
+from ornith_moe.quant.source.quantized import Codes
 from ornith_moe.quant.source.slab import Slab, matrix_shape, to_float32
 
 
 class Keep(Storage):
-    """The source's own bytes."""
+    """The source's own bytes; BF16 of what it holds as codes and scales."""
 
     name = "keep"
     floor_db = math.inf
@@ -28,6 +29,9 @@ class Keep(Storage):
 
     def exact(self, dtype: str) -> bool:
         return True
+
+    def taking(self, codes: Codes) -> Storage:
+        return ToBF16()
 
 
 class ToBF16(Storage):

@@ -21,6 +21,7 @@ import numpy as np
 
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
+from ornith_moe.quant.source.quantized import Codes
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 
 
@@ -68,6 +69,7 @@ class Storage(ABC):
     float_type: str | None = None  # dtype of what it stores, where that is the weight rounded and may overflow
     uses_torch = False  # in `encode`
     needs = False  # what `measure` finds in the whole weight
+    copies = False  # codes and scales of the source
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
@@ -92,6 +94,10 @@ class Storage(ABC):
     def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the weights that share a scale, of a matrix of `shape`."""
         return 1, 1
+
+    def taking(self, codes: Codes) -> Storage:
+        """This storage for a weight that its source holds as such codes and scales, which slabs of it have."""
+        return self
 
     @classmethod
     def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:

@@ -94,9 +94,9 @@ def break_folder(folder, how):
             (folder / "config.json").write_text('{"a":' * 100_000)
             return ["config.json"]
         case "already quantized":
-            (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+            (folder / "config.json").write_text('{"quantization_config": {"quant_method": "mxfp4"}}')
             save_file({"c": torch.ones(4).to(torch.float8_e4m3fn)}, second)
-            return ["already quantized", "fp8"]
+            return ["already quantized", "mxfp4", "only FP8 is read"]
         case "quantized text config":
             (folder / "config.json").write_text('{"text_config": {"quantization_config": {"quant_method": "awq"}}}')
             save_file({"c": torch.ones(4, dtype=torch.int32)}, second)

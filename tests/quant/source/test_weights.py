@@ -22,7 +22,7 @@ def values(source):
     read = source.checkpoint.read_rows
     return {
         weight.name: read(info, row, weight_matrix(weight)[0]).tobytes()
-        for weight, (info, row) in zip(source.weights, source.rows, strict=True)
+        for weight, (info, row, _) in zip(source.weights, source.rows, strict=True)
     }
 
 
