@@ -148,7 +148,10 @@ def test_groups_equal_deepseek_v3():
     torch.nn.init.normal_(router.weight)
     router.e_score_correction_bias.uniform_(0, 0.2)
     x = torch.randn(100, 24)
-    logits, weights, indices = router(x)
+    found = router(x)
+    if not isinstance(found, tuple):
+        pytest.skip("this transformers chooses the experts of DeepSeek-V3 in its block, not in its router")
+    logits, weights, indices = found
     mine = om.route(
         logits, 4, score="sigmoid", bias=router.e_score_correction_bias, n_group=8, topk_group=3, scaling=2.5
     )

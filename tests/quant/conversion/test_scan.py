@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
@@ -26,6 +27,7 @@ from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
 BUILDS = ["fp8-channel", "fp8-block", "bf16", "gguf:Q4_K_M", "gguf:F16"]
+READS_FP8_EXPERTS = (5, 15)  # of both layouts
 LAYER = "model.layers.{}."
 EXPERT = LAYER.format(1) + "mlp.experts.3.up_proj.weight"
 KEY = LAYER.format(3) + "self_attn.k_proj.weight"
@@ -94,6 +96,8 @@ def test_an_fp8_build_keeps_what_is_fused_with_it(kept, name):
     experts = {f"{LAYER.format(1)}mlp.experts.{e}.{k}_proj" for e in range(16) for k in ("gate", "up", "down")}
     assert plain == experts | {f"{LAYER.format(3)}self_attn.{k}_proj" for k in "qkv"}
     assert f"{LAYER.format(2)}mlp.experts.3.up_proj.weight{scale}" in stored
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < READS_FP8_EXPERTS:
+        pytest.skip(f"transformers {transformers.__version__} does not read experts of both FP8 layouts")
     with open_client(folder) as client:  # raises if a key is missing, unexpected or of another shape
         experts = dict(client._model.named_parameters())[LAYER.format(1) + "mlp.experts.gate_up_proj"]
         assert torch.isnan(experts[3, 256 + 200, 77]) and torch.isnan(experts).sum() == 1
