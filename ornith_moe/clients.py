@@ -24,6 +24,7 @@ from ornith_moe.quant.builds.build import BUILDS, recognize
 from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
+from ornith_moe.quant.gguf.metadata import MMPROJ
 
 
 class Client(Protocol):
@@ -175,6 +176,11 @@ class LlamaCpp:
         try:
             self._server = llama.Server(settings)
         except RuntimeError:
+            if StoredBuild(self.path).metadata.get("general.type") == MMPROJ:
+                raise CheckpointError(
+                    f"{self.path}: is the vision tower of a model, which answers nothing by itself; name the text GGUF "
+                    "beside it"
+                ) from None
             raise CheckpointError(f"{self.path}: llama.cpp cannot load it; llama-cli -m on the file says why") from None
         self._listed = (1 << 31) - 1  # more than there are, so the answer counts the vocabulary
         self.vocabulary = len(self._next([0]))

@@ -44,6 +44,11 @@ _DENSE = {
     "num_hidden_layers": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 4, "mtp_num_hidden_layers": 0,
     "intermediate_size": 80,  # no whole blocks of Q8_0 in ffn_down
 }  # fmt: skip
+_TOWER = {
+    "depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 80,  # no whole blocks of Q8_0 in ffn_down
+    "out_hidden_size": 64, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
+    "num_position_embeddings": 36, "hidden_act": "gelu_pytorch_tanh", "deepstack_visual_indexes": [],
+}  # fmt: skip
 _GEMMA = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
@@ -60,8 +65,15 @@ MODELS = {  # name of the folder -> what the converter is told besides
     "Ornith-2.1-Tiny-MoE": (),
     "tiny-dense": ("--no-mtp",),
     "Gemma-4-300K-it": (),
+    "Ornith-2.2-35B-VL": (),
 }
 TYPES = {"F32": "f32", "BF16": "bf16", "Q8_0": "q8_0"}  # ours -> the converter's
+MMPROJ_TYPES = {"mmproj": "bf16", "mmproj-F16": "f16", "mmproj-F32": "f32", "mmproj-Q8_0": "q8_0"}  # with --mmproj
+
+
+def types_of(name: str) -> dict[str, str]:
+    """{our file type: the converter's} of what is recorded of a model."""
+    return {"BF16": "bf16", **MMPROJ_TYPES} if name.endswith("-VL") else TYPES
 
 
 def make(name: str, folder: Path) -> Path:
@@ -83,6 +95,13 @@ def make(name: str, folder: Path) -> Path:
             text = {"model_type": "qwen3_5_moe_text", "dtype": "bfloat16", **_QWEN, **_MOE}
             config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
             config |= {"text_config": text, "tie_word_embeddings": False}
+        if name == "Ornith-2.2-35B-VL":
+            text = {"model_type": "qwen3_5_text", "dtype": "bfloat16", **_QWEN, **_DENSE, "rms_norm_eps": 1e-5}
+            text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 6}  # three to one, as Qwen3.6-27B has it
+            config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
+            config |= {"text_config": text, "vision_config": _TOWER, "tie_word_embeddings": False}
+            preprocessor = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.3, 0.26862954], "patch_size": 4}
+            (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
     generation |= {"repetition_penalty": 1.05}
     for file, content in (
@@ -100,7 +119,7 @@ def _tensors(config: dict) -> dict[str, torch.Tensor]:
     prefix = "model.language_model." if "text_config" in config else "model."
     shapes = architecture(config)
     tensors = {}
-    for weight in shapes.weights(prefix, vision=False, mtp=bool(shapes.mtp_layers)):
+    for weight in shapes.weights(prefix, vision="vision_config" in config, mtp=bool(shapes.mtp_layers)):
         mantissas = random.randint(1 - (1 << bits), 1 << bits, weight.shape)
         values = np.ldexp(mantissas, random.randint(-8, -1, weight.shape) - bits)
         values = values * 8 if weight.name.endswith("A_log") else values

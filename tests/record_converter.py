@@ -58,15 +58,16 @@ def convert(converter: Path, checkpoint: Path, output: Path, kind: str, options:
 
 def main(root: Path) -> None:
     sys.path[:0] = [str(root / "gguf-py"), str(root)]
-    from converter_models import MODELS, TYPES, make
+    from converter_models import MMPROJ_TYPES, MODELS, make, types_of
 
     record = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, options in MODELS.items():
             checkpoint = make(name, Path(scratch))
-            for ours, theirs in TYPES.items():
+            for ours, theirs in types_of(name).items():
                 output = Path(scratch) / f"{name}-{ours}.gguf"
-                convert(root / "convert_hf_to_gguf.py", checkpoint, output, theirs, options)
+                more = ("--mmproj",) if ours in MMPROJ_TYPES else ()
+                convert(root / "convert_hf_to_gguf.py", checkpoint, output, theirs, (*options, *more))
                 record[f"{name} {ours}"] = summary(output)
     json.dump(record, sys.stdout, indent=0, ensure_ascii=False)
 

@@ -9,20 +9,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from gguf import GGUFValueType
 
-from ornith_moe.quant.builds.build import Build, Options, register
+from ornith_moe.quant.builds.build import Options, register
+from ornith_moe.quant.builds.gguf_file import GgufFile
 from ornith_moe.quant.builds.layout import Layout, gguf_layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
 from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
+from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.gguf.header import Entry
 from ornith_moe.quant.gguf.imatrix import USES_IMATRIX, Imatrix
-from ornith_moe.quant.gguf.metadata import gguf_metadata
+from ornith_moe.quant.gguf.metadata import MMPROJ, gguf_metadata
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, FileType, fit, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, AskedTypes
 from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
@@ -31,7 +31,8 @@ from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.tokenizer_files import read_tokenizer
 
-VISION = "the vision tower has no place in a text GGUF (an mmproj file would have one)"
+VISION = "the vision tower has no place in a text GGUF"
+IN_MMPROJ = "gguf:mmproj makes the file beside it that holds one"
 TYPE_OPTIONS = {EMBEDDING: "--token-embedding-type", HEAD: "--output-tensor-type"}
 STATIC = "Q4_K"  # of the MTP layer in files of fewer bits: the least that needs no importance and keeps its drafts good
 
@@ -40,10 +41,8 @@ _VALUE_TYPES = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
 NAMED = 3  # tensors that a pattern names one by one; of more it names the kinds
 
 
-class GgufBuild(Build):
-    """A text GGUF of one of llama.cpp's file types: one file, its manifest beside it."""
-
-    storages = (Gguf,)
+class GgufBuild(GgufFile):
+    """A text GGUF of one of llama.cpp's file types."""
 
     def __init__(self, file_type: str):
         self.name, self.kind = f"gguf:{file_type}", FILE_TYPES[file_type]
@@ -75,28 +74,14 @@ class GgufBuild(Build):
             shapes={tensor.name: tensor.shape for tensor in plan.tensors},
             tokenizer=entries,
         ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
-        return gguf_layout(plan, self._file(source), metadata, notes)
-
-    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
-        return 1
-
-    def path(self, out: Path, source: Source) -> Path:
-        return out / self._file(source)
-
-    def manifest(self, path: Path) -> Path:
-        return manifest_of_file(path)
-
-    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
-        """The manifest first: without the file it promises nothing."""
-        return [(staging / MANIFEST, self.manifest(final)), (staging / final.name, final)]
+        return gguf_layout(plan, self.file(source), metadata, notes)
 
     def recognize(self, found: StoredBuild) -> bool:
-        number = None if found.is_folder else found.metadata.get("general.file_type")
-        return type(number) is int and number == self.kind.id
+        return self.is_of_type(found, self.kind) and found.metadata.get("general.type") != MMPROJ
 
     def left_out(self, source: Source) -> list[LeftOut]:
         tower = [source.tensor_of(index) for index, weight in enumerate(source.weights) if weight.role == "vision"]
-        return [LeftOut(VISION, tuple(tower))] if tower else []
+        return [LeftOut(_without_tower(source), tuple(tower))] if tower else []
 
     def instead(self, source: Source) -> str:
         places = (place for weight in source.weights for place in source.architecture.gguf_places(weight))
@@ -117,7 +102,7 @@ class GgufBuild(Build):
             f"'{_pattern(names)}={kind}'"
         )
 
-    def _file(self, source: Source) -> str:
+    def file(self, source: Source) -> str:
         return f"{source.name}-{self.kind.name}.gguf"
 
 
@@ -167,8 +152,12 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
                 plan.tensors.append(OutputTensor(place.name, storage.name, place.shape, nbytes))
             plan.steps.append(Step(index, storage, parts, (index_of[place.name],), place.row, place.transform))
     if any(weight.role == "vision" for weight in source.weights):
-        plan.notes.append("the vision tower is left out: a text GGUF has no place for it (an mmproj file would)")
+        plan.notes.append(_without_tower(source))
     return plan
+
+
+def _without_tower(source: Source) -> str:
+    return f"{VISION}; {IN_MMPROJ}" if source.architecture.HAS_MMPROJ else VISION
 
 
 def _without_importance(

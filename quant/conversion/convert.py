@@ -213,7 +213,9 @@ class Conversion:
 
     def _make(self, work: Sequence[PlacedBuild], journal: Journal, workers: Workers) -> None:
         """Write every unit, read every byte back, and stage side files and manifests."""
-        cut = units(self.source, workers.slab_bytes, group_rows(step for build in work for step in build.plan.steps))
+        steps = [step for build in work for step in build.plan.steps]
+        read = {step.weight for step in steps}  # of a vision tower alone, a thousandth of a checkpoint
+        cut = [unit for unit in units(self.source, workers.slab_bytes, group_rows(steps)) if unit.weight in read]
         give_what_is_needed(self.source, work, workers)
         with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, workers.encoders):
             run = Pass(self.source, work, cut, files, journal, workers)

@@ -30,9 +30,12 @@ from gguf import GGUFValueType as Type
 from gguf import Keys
 
 from ornith_moe.quant.gguf.header import Entry
-from ornith_moe.quant.source.architectures import architecture
+from ornith_moe.quant.source.architectures import Architecture, architecture
+from ornith_moe.quant.source.architectures.architecture import Key
+from ornith_moe.quant.source.preprocessor import read_normalization
 from ornith_moe.quant.source.tokenizer_files import read_optional
 
+MMPROJ = "mmproj"  # `general.type` of a vision tower
 QUANTIZATION_VERSION = 2  # of ggml's block formats
 # generation_config.json key -> GGUF key and type
 _SAMPLING = (
@@ -88,15 +91,45 @@ def gguf_metadata(
     model = architecture(config)
     before, after = model.gguf_keys(mtp_layers)
     values = [*before, (Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *after]
+    about = _about(model.gguf_architecture, "model", folder, name, shapes)
+    return [*about, *_entries(values, model.gguf_architecture), *tokenizer]
+
+
+def mmproj_metadata(
+    model: Architecture,
+    folder: Path,
+    *,
+    name: str,
+    file_type: int,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> list[Entry]:
+    """The key-value section of an mmproj, the GGUF of a vision tower; arguments and errors as `gguf_metadata`.
+
+    Raises:
+        CheckpointError: and no word on how pixels are normalized.
+    """
+    assert model.vision is not None, "a tower that no config describes has no weights either"
+    mean, std = read_normalization(folder)
+    values = [(Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *model.mmproj_keys(model.vision, mean, std)]
+    return [*_about("clip", MMPROJ, folder, name, shapes), *_entries(values, "clip")]
+
+
+def _about(
+    architecture: str, kind: str, folder: Path | None, name: str, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Entry]:
+    """What any GGUF says first: what it is, how to sample from it, and whose it is."""
     return [
-        Entry(Keys.General.ARCHITECTURE, model.gguf_architecture, Type.STRING),
-        Entry(Keys.General.TYPE, "model", Type.STRING),
+        Entry(Keys.General.ARCHITECTURE, architecture, Type.STRING),
+        Entry(Keys.General.TYPE, kind, Type.STRING),
         *(_sampling(folder) if folder else ()),
         *_identity(name, shapes),
-        *(Entry(key.format(arch=model.gguf_architecture), value, *types) for key, value, *types in values),
-        Entry(Keys.General.QUANTIZATION_VERSION, QUANTIZATION_VERSION, Type.UINT32),
-        *tokenizer,
     ]
+
+
+def _entries(values: Sequence[Key], architecture: str) -> list[Entry]:
+    """`values` under the name of their architecture, and the version of ggml's blocks."""
+    named = [Entry(key.format(arch=architecture), value, *types) for key, value, *types in values]
+    return [*named, Entry(Keys.General.QUANTIZATION_VERSION, QUANTIZATION_VERSION, Type.UINT32)]
 
 
 def _identity(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:

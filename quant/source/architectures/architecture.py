@@ -14,7 +14,7 @@ Letters: E experts, H hidden, I expert intermediate.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -73,6 +73,7 @@ class Architecture(ABC):
     # GGUF
     GGUF_NAMES: ClassVar[Mapping[str, str]] = MappingProxyType({})  # module below a layer -> name below a block
     GGUF_MTP: ClassVar[str] = ".nextn."  # in the names of a GGUF's MTP tensors
+    HAS_MMPROJ: ClassVar[bool] = False  # `mmproj_places` and `mmproj_keys` are there
     BYTE_FALLBACK: ClassVar[FallbackTokenizer | None] = None  # byte-level tokenizers need no word of the architecture
     gguf_architecture: str  # llama.cpp's name of it
 
@@ -184,6 +185,26 @@ class Architecture(ABC):
         Raises:
             CheckpointError: a value missing or damaged. PlanError: one that llama.cpp cannot express.
         """
+
+    # The vision tower in a GGUF of its own, where the family says so (`HAS_MMPROJ`)
+
+    def mmproj_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        """Where a weight of the vision tower goes in an mmproj.
+
+        Raises:
+            PlanError: llama.cpp has no place for it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no mmproj")
+
+    def mmproj_keys(self, vision: Settings, mean: Sequence[float], std: Sequence[float]) -> list[Key]:
+        """Hyperparameters of the tower that the section `vision` of the config describes.
+
+        Args:
+            mean, std: of the pixels of each channel.
+        Raises:
+            CheckpointError: a value missing or damaged. PlanError: one that llama.cpp cannot express.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no mmproj")
 
     def gguf_common_keys(self, kv_heads: Key) -> list[Key]:
         """Sizes that every family has; `kv_heads`: their number and its type."""

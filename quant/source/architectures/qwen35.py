@@ -15,7 +15,7 @@ Letters: E experts, H hidden, I expert intermediate; KD, VD summed widths of key
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.source.architectures.architecture import Architecture, Key
+from ornith_moe.quant.source.architectures.qwen35_vision import tower_keys, tower_places, tower_weights
 from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Packed, Settings, Weight
 from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
 
@@ -75,6 +76,7 @@ class Qwen35(Architecture):
     MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
     TOP_LEVEL: ClassVar[Mapping[str, str | None]] = {**Architecture.TOP_LEVEL, "mtp": "", "visual": "model."}
     VISION_PREFIX = "model.visual."
+    HAS_MMPROJ = True
     FUSED: ClassVar[Mapping[str, str]] = {**Architecture.FUSED, "in_proj_qkv": "qkvz", "in_proj_z": "qkvz"}
     # Skip lists of the official builds. Channel: Ornith-1.0-*-FP8; MTP stays BF16 there and must be named (vllm#41994).
     CHANNEL_IGNORE = (
@@ -187,34 +189,8 @@ class Qwen35(Architecture):
                 yield replace(weight, role="mtp")
 
     def vision_weights(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name, shape in self._vision(vision):
+        for name, shape in tower_weights(vision):
             yield self.VISION_PREFIX + name, shape
-
-    def _vision(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
-        hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
-        patch, temporal = vision.integer("patch_size"), vision.integer("temporal_patch_size")
-        merged = hidden * vision.integer("spatial_merge_size") ** 2
-        matrices = {
-            "attn.qkv": (3 * hidden, hidden),
-            "attn.proj": (hidden, hidden),
-            "mlp.linear_fc1": (inner, hidden),
-            "mlp.linear_fc2": (hidden, inner),
-        }
-        yield "patch_embed.proj.weight", (hidden, vision.integer("in_channels"), temporal, patch, patch)
-        yield "patch_embed.proj.bias", (hidden,)
-        yield "pos_embed.weight", (vision.integer("num_position_embeddings"), hidden)
-        for block in range(vision.integer("depth", high=4096)):
-            for name in ("norm1", "norm2"):
-                yield f"blocks.{block}.{name}.weight", (hidden,)
-                yield f"blocks.{block}.{name}.bias", (hidden,)
-            for name, shape in matrices.items():
-                yield f"blocks.{block}.{name}.weight", shape
-                yield f"blocks.{block}.{name}.bias", shape[:1]
-        yield "merger.norm.weight", (hidden,)
-        yield "merger.norm.bias", (hidden,)
-        for name, out in (("linear_fc1", merged), ("linear_fc2", vision.integer("out_hidden_size"))):
-            yield f"merger.{name}.weight", (out, merged)
-            yield f"merger.{name}.bias", (out,)
 
     # Engines
 
@@ -327,6 +303,12 @@ class Qwen35(Architecture):
             (Keys.Rope.DIMENSION_COUNT, int(self.head_dim * rotary_factor), Type.UINT32),
         ]
         return first, after
+
+    def mmproj_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        return tower_places(weight.name.removeprefix(self.VISION_PREFIX), weight.shape)
+
+    def mmproj_keys(self, vision: Settings, mean: Sequence[float], std: Sequence[float]) -> list[Key]:
+        return tower_keys(vision, self.text, mean, std)
 
     def _mrope_sections(self, rope: Settings) -> list[int]:
         sections = rope.values.get("mrope_section") or list(MROPE_SECTIONS)

@@ -2,15 +2,16 @@
 
 converter.json was recorded by tests/record_converter.py, which says how. The models (tests/converter_models.py): an MoE
 with MTP, 12 experts, 12 layers and 2 key to 8 value heads; a dense one from F32 weights, with rows that are no whole
-blocks; a Gemma 4. Tensors are written in another order. The weights are such that torch's exponential rounds every
-decay of a head correctly, which it does for 99 values in 100 (quant/source/transforms.py).
+blocks; a Gemma 4; a dense one with a vision tower and 2 key to 6 value heads. Tensors are written in another order. The
+weights are such that torch's exponential rounds every decay of a head correctly, which it does for 99 values in 100
+(quant/source/transforms.py).
 """
 
 import json
 from pathlib import Path
 
 import pytest
-from converter_models import MODELS, TYPES, make
+from converter_models import MODELS, make, types_of
 from record_converter import summary
 
 from ornith_moe.quant.conversion.convert import convert
@@ -22,7 +23,7 @@ RECORD = json.loads(Path(__file__).with_name("converter.json").read_text(encodin
 @pytest.mark.parametrize("name", MODELS)
 def test_a_gguf_is_the_one_that_llama_cpps_converter_writes(name, tmp_path):
     folder = make(name, tmp_path)
-    report = convert(open_source(folder), tmp_path / "out", [f"gguf:{kind}" for kind in TYPES])
+    report = convert(open_source(folder), tmp_path / "out", [f"gguf:{kind}" for kind in types_of(name)])
     for build in report.builds:
         expected, found = RECORD[f"{name} {build.build.removeprefix('gguf:')}"], summary(build.path)
         assert found["tensors"] == expected["tensors"]

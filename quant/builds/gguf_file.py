@@ -1,0 +1,42 @@
+"""Builds that are one GGUF file, their manifest beside it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+
+from ornith_moe.quant.builds.build import Build
+from ornith_moe.quant.builds.plan import BuildPlan
+from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
+from ornith_moe.quant.gguf.mixtures import FileType
+from ornith_moe.quant.source.source import Source
+
+
+class GgufFile(Build):
+    """What they have in common; one of them says `decide`, `lay_out` and `file`."""
+
+    storages = (Gguf,)
+
+    @abstractmethod
+    def file(self, source: Source) -> str:
+        """Its name in the folder of the builds."""
+
+    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+        return 1
+
+    def path(self, out: Path, source: Source) -> Path:
+        return out / self.file(source)
+
+    def manifest(self, path: Path) -> Path:
+        return manifest_of_file(path)
+
+    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+        """The manifest first: without the file it promises nothing."""
+        return [(staging / MANIFEST, self.manifest(final)), (staging / final.name, final)]
+
+    @staticmethod
+    def is_of_type(found: StoredBuild, kind: FileType) -> bool:
+        """Whether it is a GGUF that says it is of this file type."""
+        number = None if found.is_folder else found.metadata.get("general.file_type")
+        return type(number) is int and number == kind.id
