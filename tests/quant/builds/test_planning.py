@@ -8,6 +8,7 @@ against change. Not covered: builds of architectures nobody published.
 import functools
 import json
 import math
+import re
 from importlib import resources
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from ornith_moe.quant.builds.layout import shard_tensors
 from ornith_moe.quant.builds.plan import plan_json
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.codecs.sizes import block_shape, row_bytes
-from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.errors import CheckpointError, PlanError
 from ornith_moe.quant.fallbacks import by_kind
 from ornith_moe.quant.gguf.imatrix import Coverage
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
@@ -34,6 +35,9 @@ PUBLISHED = [  # tensors and payload bytes; a GGUF's payload is its file less th
     ("ornith-1.0-35b", "gguf:Q6_K", 733, 28_503_163_392),
     ("ornith-1.0-35b", "gguf:Q5_K_M", 733, 24_718_141_952),
     ("ornith-1.0-35b", "gguf:Q4_K_M", 733, 21_155_768_832),
+    ("qwen3.5-9b", "gguf:mmproj", 334, 921_684_928),
+    ("qwen3.5-397b-a17b", "gguf:mmproj", 334, 921_684_928),
+    ("qwen3.5-35b-a3b", "gguf:mmproj", 334, 902_802_368),
 ]
 COMPUTED = [  # tensors of the first are published, its bytes are not
     ("qwen3.5-35b-a3b", "fp8-block", 64_196, 37_454_789_472),
@@ -42,7 +46,32 @@ COMPUTED = [  # tensors of the first are published, its bytes are not
     ("ornith-1.0-9b", "bf16", 760, 18_819_627_488),
     ("ornith-1.0-397b", "gguf:BF16", 1_098, 792_950_303_744),
     ("gemma-4-31b", "gguf:BF16", 833, 61_397_354_736),
+    ("ornith-1.5-397b", "bf16", 94_964, 806_795_857_888),  # published as 806.8 GB
+    ("ornith-1.5-397b", "fp8-channel", 187_364, 418_299_832_288),  # published as 418.4 GB with tokenizer and headers
+    ("qwen3.6-27b", "bf16", 1_199, 55_562_855_904),
+    ("qwen3.6-27b", "gguf:mmproj", 334, 931_126_208),
 ]
+# Bytes of the official files of Ornith-1.5: what they have beyond our payload is their header.
+ORNITH_15 = {
+    ("ornith-1.5-9b", "gguf:Q8_0"): 9_786_060_384,
+    ("ornith-1.5-9b", "gguf:Q6_K"): 7_558_901_696,
+    ("ornith-1.5-9b", "gguf:Q5_K_M"): 6_642_544_576,
+    ("ornith-1.5-9b", "gguf:Q4_K_M"): 5_780_090_816,
+    ("ornith-1.5-35b-a3b", "gguf:BF16"): 71_066_994_240,
+    ("ornith-1.5-35b-a3b", "gguf:Q8_0"): 37_802_149_280,
+    ("ornith-1.5-35b-a3b", "gguf:Q6_K"): 29_208_731_392,
+    ("ornith-1.5-35b-a3b", "gguf:Q5_K_M"): 25_347_532_544,
+    ("ornith-1.5-35b-a3b", "gguf:Q4_K_M"): 21_713_463_040,
+    ("ornith-1.5-397b", "gguf:Q4_K_M"): 244_309_803_808,
+    ("ornith-1.5-9b", "gguf:mmproj"): 921_704_672,
+    ("ornith-1.5-35b-a3b", "gguf:mmproj"): 902_822_240,
+}
+HEADERS = {  # least and most of the files of a size; vocabulary and merges are 10.9 MB of it
+    "ornith-1.5-9b": (10_968_672, 10_969_024),
+    "ornith-1.5-35b-a3b": (10_990_496, 10_990_848),
+    "ornith-1.5-397b": (11_013_920, 11_013_920),
+}
+MMPROJ_HEADERS = (19_744, 19_872)
 # File sizes as people report them, to three digits: payload plus a header of about 11 MB.
 OFFICIAL_9B_GB = {"BF16": 17.9, "Q8_0": 9.53, "Q6_K": 7.36, "Q5_K_M": 6.47, "Q4_K_M": 5.63}
 LINEAR_ATTENTION_KEPT = ("A_log", "conv1d", "dt_bias", "in_proj_ba", "in_proj_b", "in_proj_a", "norm")
@@ -66,6 +95,33 @@ def test_tensors_and_bytes(name, build, tensors, size):
 def test_sizes_of_the_official_9b_files(file_type, gigabytes):
     plan = planned("ornith-1.0-9b", f"gguf:{file_type}")
     assert (plan.tensor_bytes + 11e6) / 1e9 == pytest.approx(gigabytes, rel=0.0015)
+
+
+@pytest.mark.parametrize(("name", "build"), ORNITH_15)
+def test_official_files_of_ornith_15_are_our_payload_and_a_header(name, build):
+    low, high = MMPROJ_HEADERS if build == "gguf:mmproj" else HEADERS[name]
+    header = ORNITH_15[name, build] - planned(name, build).tensor_bytes
+    assert low <= header <= high and header % 32 == 0
+
+
+def test_a_qwen_of_27_billion_has_the_size_of_the_published_q8():
+    plan = plan_build(open_source("qwen3.6-27b", mtp="drop"), "gguf:Q8_0")
+    assert (plan.tensor_bytes + 11e6) / 1e9 == pytest.approx(28.6, abs=0.05)
+    assert sum(math.prod(tensor.shape) for tensor in plan.tensors) / 1e9 == pytest.approx(26.9, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [
+        ("ornith-1.5", "did you mean ornith-1.5-35b-a3b or ornith-1.5-397b or ornith-1.5-9b"),
+        ("Ornith-1.5-35B", "did you mean ornith-1.5-35b-a3b?"),
+        ("qwen3.6", "did you mean qwen3.6-27b or qwen3.6-35b-a3b?"),
+        ("qwen3.6-28b", "did you mean qwen3.6-27b"),
+    ],
+)
+def test_an_unknown_preset_names_the_nearest(asked, nearest):
+    with pytest.raises(CheckpointError, match=re.escape(nearest)):
+        open_source(asked)
 
 
 def test_ignore_list_is_the_official_ornith_one():
