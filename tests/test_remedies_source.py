@@ -9,8 +9,10 @@ import torch
 from remedies import NORM, edit, follows, made, refused, say, tiny
 from safetensors.torch import load_file, save_file
 
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.source.hub import open_any
 from ornith_moe.quant.source.weights import open_source
+from ornith_moe.quant.verification.verify import open_against, verify
 
 HEAD = "lm_head.weight"
 
@@ -293,3 +295,20 @@ def test_layers_that_a_config_announces_are_counted(with_mtp):
     with_config = with_mtp / "config.json"
     assert any("--mtp keep counts them" in note for note in open_source(with_config).notes)
     assert open_source(with_config, mtp="keep").has_mtp
+
+
+@follows(
+    "leave one of them out",
+    "give a checkpoint that has multi-token prediction",
+    "; give a checkpoint of the same architecture and size",
+    "give that checkpoint with --mtp-from",
+)
+def test_another_donor_is_given(m, out, tmp_path):
+    donor = tiny(tmp_path / "donor", mtp="keep", mtp_num_hidden_layers=1)
+    larger = tiny(tmp_path / "larger", mtp="keep", mtp_num_hidden_layers=1, num_experts=4)
+    refused("leave one of them out", open_any, m, mtp="drop", mtp_from=donor)
+    refused("give a checkpoint that has multi-token prediction", open_any, m, mtp_from=m)
+    refused("give a checkpoint of the same architecture and size", open_any, m, mtp_from=larger)
+    path = convert(open_any(m, mtp_from=donor), out, ["bf16"]).builds[0].path
+    refused("give that checkpoint with --mtp-from", open_against, path, m)
+    assert verify(path, open_against(path, m, donor)).ok

@@ -20,6 +20,7 @@ from ornith_moe.command.options import (
     ImatrixOption,
     Json,
     MaxShard,
+    MtpFrom,
     MtpOption,
     Name,
     NonFinite,
@@ -53,6 +54,7 @@ def convert(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,  # goes without saying
     mtp: MtpOption = None,
+    mtp_from: MtpFrom = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
     tokenizer_pre: TokenizerPre = None,
@@ -77,7 +79,7 @@ def convert(
     from ornith_moe.quant.source.hub import open_any
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
-    opened = open_any(source, mtp=mtp, name=name)
+    opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)

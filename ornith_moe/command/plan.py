@@ -16,6 +16,7 @@ from ornith_moe.command.options import (
     ImatrixOption,
     Json,
     MaxShard,
+    MtpFrom,
     MtpOption,
     Name,
     OutputType,
@@ -38,6 +39,7 @@ def plan(
     ],
     to: To,
     mtp: MtpOption = None,
+    mtp_from: MtpFrom = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
     imatrix: ImatrixOption = None,
@@ -54,7 +56,7 @@ def plan(
     from ornith_moe.quant.errors import PlanError
     from ornith_moe.quant.source.hub import open_any
 
-    opened = open_any(source, mtp=mtp, name=name, config_only=True)
+    opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans: list[BuildPlan] = []
     failed: dict[str, PlanError] = {}

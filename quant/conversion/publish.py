@@ -38,6 +38,7 @@ def finish(source: Source, placed: PlacedBuild, sha256: Sequence[str], more: Map
         "build": plan.name,
         "source": source.name,
         "mtp": source.has_mtp,
+        **source.added,
         "tensors": len(plan.tensors),
         "tensor_bytes": plan.tensor_bytes,
         **more,

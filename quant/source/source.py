@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -42,6 +42,7 @@ class Source(ABC):
     offers_mtp: bool = False  # there are MTP tensors that were not asked for
     notes: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()  # what it holds and no build will, as `notes` say too
+    added: Mapping[str, str] = field(default_factory=dict)  # from elsewhere: {kind: name}, as manifests say
 
     @cached_property
     def layers(self) -> int:

@@ -168,12 +168,12 @@ def source_from_checkpoint(
     left_out += repeated
     model = architecture(config)
     weights = tuple(model.weights(prefix, vision=vision, mtp=has_mtp))
-    rows = _locate_all(checkpoint, model, weights, tensors)
-    notes += _quantized_notes(rows)
+    rows = locate_all(checkpoint, model, weights, tensors)
+    notes += quantized_notes(rows)
     left_out += checkpoint.left_out
     notes += [str(entry) for entry in left_out]
     offered = [file for file, table in checkpoint.others.items() if mtp_of(model, table, tensors)]
-    if offered:
+    if offered and mtp != "drop":
         notes.append(f"--mtp keep takes the {model.MTP_PREFIX}* tensors of {some('file', offered)}")
     return CheckpointSource(
         name=name,
@@ -189,7 +189,7 @@ def source_from_checkpoint(
     )
 
 
-def _locate_all(
+def locate_all(
     checkpoint: Checkpoint, model: Architecture, weights: tuple[Weight, ...], tensors: Mapping[str, TensorInfo]
 ) -> tuple[Rows, ...]:
     """The rows of every weight.
@@ -249,7 +249,7 @@ def _locate(
     return Rows(info, row, used[name])
 
 
-def _quantized_notes(rows: tuple[Rows, ...]) -> list[str]:
+def quantized_notes(rows: tuple[Rows, ...]) -> list[str]:
     """What is to be said of a source whose weights are FP8."""
     blocks = Counter(held.scales.block for held in rows if held.scales)
     return [

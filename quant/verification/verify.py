@@ -23,7 +23,7 @@ from typing import Any
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import recognize
 from ornith_moe.quant.builds.stored import StoredBuild
-from ornith_moe.quant.errors import OrnithError
+from ornith_moe.quant.errors import CheckpointError, OrnithError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.architectures import holds_mtp
 from ornith_moe.quant.source.hub import open_any
@@ -85,9 +85,22 @@ def build_has_mtp(build: str | Path) -> bool:
 
 
 @budgeted
-def open_against(build: str | Path, against: str | Path) -> Source:
-    """What `build` is to be held against: the source, with MTP tensors if the build or its manifest has them."""
+def open_against(build: str | Path, against: str | Path, mtp_from: str | Path | None = None) -> Source:
+    """What `build` is to be held against: the source, with MTP tensors if the build or its manifest has them.
+
+    Args:
+        mtp_from: as `open_any`; the build was made with it.
+    Raises:
+        CheckpointError: as `open_any`; the manifest names what was added to the source, and it is not given here.
+    """
     manifest = _manifest(StoredBuild(Path(build))) or {}
+    if manifest.get("mtp_from") and mtp_from is None:
+        raise CheckpointError(
+            f"{build}: was made with multi-token prediction of {brief(manifest['mtp_from'])}; give that checkpoint "
+            "with --mtp-from"
+        )
+    if mtp_from is not None:
+        return open_any(against, mtp_from=mtp_from)
     if not build_has_mtp(build) and manifest.get("mtp") is not True:
         return open_any(against, mtp="drop")
     opened = open_any(against)

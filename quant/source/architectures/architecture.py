@@ -60,6 +60,11 @@ class Architecture(ABC):
     VISION_PREFIX: ClassVar[str] = ""  # of the tower's tensors; "": there is none
     MTP_PREFIX: ClassVar[str] = "mtp."  # of multi-token prediction
     MTP_LAYERS_KEY: ClassVar[str] = "mtp_num_hidden_layers"  # in the text config
+    MTP_KEYS: ClassVar[tuple[str, ...]] = (  # of the text config: what MTP computes with and its shapes do not show
+        "model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok",
+        "rms_norm_eps", "hidden_act", "attn_output_gate", "mtp_use_dedicated_embeddings", "rope_theta",
+        "partial_rotary_factor", "mrope_section",
+    )  # fmt: skip
     TIED: ClassVar[bool] = False  # head and embedding, where the config does not say
 
     # Engines and FP8 builds. Skip lists are those of published builds of the family.
