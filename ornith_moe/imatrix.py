@@ -41,7 +41,7 @@ from ornith_moe.quant.files import published, refuse_stray_links, scratch_file
 from ornith_moe.quant.gguf.imatrix import Coverage, write_imatrix
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD
-from ornith_moe.quant.source.architectures.weight import GgufPlace
+from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source, weight_matrix
 
 BATCH_TOKENS = 2048  # run at once
@@ -178,7 +178,7 @@ class _Model:
         if self.head:
             self.entries.append([(HEAD, 1, source.architecture.hidden)])
 
-    def _quantized_places(self) -> dict[str, list[GgufPlace]]:
+    def _quantized_places(self) -> dict[str, list[Place]]:
         """Hugging Face name -> places of every weight that a quantized GGUF quantizes."""
         model = self.source.architecture
         places = {weight.name: model.gguf_places(weight) for weight in self.source.weights}
@@ -259,7 +259,7 @@ class _Model:
     def _load_head(self, sums: _Sums) -> Callable[[torch.Tensor], torch.Tensor]:
         name = f"{self.prefix}norm.weight"
         self.norm.load_state_dict({"weight": self._tensor(name, tuple(self.norm.weight.shape))}, assign=True)
-        place = GgufPlace(HEAD, self.source.weights[self.index["lm_head.weight"]].shape)
+        place = Place(HEAD, self.source.weights[self.index["lm_head.weight"]].shape)
 
         def head(x: torch.Tensor) -> torch.Tensor:
             sums.add_linear([place], None, (self.norm(x),))
@@ -305,7 +305,7 @@ class _Sums:
         self.counts: dict[str, torch.Tensor] = {}
 
     def add_linear(
-        self, places: Sequence[GgufPlace], module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]
+        self, places: Sequence[Place], module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]
     ) -> None:
         x = inputs[0].flatten(0, -2)
         squares = x.square().sum(0, dtype=torch.float64)

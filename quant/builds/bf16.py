@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ornith_moe.quant.builds.build import BUILDS, Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
+from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.plain import ToBF16
 from ornith_moe.quant.builds.stored import StoredBuild
@@ -20,7 +20,7 @@ class BF16(SafetensorsBuild):
     def decide(self, source: Source, options: Options) -> BuildPlan:
         plan = BuildPlan(self, max_tensor_parallel=max_tensor_parallel(source))
         for index in range(len(source.weights)):
-            add_step(plan, source, index, ToBF16())
+            plan.add(source, index, ToBF16())
         return plan
 
     def config(self, config: dict[str, Any], plan: BuildPlan) -> dict[str, Any]:
@@ -28,9 +28,8 @@ class BF16(SafetensorsBuild):
         return config
 
     def recognize(self, found: StoredBuild) -> bool:
-        """A folder that says to be no quantized build of ours."""
-        methods = {build.quant_method for build in BUILDS.values() if isinstance(build, SafetensorsBuild)} - {None}
-        return found.is_folder and found.quant_method not in methods
+        """A folder that is no other build of ours."""
+        return found.is_folder and not any(build.recognize(found) for build in BUILDS.values() if build is not self)
 
 
 register(BF16())

@@ -13,9 +13,8 @@ from typing import Any
 
 from ornith_moe.quant.builds.build import Build, Options
 from ornith_moe.quant.builds.layout import Layout, safetensors_index, safetensors_layout, shard_tensors
-from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
+from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.side_files import copied_files
-from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import json_bytes
@@ -31,15 +30,16 @@ class SafetensorsBuild(Build):
 
     quant_method: str | None = None  # of its quantization_config
     dequantizer: str | None = None  # class of transformers whose `dequantize=True` reads it as dense weights
+    header_format = "pt"  # as headers name it
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
-        return safetensors_layout(plan, options.max_shard_bytes)
+        return safetensors_layout(plan, options.max_shard_bytes, self.header_format)
 
     def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
         return len(shard_tensors(plan.tensors, max_shard_bytes))
 
     def path(self, out: Path, source: Source) -> Path:
-        return out / self.name
+        return out / self.name.replace(":", "-")
 
     def manifest(self, path: Path) -> Path:
         return manifest_of_folder(path)
@@ -61,10 +61,14 @@ class SafetensorsBuild(Build):
         if any(entry.reason == DROPPED_MTP for entry in source.left_out):
             config.get("text_config", config)[source.architecture.MTP_LAYERS_KEY] = 0  # do not announce it
         sides["config.json"] = json_bytes(config)
-        index = safetensors_index(plan, layout)
+        index = self.index(source, plan, layout)
         if index:
             sides["model.safetensors.index.json"] = json_bytes(index)
         return sides
+
+    def index(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, Any] | None:
+        """model.safetensors.index.json; None: it has none, being one file."""
+        return safetensors_index(plan, layout) if len(layout.files) > 1 else None
 
     def config(self, config: dict[str, Any], plan: BuildPlan) -> dict[str, Any]:
         """The source's config as this build has it."""
@@ -93,14 +97,3 @@ class SafetensorsBuild(Build):
             )
         plan.notes = [f"{len(kept)} weights, the first {source.weights[min(kept)].name}, are stored unquantized"]
         return plan
-
-
-def add_step(plan: BuildPlan, source: Source, index: int, storage: Storage) -> None:
-    """Plan weight `index` in `storage`, its parts being tensors of their own, named after the weight."""
-    weight, codes = source.weights[index], source.codes(index)
-    storage = storage if codes is None else storage.taking(codes)
-    parts = storage.parts(weight.shape, source.dtype(index))
-    first, group = len(plan.tensors), source.architecture.fused_group(weight) if storage.needs else ""
-    for part in parts:
-        plan.tensors.append(OutputTensor(weight.name + part.suffix, part.dtype, part.shape, part.nbytes))
-    plan.steps.append(Step(index, storage, parts, tuple(range(first, len(plan.tensors))), group=group))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ornith_moe.quant.builds.build import Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
+from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.fp8 import FP8Block
 from ornith_moe.quant.builds.storages.plain import Keep
@@ -44,7 +44,7 @@ class FP8BlockBuild(SafetensorsBuild):
                 name = weight.owner
                 experts = [model.fused_group(weight)] if weight.expert is not None else []
                 skipped |= dict.fromkeys([*experts, name, *model.block_skip_aliases(name)])
-            add_step(plan, source, index, FP8Block() if quantize else Keep())
+            plan.add(source, index, FP8Block() if quantize else Keep())
         blocks = {step.weight for step in plan.steps if len(step.parts) > 1}
         plan.max_tensor_parallel = max_tensor_parallel(source, blocks)
         if any(weight.role == "vision" for weight in source.weights):

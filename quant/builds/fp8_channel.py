@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ornith_moe.quant.builds.build import Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
+from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.fp8 import FP8Channel
 from ornith_moe.quant.builds.storages.plain import Keep
@@ -34,7 +34,7 @@ class FP8ChannelBuild(SafetensorsBuild):
             if quantize and model.fused_group(weight) in groups:
                 quantize = False
                 skipped[name if weight.expert is None else rf"re:^{re.escape(model.fused_group(weight))}\..*"] = None
-            add_step(plan, source, index, FP8Channel() if quantize else Keep())
+            plan.add(source, index, FP8Channel() if quantize else Keep())
         plan.config = compressed_tensors_config([*ignore, *skipped])
         return plan
 

@@ -27,7 +27,6 @@ from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, F
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, AskedTypes
 from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
 from ornith_moe.quant.source.accounts import LeftOut
-from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.tokenizer_files import read_tokenizer
 
@@ -138,19 +137,13 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
         plan.tensors.append(OutputTensor(name, "F32", (len(values),), 4 * len(values), tuple(values)))
     storages = {name: Gguf(name) for name in set(types.values())}
     covered = {found.tensor for found in plan.coverage}
-    index_of: dict[str, int] = {}
     for index, weight in enumerate(source.weights):
         for place in places[index]:
             storage = storages[types[place.name]]
             if imatrix and place.name in covered:
                 row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
                 storage = Gguf(storage.name, row)
-            parts = storage.parts(weight.shape, source.dtype(index))
-            if place.name not in index_of:
-                index_of[place.name] = len(plan.tensors)
-                nbytes = matrix_shape(place.shape)[0] * parts[0].row_bytes
-                plan.tensors.append(OutputTensor(place.name, storage.name, place.shape, nbytes))
-            plan.steps.append(Step(index, storage, parts, (index_of[place.name],), place.row, place.transform))
+            plan.add(source, index, storage, place)
     if any(weight.role == "vision" for weight in source.weights):
         plan.notes.append(_without_tower(source))
     return plan

@@ -15,6 +15,7 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor
 from ornith_moe.quant.gguf.header import Entry, gguf_header, padded
@@ -53,12 +54,12 @@ def shard_tensors(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> list
     return shards
 
 
-def safetensors_layout(plan: BuildPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES) -> Layout:
-    """Layout of a safetensors build, named as transformers names shards."""
+def safetensors_layout(plan: BuildPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES, form: str = "pt") -> Layout:
+    """Layout of a safetensors build, named as transformers names shards; `form`: what headers name as their format."""
     shards = shard_tensors(plan.tensors, max_shard_bytes)
     files, places = [], [(0, 0)] * len(plan.tensors)
     for number, shard in enumerate(shards):
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": form}}
         position = 0
         for index in shard:
             tensor = plan.tensors[index]
@@ -76,10 +77,8 @@ def safetensors_layout(plan: BuildPlan, max_shard_bytes: int = DEFAULT_MAX_SHARD
     return Layout(tuple(files), tuple(places))
 
 
-def safetensors_index(plan: BuildPlan, layout: Layout) -> dict[str, object] | None:
-    """model.safetensors.index.json of a sharded build; None for a build of one file."""
-    if len(layout.files) == 1:
-        return None
+def safetensors_index(plan: BuildPlan, layout: Layout) -> dict[str, Any]:
+    """model.safetensors.index.json of a build."""
     names = zip(plan.tensors, layout.places, strict=True)
     weight_map = {tensor.name: layout.files[file].name for tensor, (file, _) in names}
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ornith_moe.quant.builds.build import Options, register
 from ornith_moe.quant.builds.gguf_file import GgufFile
 from ornith_moe.quant.builds.layout import Layout, gguf_layout
-from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
+from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import PlanError
@@ -22,7 +22,7 @@ from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.metadata import MMPROJ, mmproj_metadata
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, fit
 from ornith_moe.quant.source.accounts import LeftOut
-from ornith_moe.quant.source.architectures.weight import GgufPlace
+from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source
 
 DEFAULT = "BF16"
@@ -49,12 +49,10 @@ class MmprojBuild(GgufFile):
         for index in tower:
             for place in model.mmproj_places(source.weights[index]):
                 storage = Gguf(self._type(place, options, plan, kept=index in options.kept))
-                parts = storage.parts(place.shape, source.dtype(index))
-                plan.steps.append(Step(index, storage, parts, (len(plan.tensors),), transform=place.transform))
-                plan.tensors.append(OutputTensor(place.name, storage.name, place.shape, parts[0].nbytes))
+                plan.add(source, index, storage, place)
         return plan
 
-    def _type(self, place: GgufPlace, options: Options, plan: BuildPlan, *, kept: bool) -> str:
+    def _type(self, place: Place, options: Options, plan: BuildPlan, *, kept: bool) -> str:
         """The type of one tensor; a fallback is noted in `plan`."""
         base = self.kind.base
         is_patch, columns = "patch_embd" in place.name, place.shape[-1]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
+from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
@@ -62,6 +63,33 @@ class BuildPlan:
     kept: frozenset[int] = frozenset()  # weights that hold a NaN or an infinity and may
     non_finite: list[str] = field(default_factory=list)  # the tensors these are in
     needs_imatrix: list[str] = field(default_factory=list)  # tensors of a type that is noise without importance
+    _indices: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # of `tensors` that weights fill
+
+    def add(self, source: Source, index: int, storage: Storage, place: Place | None = None) -> None:
+        """Plan weight `index` in `storage` at `place`, whose tensor may hold other weights too; None: at its own name.
+
+        What belongs to a weight is named after it: `suffix` behind its name, or, if that begins with a point, instead
+        of `.weight`.
+        """
+        weight, codes = source.weights[index], source.codes(index)
+        storage = storage if codes is None else storage.taking(codes)
+        place = place or Place(weight.name, weight.shape)
+        parts = storage.parts(weight.shape, source.dtype(index))
+        tensors = tuple(self._tensor(part, place, weight.shape) for part in parts)
+        group = source.architecture.fused_group(weight) if storage.needs else ""
+        self.steps.append(Step(index, storage, parts, tensors, place.row, place.transform, group))
+
+    def _tensor(self, part: Part, place: Place, shape: tuple[int, ...]) -> int:
+        """Index of the tensor of `part` of a weight of `shape`: new, unless another weight at `place` has it."""
+        base = place.name.removesuffix(".weight") if part.suffix.startswith(".") else place.name
+        name = base + part.suffix
+        if name not in self._indices:
+            plain = math.prod(part.shape) == math.prod(shape)
+            whole = place.shape if plain else (*place.shape[: len(place.shape) - len(shape)], *part.shape)
+            nbytes = part.nbytes * math.prod(place.shape) // math.prod(shape)
+            self._indices[name] = len(self.tensors)
+            self.tensors.append(OutputTensor(name, part.dtype, whole, nbytes))
+        return self._indices[name]
 
     @property
     def name(self) -> str:
@@ -91,7 +119,11 @@ class BuildPlan:
         if not self.fallbacks:
             return
         fell = {fallback.tensor for fallback in self.fallbacks}
-        sizes = {t.name: math.prod(t.shape) for t in self.tensors if t.name in fell or t.quantized}
+        sizes: dict[str, int] = {}  # in weights: words of packed codes hold several
+        for step in self.steps:
+            tensor = self.tensors[step.tensors[0]]
+            if tensor.name in fell or tensor.quantized:
+                sizes[tensor.name] = sizes.get(tensor.name, 0) + math.prod(source.weights[step.weight].shape)
         fallen = sum(sizes[name] for name in fell)
         if 2 * fallen <= sum(sizes.values()):
             return

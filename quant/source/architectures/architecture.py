@@ -24,7 +24,7 @@ from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.names import did_you_mean
-from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Settings, Weight, text_settings
+from ornith_moe.quant.source.architectures.weight import Cut, Place, Settings, Weight, text_settings
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
 Key = tuple[Any, ...]  # of a GGUF: name with {arch} in it, value, type, and for an array the type of its items
@@ -77,6 +77,7 @@ class Architecture(ABC):
 
     # GGUF
     GGUF_NAMES: ClassVar[Mapping[str, str]] = MappingProxyType({})  # module below a layer -> name below a block
+    MLX_OWN_DTYPE: ClassVar[tuple[str, ...]] = ()  # last segments of weights that mlx-lm leaves in their own dtype
     GGUF_MTP: ClassVar[str] = ".nextn."  # in the names of a GGUF's MTP tensors
     HAS_MMPROJ: ClassVar[bool] = False  # `mmproj_places` and `mmproj_keys` are there
     BYTE_FALLBACK: ClassVar[FallbackTokenizer | None] = None  # byte-level tokenizers need no word of the architecture
@@ -158,7 +159,7 @@ class Architecture(ABC):
 
     # GGUF
 
-    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+    def gguf_places(self, weight: Weight) -> tuple[Place, ...]:
         """Where `weight` goes in a text GGUF; nowhere for the vision tower, which belongs in an mmproj file.
 
         Raises:
@@ -166,16 +167,16 @@ class Architecture(ABC):
         """
         return () if weight.role == "vision" else (self.gguf_place(weight),)
 
-    def gguf_place(self, weight: Weight, transform: Transform = UNCHANGED) -> GgufPlace:
+    def gguf_place(self, weight: Weight, transform: Transform = UNCHANGED) -> Place:
         """The place that `GGUF_NAMES` gives a weight, in the stack of its kind if it is an expert's."""
         if weight.layer is None:
-            return GgufPlace(_TOP_GGUF_NAMES[weight.role], weight.shape, transform=transform)
+            return Place(_TOP_GGUF_NAMES[weight.role], weight.shape, transform=transform)
         if weight.expert is not None:
             kind = weight.name.rsplit(".", 2)[1].removesuffix("_proj")
             name, shape = f"blk.{weight.layer}.ffn_{kind}_exps.weight", (self.experts, *weight.shape)
-            return GgufPlace(name, shape, weight.expert * weight.shape[0], transform)
+            return Place(name, shape, weight.expert * weight.shape[0], transform)
         name = f"blk.{weight.layer}.{self.GGUF_NAMES[weight.module]}"
-        return GgufPlace(name, weight.shape, transform=transform)
+        return Place(name, weight.shape, transform=transform)
 
     def gguf_constants(self) -> dict[str, list[float]]:
         """Tensors a GGUF needs that no checkpoint holds: {name: values}, stored as F32."""
@@ -193,7 +194,7 @@ class Architecture(ABC):
 
     # The vision tower in a GGUF of its own, where the family says so (`HAS_MMPROJ`)
 
-    def mmproj_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+    def mmproj_places(self, weight: Weight) -> tuple[Place, ...]:
         """Where a weight of the vision tower goes in an mmproj.
 
         Raises:
@@ -233,6 +234,17 @@ class Architecture(ABC):
                 "the original rope_parameters and give llama.cpp the scaling when it runs"
             )
         return rope
+
+    # MLX
+
+    def mlx_places(self, weight: Weight) -> tuple[Place, ...]:
+        """Where `weight` goes in a folder that mlx-lm and mlx-vlm load.
+
+        Raises:
+            PlanError: they have no place for it.
+        """
+        kind = brief(self.text.values.get("model_type"))
+        raise PlanError(f"config.json: model_type {kind} has no names for MLX in this version; ask for another build")
 
 
 def architecture(config: dict[str, Any]) -> Architecture:

@@ -25,7 +25,7 @@ from gguf import Keys
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.source.architectures.architecture import Architecture, Key
 from ornith_moe.quant.source.architectures.qwen35_vision import tower_keys, tower_places, tower_weights
-from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Packed, Settings, Weight
+from ornith_moe.quant.source.architectures.weight import Cut, Packed, Place, Settings, Weight
 from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
 
 MAX_EXPERTS = 1 << 16  # of all layers; the 397B has 30,720
@@ -90,6 +90,7 @@ class Qwen35(Architecture):
     # Block: Qwen3.5-*-FP8. b and a have fewer rows than a block; vLLM fuses them into in_proj_ba at load.
     BLOCK_SKIP = (*Architecture.BLOCK_SKIP, "in_proj_a", "in_proj_b", "gate", "shared_expert_gate", "fc", "conv1d")
     GGUF_NAMES = _GGUF_NAMES
+    MLX_OWN_DTYPE = ("A_log",)
 
     def __init__(self, config: dict[str, Any]):
         super().__init__(config)
@@ -97,10 +98,12 @@ class Qwen35(Architecture):
         self.moe = "moe" in str(config.get("model_type"))
         self.gguf_architecture = "qwen35moe" if self.moe else "qwen35"
         interval = text.integer("full_attention_interval", 4, high=4096)
+        regular = [MIXERS[(layer + 1) % interval == 0] for layer in range(self.layers)]
         if text.values.get("layer_types") is None:
-            self.mixers = [MIXERS[(i + 1) % interval == 0] for i in range(self.layers)]
+            self.mixers = regular
         else:
             self.mixers = text.strings("layer_types", self.layers, MIXERS)
+        self.follows_interval = self.mixers == regular
         self.head_dim = text.integer("head_dim", 256)
         self.key_heads = text.integer("linear_num_key_heads", 16)
         self.value_heads = text.integer("linear_num_value_heads", 32)
@@ -223,7 +226,7 @@ class Qwen35(Architecture):
 
     # GGUF
 
-    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+    def gguf_places(self, weight: Weight) -> tuple[Place, ...]:
         if weight.role == "vision":
             return ()
         if weight.role == "mtp" and self.mtp_layers != 1:
@@ -235,11 +238,11 @@ class Qwen35(Architecture):
         transform = _PLUS_ONE if weight.name.endswith(_NORMS) else UNCHANGED
         if weight.name in _GGUF_MTP_NAMES:
             name = f"blk.{weight.layer}.{_GGUF_MTP_NAMES[weight.name]}"
-            return (GgufPlace(name, weight.shape, transform=transform),)
+            return (Place(name, weight.shape, transform=transform),)
         place = self.gguf_place(weight, transform)
         return (self._gguf_linear_attention(weight, place) if ".linear_attn." in weight.name else place,)
 
-    def _gguf_linear_attention(self, weight: Weight, place: GgufPlace) -> GgufPlace:
+    def _gguf_linear_attention(self, weight: Weight, place: Place) -> Place:
         """`place` with heads in ggml's order."""
         module = weight.module.removeprefix("linear_attn.")
         ratio = self.value_heads // self.key_heads
@@ -253,9 +256,9 @@ class Qwen35(Architecture):
         swap = HeadSwap(start, self.key_heads, ratio, size) if ratio > 1 and module != "norm.weight" else None
         shape = (weight.shape[0], weight.shape[2]) if module == "conv1d.weight" else weight.shape
         if module == "out_proj.weight":
-            return GgufPlace(place.name, shape, transform=Transform(columns=swap))
+            return Place(place.name, shape, transform=Transform(columns=swap))
         values = NegativeExp() if module == "A_log" else SAME
-        return GgufPlace(place.name, shape, transform=Transform(values, rows=swap))
+        return Place(place.name, shape, transform=Transform(values, rows=swap))
 
     def gguf_keys(self, mtp_layers: int) -> tuple[list[Key], list[Key]]:
         text = self.text
@@ -304,7 +307,7 @@ class Qwen35(Architecture):
         ]
         return first, after
 
-    def mmproj_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+    def mmproj_places(self, weight: Weight) -> tuple[Place, ...]:
         return tower_places(weight.name.removeprefix(self.VISION_PREFIX), weight.shape)
 
     def mmproj_keys(self, vision: Settings, mean: Sequence[float], std: Sequence[float]) -> list[Key]:
@@ -320,6 +323,29 @@ class Qwen35(Architecture):
                 f"{brief(sections)}"
             )
         return [*sections, 0][:4]  # the fourth is for a position axis that text and images do not have
+
+    # MLX
+
+    def mlx_places(self, weight: Weight) -> tuple[Place, ...]:
+        """As mlx-lm's `qwen3_5*.py` and mlx-vlm's tower name them; neither runs multi-token prediction here."""
+        if weight.role == "mtp":
+            return ()
+        if not self.follows_interval:
+            raise PlanError(
+                "config.json: layer_types follows no full_attention_interval, which is all that mlx-lm reads; a GGUF "
+                "has such layers"
+            )
+        convolution = len(weight.shape) > 2  # its channels last
+        shape = (weight.shape[0], *weight.shape[2:], weight.shape[1]) if convolution else weight.shape
+        if weight.role == "vision":
+            return (Place(f"vision_tower.{weight.name.removeprefix(self.VISION_PREFIX)}", shape),)
+        inner = weight.name.removeprefix(self.WRAPPED_PREFIX).removeprefix(self.TEXT_PREFIX)
+        name = f"language_model.{inner}" if weight.role == "head" else f"language_model.model.{inner}"
+        if weight.expert is not None:
+            name = name.replace(f".experts.{weight.expert}.", ".switch_mlp.")
+            return (Place(name, (self.experts, *weight.shape), weight.expert * weight.shape[0]),)
+        plain = ".linear_attn." in name or not name.endswith(_NORMS)
+        return (Place(name, shape, transform=UNCHANGED if plain else _PLUS_ONE),)
 
 
 def _interval(mixers: list[str]) -> int:

@@ -20,7 +20,7 @@ from gguf import Keys, VisionProjectorType
 
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.source.architectures.architecture import Key
-from ornith_moe.quant.source.architectures.weight import GgufPlace, Settings
+from ornith_moe.quant.source.architectures.weight import Place, Settings
 from ornith_moe.quant.source.transforms import Every, Transform
 
 FRAMES = 2  # that llama.cpp's tower sees at a time
@@ -71,7 +71,7 @@ def tower_weights(vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"merger.{name}.bias", (out,)
 
 
-def tower_places(name: str, shape: tuple[int, ...]) -> tuple[GgufPlace, ...]:
+def tower_places(name: str, shape: tuple[int, ...]) -> tuple[Place, ...]:
     """Where the weight `name` below the tower goes in an mmproj: the convolution in two tensors, all others in one.
 
     Raises:
@@ -81,12 +81,12 @@ def tower_places(name: str, shape: tuple[int, ...]) -> tuple[GgufPlace, ...]:
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     owner = f"v.blk.{block[1]}.{_GGUF_BLOCK_NAMES[block[2]]}" if block else _GGUF_NAMES[module]
     if name != _CONVOLUTION:
-        return (GgufPlace(f"{owner}.{kind}", shape),)
+        return (Place(f"{owner}.{kind}", shape),)
     out, channels, frames, rows, columns = shape
     if frames != FRAMES:
         raise PlanError(f"config.json.vision_config: temporal_patch_size is {frames}, and {FRAMES} alone {ELSEWHERE}")
     return tuple(
-        GgufPlace(
+        Place(
             f"{owner}.weight{suffix}",
             (out, channels, rows, columns),
             transform=Transform(rows=Every(frame * rows, rows, frames * rows)),

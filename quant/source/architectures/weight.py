@@ -62,12 +62,12 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufPlace:
-    """Where a weight, or the rows that `transform` takes of it, goes in a GGUF, and what happens on the way."""
+class Place:
+    """Where a weight, or the rows that `transform` takes of it, goes in a build, and what happens on the way."""
 
     name: str
-    shape: tuple[int, ...]  # of the GGUF tensor, Hugging Face order (GGUF reverses it)
-    row: int = 0  # first row of this weight in the GGUF tensor seen as a matrix
+    shape: tuple[int, ...]  # of the tensor if nothing quantizes it, Hugging Face order (GGUF reverses it)
+    row: int = 0  # first row of this weight in the tensor seen as a matrix
     transform: Transform = UNCHANGED
 
 

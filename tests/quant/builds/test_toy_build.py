@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import ornith_moe.quant.conversion.convert as convert_module
 from ornith_moe import cli
 from ornith_moe.quant.builds.build import BUILDS, find_build, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild, add_step
+from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.storages.storage import Part, Storage
@@ -87,7 +87,7 @@ class Toy(SafetensorsBuild):
         for index, weight in enumerate(source.weights):
             quantize = weight.is_linear and weight.role != "vision" and group(weight) not in kept
             ignored += [] if quantize else [weight.owner]
-            add_step(plan, source, index, Int8() if quantize else Keep())
+            plan.add(source, index, Int8() if quantize else Keep())
         plan.config = {"quant_method": self.quant_method, "ignore": ignored}
         return plan
 

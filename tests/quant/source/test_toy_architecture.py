@@ -26,7 +26,7 @@ from ornith_moe.quant.conversion import prepare
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.source.architectures import Architecture, architecture
 from ornith_moe.quant.source.architectures.architecture import Key
-from ornith_moe.quant.source.architectures.weight import Cut, GgufPlace, Weight
+from ornith_moe.quant.source.architectures.weight import Cut, Place, Weight
 from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.transforms import AddOne, Every, Transform
@@ -71,13 +71,13 @@ class Toy(Architecture):
             "down_proj": Cut(((self.inner, 1),), by_columns=True),
         }.get(weight.leaf)
 
-    def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+    def gguf_places(self, weight: Weight) -> tuple[Place, ...]:
         if weight.leaf != "kv_b_proj":
             norm = weight.name.endswith("input_layernorm.weight")
             return (self.gguf_place(weight, Transform(AddOne()) if norm else Transform()),)
         head = self.keys + self.values
         return tuple(
-            GgufPlace(
+            Place(
                 f"blk.{weight.layer}.attn_{part}_b.weight",
                 (self.heads * size, self.hidden),
                 transform=Transform(rows=Every(start, size, head)),
@@ -189,13 +189,13 @@ def test_a_part_that_goes_nowhere_or_elsewhere_is_seen(toy, built):
     class Keys(Toy):
         MODEL_TYPES = ()
 
-        def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        def gguf_places(self, weight: Weight) -> tuple[Place, ...]:
             return super().gguf_places(weight)[:1]
 
     class Swapped(Toy):
         MODEL_TYPES = ()
 
-        def gguf_places(self, weight: Weight) -> tuple[GgufPlace, ...]:
+        def gguf_places(self, weight: Weight) -> tuple[Place, ...]:
             places = super().gguf_places(weight)
             late = Transform(rows=Every(16, self.keys, self.keys + self.values))
             return tuple(replace(place, transform=late) if "attn_k_b" in place.name else place for place in places)
