@@ -109,12 +109,12 @@ def make(name: str, folder: Path) -> Path:
         ("tokenizer_config.json", settings),
     ):  # fmt: skip
         (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    save_file(_tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors_of(config), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _tensors(config: dict) -> dict[str, torch.Tensor]:
-    """BF16 weights of 8 significant bits; where the config says float32, of 24."""
+def tensors_of(config: dict) -> dict[str, torch.Tensor]:
+    """BF16 weights of 8 significant bits, experts one by one; where the config says float32, of 24."""
     random, bits = np.random.RandomState(SEED), 24 if config.get("dtype") == "float32" else 8
     prefix = "model.language_model." if "text_config" in config else "model."
     shapes = architecture(config)

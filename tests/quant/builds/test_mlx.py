@@ -1,0 +1,175 @@
+"""Folders for MLX: every tensor as mlx-lm and mlx-vlm write it, and what else their loaders need.
+
+mlx.json was recorded by tests/record_mlx.py, which says how: an MoE with a tower in BF16, a dense model in F32 with a
+tied head and columns that fill no groups, one in F16. Not covered: the loaders themselves, which `make demo` runs.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from record_mlx import BUILDS, LAYOUTS, RECORDED, make, summary
+from safetensors.torch import load_file, save_file
+
+import ornith_moe.quant.conversion.convert as convert_module
+from ornith_moe.quant.builds.build import recognize
+from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.builds.stored import StoredBuild
+from ornith_moe.quant.conversion.convert import convert
+from ornith_moe.quant.conversion.publish import MANIFEST
+from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.source.weights import open_source, source_from_config
+from ornith_moe.quant.verification.inspect import inspect
+from ornith_moe.quant.verification.verify import verify
+
+RECORD = json.loads(Path(__file__).with_name("mlx.json").read_text(encoding="utf-8"))
+INDEX = "model.safetensors.index.json"
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{(model, layout): (checkpoint, {build: path})}"""
+    root = tmp_path_factory.mktemp("mlx")
+
+    def once(name, layout):
+        folder = make(name, root / f"{name}-{layout}", layout)
+        report = convert(open_source(folder), root / f"{name}-{layout}-out", RECORDED[name])
+        return folder, {build.build: build.path for build in report.builds}
+
+    pairs = [("moe", layout) for layout in LAYOUTS] + [("dense", "each"), ("half", "each")]
+    return {pair: once(*pair) for pair in pairs}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_tensor_is_that_of_mlx(made, build):
+    for (name, layout), (_, paths) in made.items():
+        if build in paths:
+            expected, found = RECORD[f"{name} {build}"], paths[build]
+            assert summary(found) == dict(sorted(expected["tensors"].items())), layout
+            config = read(found / "config.json")
+            assert config.get("quantization") == config.get("quantization_config") == expected["quantization"]
+            assert list(config) == sorted(config)
+
+
+def test_the_index_is_always_there_and_counts_parameters(made):
+    folder, paths = made["half", "each"]
+    index, recorded = read(paths["mlx:4"] / INDEX), RECORD["half mlx:4"]["index"]
+    assert index["metadata"]["total_size"] == recorded["total_size"]
+    uncounted = sum(
+        weight.shape[0] for weight in open_source(folder).weights if weight.name.endswith(("A_log", "bias"))
+    )
+    assert index["metadata"]["total_parameters"] - uncounted == recorded["total_parameters"]  # of no layer of mlx's
+    assert list(index["weight_map"]) == sorted(RECORD["half mlx:4"]["tensors"])
+
+
+def test_a_config_says_what_is_in_the_folder(made, tmp_path):
+    moe, dense = (read(made[key][1]["mlx:bf16"] / "config.json") for key in (("moe", "each"), ("dense", "each")))
+    assert "vision_config" in moe and "quantization" not in moe
+    assert dense["text_config"]["dtype"] == dense["dtype"] == "bfloat16" and dense["text_config"]["tie_word_embeddings"]
+    config = read(made["half", "each"][0] / "config.json")
+    folder = shutil.copytree(made["half", "each"][0], tmp_path / "flat")
+    text = config["text_config"] | {"eos_token_id": 7, "quantization_config": {"quant_method": "stale"}}
+    (folder / "config.json").write_text(json.dumps(text))
+    tensors = load_file(folder / "model.safetensors")
+    flat = {name.replace("language_model.", ""): tensor for name, tensor in tensors.items()}
+    save_file(flat, folder / "model.safetensors")
+    (build,) = convert(open_source(folder), tmp_path / "out", ["mlx:4"]).builds
+    assert summary(build.path) == summary(made["half", "each"][1]["mlx:4"])
+    found = read(build.path / "config.json")
+    assert (found["model_type"], found["text_config"]["model_type"]) == ("qwen3_5", "qwen3_5_text")
+    assert found["eos_token_id"] == 7 and found["quantization"]["bits"] == 4
+
+
+def test_bytes_do_not_depend_on_the_cut(made, tmp_path, monkeypatch):
+    folder, paths = made["moe", "mixed"]
+    monkeypatch.setattr(convert_module, "slabs", lambda *limits: (2, 1))
+    for build in convert(open_source(folder), tmp_path, ["mlx:6", "mlx:bf16"]).builds:
+        assert summary(build.path) == summary(paths[build.build])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_it_is_verified_and_recognized_with_and_without_its_source(made, tmp_path, build):
+    folder, paths = made["moe", "mixed"]
+    result = verify(paths[build], open_source(folder))
+    assert result.ok and not result.notes, (result.problems, result.notes)
+    assert result.roles["vision"]["exact"] and result.roles["norm"]["sqnr_db"] > 40
+    assert any("multi-token prediction" in entry.reason for entry in result.left_out)
+    assert verify(paths[build]).ok
+    copy = shutil.copytree(paths[build], tmp_path / "copy")
+    (copy / MANIFEST).unlink()
+    assert recognize(StoredBuild(copy)) == build and verify(copy, open_source(folder)).ok
+    assert inspect(copy)["kind"] == "safetensors folder"
+
+
+@pytest.mark.parametrize(
+    ("ending", "change", "word"),
+    [
+        ("switch_mlp.up_proj.weight", lambda t: t.flip(0), "below the floor"),
+        ("q_proj.scales", lambda t: t * 1.2, "below the floor"),
+        ("q_proj.biases", lambda t: t * float("nan"), "holds a NaN"),
+        ("q_proj.scales", lambda t: t[:, :1].contiguous(), "needs biases [256, 1] in F16"),
+        ("q_proj.biases", lambda t: t.float(), "needs biases [256, 2] in F16"),
+        ("conv1d.weight", lambda t: t.flip(1), "below the floor"),
+        ("q_norm.weight", lambda t: t - 1, "below the floor"),
+    ],
+)
+def test_damage_is_found(made, tmp_path, ending, change, word):
+    name = "moe" if "switch" in ending else "half"
+    folder, paths = made[name, "each"]
+    copy = shutil.copytree(paths["mlx:4"], tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    changed = next(key for key in sorted(tensors) if key.endswith(ending))
+    save_file(tensors | {changed: change(tensors[changed])}, copy / "model.safetensors")
+    (copy / MANIFEST).unlink()
+    result = verify(copy, open_source(folder))
+    assert any(word in problem for problem in result.problems), result.problems
+
+
+def test_a_stack_that_holds_a_nan_may_stay_as_it_is(made, tmp_path):
+    folder = shutil.copytree(made["moe", "each"][0], tmp_path / "moe")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.endswith("experts.2.up_proj.weight"))
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    (build,) = convert(open_source(folder), tmp_path / "out", ["mlx:4"], non_finite="keep-bf16").builds
+    stored = load_file(build.path / "model.safetensors")
+    stack = "language_model.model.layers.0.mlp.switch_mlp.{}_proj.weight"
+    assert stored[stack.format("up")].dtype == torch.bfloat16 and stored[stack.format("down")].dtype == torch.uint32
+    result = verify(build.path, open_source(folder))
+    assert result.ok and any("unquantized" in note for note in result.notes), result.notes
+
+
+def test_sizes_of_the_published_builds():
+    """Parameters on the card of Ornith-1.5-35B-MLX-8bit, text alone; sizes in GB of that and of the other sizes."""
+    expected = {
+        ("9b", 4): "5.04", ("9b", 6): "7.28", ("9b", 8): "9.51", ("35b-a3b", 4): "19.51", ("35b-a3b", 8): "36.83",
+        ("397b", 4): "223.0",
+    }  # fmt: skip
+    sources = {size: open_source(f"ornith-1.5-{size}") for size, _ in expected}
+    for (size, bits), gigabytes in expected.items():
+        tensors = plan_build(sources[size], f"mlx:{bits}").tensors
+        text = [tensor for tensor in tensors if tensor.name.startswith("language_model.")]
+        assert f"{sum(tensor.nbytes for tensor in text) / 1e9:.{len(gigabytes.split('.')[1])}f}" == gigabytes
+        if (size, bits) == ("35b-a3b", 8):
+            assert sum(math.prod(tensor.shape) for tensor in text) == 9_749_130_368
+
+
+def test_what_mlx_cannot_hold_is_refused(made):
+    config = read(made["moe", "each"][0] / "config.json")
+    config["text_config"] |= {"layer_types": ["full_attention", "linear_attention"]}
+    with pytest.raises(PlanError, match="follows no full_attention_interval"):
+        plan_build(source_from_config(config, name="m"), "mlx:4")
+    with pytest.raises(PlanError, match="no names for MLX"):
+        plan_build(open_source("gemma-4-31b"), "mlx:4")
+
+
+def test_columns_that_fill_no_groups_are_told(made):
+    plan = plan_build(open_source(made["dense", "each"][0]), "mlx:4")
+    assert [fallback.kind for fallback in plan.fallbacks] == ["96 columns fill no groups of 64, stored as F32"] * 2
