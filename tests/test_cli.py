@@ -46,11 +46,15 @@ def test_plan_of_a_config(tmp_path):
     assert channel.keys() >= PLAN_KEYS
     assert (channel["tensors"], channel["tensor_bytes"]) == (62_546, 37_667_035_872)
     assert (q4["tensors"], q4["tensor_bytes"], q4["max_tensor_parallel"]) == (733, 21_155_768_832, None)
+    assert q4["serving"]["context"] == 262_144 and q4["serving"]["kv_bytes"] == 5 << 30
+    assert q4["serving"]["total_gib"] == round(q4["serving"]["total_bytes"] / 2**30, 2)
 
 
 def test_plan_for_people():
-    text = fresh("plan", "qwen3.5-35b-a3b", "--to", "fp8-block", env=os.environ | {"COLUMNS": "160"}).stdout
+    typed = ("plan", "qwen3.5-35b-a3b", "--to", "fp8-block", "--context", "1024")
+    text = fresh(*typed, env=os.environ | {"COLUMNS": "160"}).stdout
     assert "64,196" in text and "37,454,789,472" in text
+    assert "34.96" in text and "one sequence of 1,024 tokens: 0.02 GiB of keys and values" in text
 
 
 def test_plan_imports_no_torch(moe):

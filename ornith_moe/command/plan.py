@@ -30,6 +30,7 @@ from ornith_moe.quant.fallbacks import by_kind
 
 if TYPE_CHECKING:
     from ornith_moe.quant.builds.plan import BuildPlan
+    from ornith_moe.quant.builds.serving import Serving
     from ornith_moe.quant.source.source import Source
 
 
@@ -47,12 +48,17 @@ def plan(
     recipe: RecipeFile = None,
     token_embedding_type: EmbeddingType = None,
     output_tensor_type: OutputType = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, max=1 << 31, metavar="TOKENS", help="Of the sequence to serve; default the model's."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
     from ornith_moe.quant.builds.build import find_build
     from ornith_moe.quant.builds.plan import plan_json
     from ornith_moe.quant.builds.planning import plan_build
+    from ornith_moe.quant.builds.serving import serving
     from ornith_moe.quant.errors import PlanError
     from ornith_moe.quant.source.hub import open_any
 
@@ -66,35 +72,41 @@ def plan(
         except PlanError as error:
             failed[build] = error
     files = [plan.build.files(plan, max_shard_size) for plan in plans]
+    needed = [serving(opened, plan, context) for plan in plans]
     if as_json:
-        builds = [plan_json(*pair) for pair in zip(plans, files, strict=True)]
+        builds = [plan_json(*each) for each in zip(plans, files, needed, strict=True)]
         reasons = {build: str(error) for build, error in failed.items()}
         print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
     elif plans:
-        print_plans(opened, plans, files)
+        print_plans(opened, plans, files, needed)
     for first in failed.values():
         raise first
 
 
-def print_plans(opened: Source, plans: Sequence[BuildPlan], files: Sequence[int]) -> None:
-    """A table of the builds planned of `opened`, with `files` each, and what a user should know of them."""
+def print_plans(
+    opened: Source, plans: Sequence[BuildPlan], files: Sequence[int], needed: Sequence[Serving | None]
+) -> None:
+    """A table of the builds planned of `opened`, with `files` and memory each, and what a user should know of them."""
     from ornith_moe.quant.builds.plan import iterate_dtypes
 
     table = Table()
-    for column in ("build", "tensors", "bytes", "files", "bits/weight", "max TP"):
+    for column in ("build", "tensors", "bytes", "files", "bits/weight", "GiB to serve", "max TP"):
         table.add_column(column, no_wrap=True, justify="left" if column == "build" else "right")
     table.add_column("stored as")
-    weights = sum(math.prod(weight.shape) for weight in opened.weights)
-    for plan, count in zip(plans, files, strict=True):
+    sizes_of = [math.prod(weight.shape) for weight in opened.weights]
+    for plan, count, memory in zip(plans, files, needed, strict=True):
         kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, _, size in iterate_dtypes(plan))
-        bits = f"{8 * plan.tensor_bytes / weights:.2f}"
+        bits = f"{8 * plan.tensor_bytes / sum(sizes_of[index] for index in {step.weight for step in plan.steps}):.2f}"
         ranks = str(plan.max_tensor_parallel or "-")
-        table.add_row(plan.name, f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count), bits, ranks, kinds)
+        gib = f"{memory.gib:.2f}" if memory else "-"
+        sizes = f"{len(plan.tensors):,}", f"{plan.tensor_bytes:,}", str(count)
+        table.add_row(plan.name, *sizes, bits, gib, ranks, kinds)
     for warning in filter(None, (plan.warning for plan in plans)):
         say(warning)
     say(opened.name)
     out.print(table)
     print_coverage(plan.coverage for plan in plans)
     told = [note for plan in plans for note in [*plan.notes, *by_kind(plan.fallbacks)]]
+    told += list(map(str, filter(None, needed)))
     for note in dict.fromkeys([*opened.notes, *told]):
         say(f"- {note}")

@@ -24,6 +24,7 @@ from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.names import did_you_mean, plain_name
 from ornith_moe.quant.source.accounts import LeftOut
+from ornith_moe.quant.source.architectures.architecture import Cached
 from ornith_moe.quant.source.source import Source
 
 T = TypeVar("T")
@@ -117,6 +118,10 @@ class Build(ABC):
     def side_files(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, bytes]:
         """{name: bytes} of what lies beside its tensors."""
         return {}
+
+    def cached(self, source: Source, context: int) -> Cached | None:
+        """What whoever serves it keeps of a sequence of `context` tokens."""
+        return source.architecture.cached(context)
 
     def left_out(self, source: Source) -> list[LeftOut]:
         """What of `source` has no place in it, and why."""

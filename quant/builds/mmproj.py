@@ -22,6 +22,7 @@ from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.metadata import MMPROJ, mmproj_metadata
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, fit
 from ornith_moe.quant.source.accounts import LeftOut
+from ornith_moe.quant.source.architectures.architecture import Cached
 from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source
 
@@ -79,6 +80,10 @@ class MmprojBuild(GgufFile):
 
     def recognize(self, found: StoredBuild) -> bool:
         return self.is_of_type(found, self.kind) and found.metadata.get("general.type") == MMPROJ
+
+    def cached(self, source: Source, context: int) -> Cached:
+        """Nothing: what the tower sees becomes tokens of the text model."""
+        return Cached(0, 0)
 
     def left_out(self, source: Source) -> list[LeftOut]:
         rest = {source.tensor_of(index): None for index, w in enumerate(source.weights) if w.role != "vision"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ornith_moe.quant.builds.serving import Serving
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
@@ -149,8 +150,8 @@ class BuildPlan:
         ]
 
 
-def plan_json(plan: BuildPlan, files: int) -> dict[str, Any]:
-    """A plan as `ornith-moe plan --json` prints it."""
+def plan_json(plan: BuildPlan, files: int, needed: Serving | None = None) -> dict[str, Any]:
+    """A plan as `ornith-moe plan --json` prints it; `needed` to serve it."""
     return {
         "build": plan.name,
         "tensors": len(plan.tensors),
@@ -160,6 +161,7 @@ def plan_json(plan: BuildPlan, files: int) -> dict[str, Any]:
         "max_tensor_parallel": plan.max_tensor_parallel,
         "notes": plan.all_notes,
         "imatrix": [asdict(found) for found in plan.coverage],
+        "serving": needed and needed.json(),
     }
 
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from gguf import GGUFValueType as Type
 from gguf import Keys
@@ -28,8 +28,16 @@ from ornith_moe.quant.source.architectures.weight import Cut, Place, Settings, W
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
 Key = tuple[Any, ...]  # of a GGUF: name with {arch} in it, value, type, and for an array the type of its items
+MAX_CONTEXT = 1 << 31
 FAMILIES: list[type[Architecture]] = []
 _TOP_GGUF_NAMES = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+
+
+class Cached(NamedTuple):
+    """Numbers that a model keeps for one sequence while it answers."""
+
+    keys_and_values: int
+    state: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Architecture(ABC):
         self.vocabulary = text.integer("vocab_size")
         self.heads = text.integer("num_attention_heads")
         self.kv_heads = text.integer("num_key_value_heads")
+        self.context = text.integer("max_position_embeddings", 0, low=0, high=MAX_CONTEXT)  # 0: it does not say
         self.tied = bool(config.get("tie_word_embeddings", text.values.get("tie_word_embeddings", self.TIED)))
         self.vision = Settings(config, "config.json").section("vision_config")
 
@@ -143,6 +152,10 @@ class Architecture(ABC):
         return self.VISION_PREFIX != "" and name.startswith(self.VISION_PREFIX)
 
     # Engines and FP8 builds
+
+    def cached(self, context: int) -> Cached | None:
+        """What is kept of a sequence of `context` tokens, multi-token prediction apart; None: not known."""
+        return None
 
     @abstractmethod
     def cut(self, weight: Weight) -> Cut | None:
@@ -217,7 +230,7 @@ class Architecture(ABC):
         text = self.text
         inner = text.values.get("intermediate_size") and text.integer("intermediate_size")  # idle in an MoE, if there
         return [
-            (Keys.LLM.CONTEXT_LENGTH, text.integer("max_position_embeddings", high=1 << 31), Type.UINT32),
+            (Keys.LLM.CONTEXT_LENGTH, text.integer("max_position_embeddings", high=MAX_CONTEXT), Type.UINT32),
             (Keys.LLM.EMBEDDING_LENGTH, self.hidden, Type.UINT32),
             *([(Keys.LLM.FEED_FORWARD_LENGTH, inner, Type.UINT32)] if inner else []),
             (Keys.Attention.HEAD_COUNT, self.heads, Type.UINT32),

@@ -17,7 +17,7 @@ from gguf import GGUFValueType as Type
 from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, brief
-from ornith_moe.quant.source.architectures.architecture import Architecture, FallbackTokenizer, Key
+from ornith_moe.quant.source.architectures.architecture import Architecture, Cached, FallbackTokenizer, Key
 from ornith_moe.quant.source.architectures.weight import Cut, Settings, Weight
 
 _SHOWN = frozenset(  # control tokens that a chat parser must see in the text
@@ -142,6 +142,13 @@ class Gemma4(Architecture):
         yield "model.embed_vision.embedding_projection.weight", (self.hidden, hidden)
 
     # Engines
+
+    def cached(self, context: int) -> Cached:
+        """A sliding layer looks back on its window alone; values that are keys are kept all the same."""
+        full = self.attentions.count("full_attention")
+        window = min(context, self.text.integer("sliding_window", context))
+        everywhere = full * self.global_kv_heads * self.global_head_dim * context
+        return Cached(2 * (everywhere + (self.layers - full) * self.kv_heads * self.head_dim * window), 0)
 
     def cut(self, weight: Weight) -> Cut | None:
         if weight.layer is None:

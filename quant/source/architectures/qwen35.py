@@ -23,7 +23,7 @@ from gguf import GGUFValueType as Type
 from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
-from ornith_moe.quant.source.architectures.architecture import Architecture, Key
+from ornith_moe.quant.source.architectures.architecture import Architecture, Cached, Key
 from ornith_moe.quant.source.architectures.qwen35_vision import tower_keys, tower_places, tower_weights
 from ornith_moe.quant.source.architectures.weight import Cut, Packed, Place, Settings, Weight
 from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
@@ -196,6 +196,13 @@ class Qwen35(Architecture):
             yield self.VISION_PREFIX + name, shape
 
     # Engines
+
+    def cached(self, context: int) -> Cached:
+        """DeltaNet keeps a matrix of [key, value] per value head, and the inputs that its convolution looks back on."""
+        full = self.mixers.count("full_attention")
+        keys, values = self.key_heads * self.key_head_dim, self.value_heads * self.value_head_dim
+        state = values * self.key_head_dim + (self.conv_kernel - 1) * (2 * keys + values)
+        return Cached(2 * full * self.kv_heads * self.head_dim * context, (self.layers - full) * state)
 
     def cut(self, weight: Weight) -> Cut | None:
         keys, values = (self.key_heads, self.key_head_dim), (self.value_heads, self.value_head_dim)
