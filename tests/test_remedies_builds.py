@@ -18,6 +18,7 @@ import ornith_moe.quant.conversion.pipeline as pipeline
 from ornith_moe.imatrix import make_imatrix
 from ornith_moe.quant import files
 from ornith_moe.quant.budget import Budget, one_budget
+from ornith_moe.quant.builds.build import AskedNvfp4
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.conversion.journal import Journal
@@ -272,3 +273,20 @@ def test_a_cut_build_is_converted_again(m, out):
     assert "move the build away and convert again" in problem
     path.rename(out / "mine")
     made(m, out)
+
+
+@follows(
+    "would compute the head with activations of four bits, which no recipe does; leave the option out",
+    "the head of this model is its embedding; leave the option out",
+    "--nvfp4-head and --nvfp4-rest are for {}; leave them out, or ask for one",
+)
+def test_options_of_nvfp4_go_with_builds_of_it(tmp_path):
+    head, out = AskedNvfp4(head=True), tmp_path / "out"
+    plain, tied = tiny(tmp_path / "plain"), tiny(tmp_path / "tied", tie_word_embeddings=True)
+    refused("four bits, which no recipe does; leave the option out", made, plain, out, ["nvfp4-w4a4"], nvfp4=head)
+    made(plain, out, ["nvfp4-w4a4"])
+    refused("head of this model is its embedding; leave the option out", made, tied, out, ["nvfp4"], nvfp4=head)
+    made(tied, out, ["nvfp4"])
+    refused("are for nvfp4 and nvfp4-w4a4; leave them out, or ask", made, plain, tmp_path / "2", nvfp4=head)
+    assert not (tmp_path / "2").exists()
+    made(plain, tmp_path / "2", ["nvfp4"], nvfp4=head)

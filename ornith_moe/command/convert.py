@@ -24,13 +24,17 @@ from ornith_moe.command.options import (
     MtpOption,
     Name,
     NonFinite,
+    Nvfp4Head,
+    Nvfp4Rest,
     OutputType,
     RecipeFile,
+    Rest,
     SourceArgument,
     TensorType,
     To,
     TokenizerPre,
     asked_of_gguf,
+    asked_of_nvfp4,
     parse_size,
 )
 from ornith_moe.command.terminal import Stopped, out, print_json, progress_bar, say, shown
@@ -63,8 +67,12 @@ def convert(
     recipe: RecipeFile = None,
     token_embedding_type: EmbeddingType = None,
     output_tensor_type: OutputType = None,
+    nvfp4_head: Nvfp4Head = False,
+    nvfp4_rest: Nvfp4Rest = Rest.bf16,
     non_finite: Annotated[
         NonFinite,
+        Nvfp4Head,
+        Nvfp4Rest,
         typer.Option(help="Stop at a NaN or an infinity, or read once more and leave such tensors unquantized."),
     ] = NonFinite.error,
     device: Annotated[
@@ -79,6 +87,7 @@ def convert(
     from ornith_moe.quant.source.hub import open_any
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
+    nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
@@ -97,6 +106,7 @@ def convert(
                 tokenizer_pre=tokenizer_pre,
                 asked=asked,
                 imatrix=importance,
+                nvfp4=nvfp4,
                 non_finite=non_finite,
                 encoders=gpu_encoders(where) if where == "cuda" else None,
                 progress=progress,

@@ -12,6 +12,7 @@ import typer
 from ornith_moe.quant.errors import brief
 
 if TYPE_CHECKING:
+    from ornith_moe.quant.builds.build import AskedNvfp4
     from ornith_moe.quant.gguf.imatrix import Imatrix
     from ornith_moe.quant.gguf.tensor_types import AskedTypes
 
@@ -21,6 +22,13 @@ class NonFinite(StrEnum):
 
     error = "error"
     keep_bf16 = "keep-bf16"
+
+
+class Rest(StrEnum):
+    """What becomes of attention beside weights in NVFP4."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
 
 
 class Mtp(StrEnum):
@@ -84,6 +92,20 @@ RecipeFile = Annotated[
 ]
 EmbeddingType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the token embedding.")]
 OutputType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type of the output head.")]
+
+Nvfp4Head = Annotated[bool, typer.Option("--nvfp4-head", help="Builds of NVFP4: the output head in NVFP4 too.")]
+Nvfp4Rest = Annotated[
+    Rest, typer.Option("--nvfp4-rest", help="Builds of NVFP4: attention as in the source, or FP8, one scale a matrix.")
+]
+
+
+def asked_of_nvfp4(to: list[str], head: bool, rest: Rest) -> AskedNvfp4:
+    """What the options ask of builds of NVFP4; PlanError if `to` has none that heeds them."""
+    from ornith_moe.quant.builds.build import AskedNvfp4, Options, refuse_unheard
+
+    asked = AskedNvfp4(head, rest.value)
+    refuse_unheard(to, Options(nvfp4=asked))
+    return asked
 
 
 def asked_of_gguf(

@@ -19,11 +19,15 @@ from ornith_moe.command.options import (
     MtpFrom,
     MtpOption,
     Name,
+    Nvfp4Head,
+    Nvfp4Rest,
     OutputType,
     RecipeFile,
+    Rest,
     TensorType,
     To,
     asked_of_gguf,
+    asked_of_nvfp4,
 )
 from ornith_moe.command.terminal import out, print_json, say
 from ornith_moe.quant.fallbacks import by_kind
@@ -48,6 +52,8 @@ def plan(
     recipe: RecipeFile = None,
     token_embedding_type: EmbeddingType = None,
     output_tensor_type: OutputType = None,
+    nvfp4_head: Nvfp4Head = False,
+    nvfp4_rest: Nvfp4Rest = Rest.bf16,
     context: Annotated[
         int | None,
         typer.Option(min=1, max=1 << 31, metavar="TOKENS", help="Of the sequence to serve; default the model's."),
@@ -62,13 +68,14 @@ def plan(
     from ornith_moe.quant.errors import PlanError
     from ornith_moe.quant.source.hub import open_any
 
+    nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans: list[BuildPlan] = []
     failed: dict[str, PlanError] = {}
     for build in [find_build(each).name for each in to]:
         try:
-            plans.append(plan_build(opened, build, asked=asked, imatrix=importance))
+            plans.append(plan_build(opened, build, asked=asked, imatrix=importance, nvfp4=nvfp4))
         except PlanError as error:
             failed[build] = error
     files = [plan.build.files(plan, max_shard_size) for plan in plans]

@@ -10,7 +10,7 @@ is one as soon as it is registered.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class AskedNvfp4:
+    """What is asked of builds of NVFP4 beyond their names."""
+
+    head: bool = False  # the output head is NVFP4 too
+    rest: str = "bf16"  # attention: as in the source, or "fp8"
+
+
+@dataclass(frozen=True)
 class Options:
     """What decides the bytes of builds besides their source; see `plan_build` and `convert`."""
 
@@ -38,6 +46,7 @@ class Options:
     imatrix: Imatrix | None = None
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     tokenizer_pre: str | None = None
+    nvfp4: AskedNvfp4 = AskedNvfp4()
     kept: Mapping[int, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what `once` has made
@@ -57,6 +66,7 @@ class Build(ABC):
 
     name: str
     storages: tuple[type[Storage], ...]  # that its weights may have, the more particular first
+    hears: frozenset[str] = frozenset()  # fields of `Options` that not every build heeds
 
     def plan(self, source: Source, options: Options) -> BuildPlan:
         """Tensors, storages and names of this build of `source`, from headers alone; see `plan_build`."""
@@ -169,6 +179,17 @@ def find_build(name: str) -> Build:
             f"build {brief(name)} is unknown{did_you_mean(name, BUILDS)}; expected one of {', '.join(BUILDS)}"
         )
     return found
+
+
+def refuse_unheard(names: Iterable[str], options: Options) -> None:
+    """Refuse options that no build of `names` heeds.
+
+    Raises:
+        PlanError: so it is.
+    """
+    if options.nvfp4 != AskedNvfp4() and not any("nvfp4" in find_build(name).hears for name in names):
+        heeding = " and ".join(name for name, build in BUILDS.items() if "nvfp4" in build.hears)
+        raise PlanError(f"--nvfp4-head and --nvfp4-rest are for {heeding}; leave them out, or ask for one")
 
 
 def recognize(found: StoredBuild) -> str:

@@ -8,6 +8,7 @@ published builds, by header and byte count; vLLM and SGLang loaders for the fuse
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,13 @@ class SafetensorsBuild(Build):
         """The source's config as this build has it."""
         return config | {"quantization_config": plan.config}
 
+    def asked_in(self, found: StoredBuild) -> Options:
+        """What was asked of a build that exists."""
+        return Options()
+
     def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
-        plan = self.plan(source, Options())
+        options = self.asked_in(found)
+        plan = self.plan(source, options)
         plan.notes = []
         quantized = [step for step in plan.steps if len(step.parts) > 1]
 
@@ -86,7 +92,7 @@ class SafetensorsBuild(Build):
         kept = {step.weight: "stored unquantized" for step in quantized if is_kept(step)}
         if not kept:
             return plan
-        plan = self.plan(source, Options(kept=kept))
+        plan = self.plan(source, replace(options, kept=kept))
         listed = [found.quantization_config.get(key) for key in SKIP_LISTS]
         names = {str(name) for one in listed if isinstance(one, list) for name in one}
         wanted = [name for key in SKIP_LISTS for name in plan.config.get(key, ())]

@@ -66,8 +66,12 @@ class BuildPlan:
     needs_imatrix: list[str] = field(default_factory=list)  # tensors of a type that is noise without importance
     _indices: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # of `tensors` that weights fill
 
-    def add(self, source: Source, index: int, storage: Storage, place: Place | None = None) -> None:
+    def add(
+        self, source: Source, index: int, storage: Storage, place: Place | None = None, group: str | None = None
+    ) -> None:
         """Plan weight `index` in `storage` at `place`, whose tensor may hold other weights too; None: at its own name.
+
+        Where the storage needs a measure, `group` has one together; None: all that is fused with the weight.
 
         What belongs to a weight is named after it: `suffix` behind its name, or, if that begins with a point, instead
         of `.weight`.
@@ -77,7 +81,8 @@ class BuildPlan:
         place = place or Place(weight.name, weight.shape)
         parts = storage.parts(weight.shape, source.dtype(index))
         tensors = tuple(self._tensor(part, place, weight.shape) for part in parts)
-        group = source.architecture.fused_group(weight) if storage.needs else ""
+        if group is None or not storage.needs:
+            group = source.architecture.fused_group(weight) if storage.needs else ""
         self.steps.append(Step(index, storage, parts, tensors, place.row, place.transform, group))
 
     def _tensor(self, part: Part, place: Place, shape: tuple[int, ...]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ornith_moe.quant.budget import budgeted
-from ornith_moe.quant.builds.build import Options, find_build
+from ornith_moe.quant.builds.build import AskedNvfp4, Options, find_build
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
@@ -19,6 +19,7 @@ def plan_build(
     *,
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
+    nvfp4: AskedNvfp4 | None = None,
     kept: Mapping[int, str] | None = None,
     stored: Mapping[str, str] | None = None,
 ) -> BuildPlan:
@@ -28,11 +29,12 @@ def plan_build(
         build: one of `BUILDS`, in any case.
         asked: types that the user asks for in a GGUF.
         imatrix: importance of the columns of a GGUF's tensors.
+        nvfp4: what is asked of builds of NVFP4.
         kept: {index of a weight: what is wrong with its values}; it stays BF16 (F32 where it would be), with all that
             its build stores or fuses with it.
         stored: {tensor: GGUF type} of a build that exists; goes before what would be decided here.
     Raises:
         PlanError: an unknown build, or one this model cannot have; an importance matrix of another model.
     """
-    options = Options(asked=asked, imatrix=imatrix, kept=kept or {}, stored=stored or {})
+    options = Options(asked=asked, imatrix=imatrix, nvfp4=nvfp4 or AskedNvfp4(), kept=kept or {}, stored=stored or {})
     return find_build(build).plan(source, options)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ornith_moe.quant.codecs.block_tiles import new_tile
 from ornith_moe.quant.simd.compiled import compiled
-from ornith_moe.quant.simd.lanes import LANES, load, store
+from ornith_moe.quant.simd.lanes import LANES, load, maximum, minimum, store
 from ornith_moe.quant.simd.small_floats import larger_magnitude, largest_magnitude, load_e4m3, rounded, store_e4m3
 
 SCALES = {"fp32": (0, np.float32), "bf16": (16, np.uint16), "ue8m0": (23, np.uint8)}  # bits below those of fp32, bits
@@ -57,6 +57,19 @@ def encode_fp8(
     if shift:
         bits = (bits >> shift).astype(dtype)
     return _without_padding(codes, k, out), bits.view(dtype)
+
+
+def encode_fp8_with(rows: np.ndarray, scale: np.float32) -> np.ndarray:
+    """e4m3fn(rows / scale), with the quotient rounded to BF16 before where rows are the bits of BF16.
+
+    Args:
+        rows: ([N, K], uint16 as the bits of BF16, or float32), contiguous. scale: at least the largest magnitude / 448.
+    Returns: ([N, K], uint8).
+    """
+    x, padded = _whole_lanes(rows)
+    codes = np.empty((rows.shape[0], padded), np.uint8)
+    _encode_with(x, scale, rows.dtype == np.uint16, codes.reshape(-1))
+    return _without_padding(codes, rows.shape[1], None)
 
 
 def decode_fp8(
@@ -163,6 +176,13 @@ def _encode(x, n, k, bn, bk, round_first, shift, codes, scales):
                 else:
                     for at in range(left, right, LANES):
                         store_e4m3(codes, at, load(x, at) / step)
+
+
+@compiled
+def _encode_with(x, scale, round_first, codes):
+    for at in range(0, x.size, LANES):
+        v = minimum(maximum(load(x, at) / scale, -E4M3_MAX), E4M3_MAX)
+        store_e4m3(codes, at, rounded(v) if round_first else v)
 
 
 @compiled

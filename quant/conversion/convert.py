@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ornith_moe.quant.budget import budgeted
-from ornith_moe.quant.builds.build import Options, find_build
+from ornith_moe.quant.builds.build import AskedNvfp4, Options, find_build, refuse_unheard
 from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.builds.underflow import underflow_notes
 from ornith_moe.quant.conversion.journal import Head, Journal
@@ -94,6 +94,7 @@ def convert(  # every option of the command line, by name: users need no object 
     tokenizer_pre: str | None = None,
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
+    nvfp4: AskedNvfp4 | None = None,
     non_finite: str = "error",
     encoders: Encoders | None = None,
     progress: Progress | None = None,
@@ -112,6 +113,7 @@ def convert(  # every option of the command line, by name: users need no object 
         resume: of earlier versions; going on goes without saying.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
         asked: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
+        nvfp4: what is asked of builds of NVFP4.
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
@@ -132,7 +134,8 @@ def convert(  # every option of the command line, by name: users need no object 
     if non_finite not in NON_FINITE:
         raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
     workers = Workers(*slabs(source, len(names), max_memory, jobs), encoders or {}, progress or silent)
-    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre)
+    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4())
+    refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":
         conversion.keep_non_finite()

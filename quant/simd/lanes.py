@@ -126,6 +126,14 @@ def interleave_second(a, b):
     """The second halves of a and b, lane by lane in turn."""
 
 
+def evens(a, b):
+    """Lanes 0, 2, 4, ... of a, then of b."""
+
+
+def odds(a, b):
+    """Lanes 1, 3, 5, ... of a, then of b."""
+
+
 def bits(mask):
     """The mask as a number, lane 0 its lowest bit."""
 
@@ -175,6 +183,11 @@ def _nearest_within(builder, v, low, high):
 
 def _interleave(half):
     order = [lane // 2 + LANES // 2 * half + LANES * (lane % 2) for lane in range(LANES)]
+    return lambda builder, a, b: shuffle(builder, a, b, order)
+
+
+def _every_second(first):
+    order = range(first, 2 * LANES, 2)
     return lambda builder, a, b: shuffle(builder, a, b, order)
 
 
@@ -280,6 +293,8 @@ define(nearest, _nearest, Lanes, (Lanes,))
 define(nearest_within, _nearest_within, Lanes, (Lanes,), (float32,), (float32,))
 define(interleave_first, _interleave(0), Lanes, (Lanes,), (Lanes,))
 define(interleave_second, _interleave(1), Lanes, (Lanes,), (Lanes,))
+define(evens, _every_second(0), Lanes, (Lanes,), (Lanes,))
+define(odds, _every_second(1), Lanes, (Lanes,), (Lanes,))
 define(low_byte, _low_byte, Lanes, (Lanes,))
 define(absolute, _llvm("llvm.fabs"), Lanes, (Lanes,))
 define(root, _llvm("llvm.sqrt"), Lanes, (Lanes,))

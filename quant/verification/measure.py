@@ -10,7 +10,7 @@ not in what is judged: a floor means nothing there, only a bound of the error do
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,7 @@ def unit_error(step: Step, slab: Slab, parts: tuple[np.ndarray, ...]) -> Error:
     kept by leave, it must still be what it was.
     """
     columns = slab.float32.shape[1]
+    step = replace(step, storage=step.storage.as_stored(parts))
     with np.errstate(all="ignore"):
         decoded = step.transform.inverse(step.storage.decode(parts, columns, slab.dtype))
         truth = slab.float32.astype(np.float64)

@@ -1,4 +1,4 @@
-"""e4m3 values with BF16 scales beside them: one per output row, or one per 128 x 128 block.
+"""e4m3 values with scales beside them: BF16, one per output row or per 128 x 128 block, or F32, one per matrix.
 
 Where the source holds a weight in the same layout, its codes and scales are copied, whatever made them.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, not_finite
+from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, largest_magnitude, not_finite
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Cast
 from ornith_moe.quant.source.accounts import bare
@@ -30,7 +30,7 @@ class FP8(Storage):
     suffix: str
 
     @abstractmethod
-    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Shape of the scales of a matrix."""
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
@@ -112,7 +112,8 @@ class FP8Channel(FP8):
 
     @classmethod
     def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
-        return cls() if found[name].dtype == E4M3 and name + cls.suffix in found else None
+        scale = found.get(name + cls.suffix)
+        return cls() if found[name].dtype == E4M3 and scale is not None and scale.shape != () else None
 
 
 class FP8Block(FP8):
@@ -135,4 +136,63 @@ class FP8Block(FP8):
     @classmethod
     def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
         """Of FP8 without scales of rows: that it has no scales at all is told as a problem."""
-        return cls() if found[name].dtype == E4M3 and name + FP8Channel.suffix not in found else None
+        if found[name].dtype != E4M3 or name.endswith(FP8Channel.suffix):  # those of NVFP4
+            return None
+        return cls() if name + FP8Channel.suffix not in found else None
+
+
+class FP8Tensor(FP8):
+    """One F32 scale for the matrix, amax / 448, as ModelOpt stores it (`weight_scale`, shape []).
+
+    The quotient of a BF16 weight is rounded to BF16 before it becomes e4m3, as torch's division does.
+    """
+
+    name = "F8_E4M3 per tensor"
+    suffix = "_scale"
+    needs = True
+
+    def __init__(self, scale: np.float32 | None = None):
+        self.scale = scale
+        if scale is not None:
+            self.scales = Scales(float(scale) * 2.0**-9, 1)
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        return Part("", E4M3, shape, shape[1]), Part(self.suffix, "F32", (), 4, rows=None)
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        return ()
+
+    def taking(self, codes: Codes) -> Storage:
+        return self
+
+    def measure(self, slab: Slab) -> float:
+        return largest_magnitude(slab)
+
+    def merge(self, first: float, second: float) -> float:
+        return max(first, second)
+
+    def given(self, found: float) -> Storage:
+        return FP8Tensor(np.float32(found) / np.float32(448) or np.float32(1))
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.codecs.fp8_slabs import encode_fp8_with  # not at import: planning needs no numba
+
+        assert self.scale is not None, "the weight was not measured"
+        rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+        return encode_fp8_with(rows, self.scale), self.scale.reshape(1, 1).view(np.uint8)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.fp8_slabs import decode_fp8
+
+        return decode_fp8(parts[0], parts[1].view(np.float32), (max(len(parts[0]), 1), None))
+
+    def as_stored(self, parts: tuple[np.ndarray, ...]) -> Storage:
+        return FP8Tensor(parts[1].view(np.float32)[0, 0])
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, 16
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        scale = found.get(name + cls.suffix)
+        return cls() if found[name].dtype == E4M3 and scale is not None and scale.shape == () else None

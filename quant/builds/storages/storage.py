@@ -22,7 +22,7 @@ import numpy as np
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
 from ornith_moe.quant.source.quantized import Codes
-from ornith_moe.quant.source.slab import Slab, matrix_shape
+from ornith_moe.quant.source.slab import FLOAT_BITS, Slab, matrix_shape, to_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,10 @@ class Storage(ABC):
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
         """fp32 [rows, columns] of what `encode` gave for a source of `dtype`."""
 
+    def as_stored(self, parts: tuple[np.ndarray, ...]) -> Storage:
+        """This storage, with what it needs to know of a weight read from the weight's own parts."""
+        return self
+
     def exact(self, dtype: str) -> bool:
         """Whether a weight that its source holds as `dtype` keeps its values."""
         return False
@@ -129,3 +133,10 @@ def not_finite(name: str, tensor: FoundTensor, value: int) -> str:
     """The sentence on a stored value, by its index, that is a NaN or an infinity."""
     row = value // matrix_shape(tensor.shape)[1]
     return f"{tensor.path.name}: tensor {bare(name)}, row {row} holds a NaN or an infinity"
+
+
+def largest_magnitude(slab: Slab) -> float:
+    """The largest magnitude of a slab, from its bits."""
+    bits, magnitude, _ = FLOAT_BITS[slab.dtype]
+    largest = (slab.raw.view(bits) & magnitude).max(initial=0)
+    return float(to_float32(np.array([largest], bits).view(np.uint8), slab.dtype)[0])

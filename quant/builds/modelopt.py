@@ -1,0 +1,217 @@
+"""nvfp4 and nvfp4-w4a4: e2m1 weights in ModelOpt's layout, as NVIDIA and Ornith-1.5 publish them.
+
+    nvfp4        W4A16: routed and shared experts, or the MLP of a dense model; activations stay BF16
+    nvfp4-w4a4   routed experts only, or that MLP, and an `input_scale` for each: activations become NVFP4 too
+
+Everything else is as in the source, unless `AskedNvfp4` says more: the head in NVFP4, attention in FP8 with one scale
+for a matrix. MTP and vision always are as in the source: engines build them in BF16. A folder of one algorithm says so
+in two words and lists what is not quantized, with ModelOpt's wildcards; one of two lists what is. Experts are written
+one by one: readers drop the scales of fused ones (vllm#49638).
+
+`input_scale` is 1.0, as in ModelOpt's own recipe without data (`nvfp4_experts_only_input_scale1`): activations of up to
+2688 have room. A projection without one is read as zero (vllm#45212), so the plan has one for each.
+
+Source: modelopt 0.47, torch/export: quant_utils.py, convert_hf_config.py, unified_export_hf.py. What it makes of the
+same weights is recorded in tests/quant/builds/modelopt.json.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
+from ornith_moe.quant.builds.folder import SafetensorsBuild
+from ornith_moe.quant.builds.layout import Layout
+from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor
+from ornith_moe.quant.builds.storages.fp8 import FP8Tensor
+from ornith_moe.quant.builds.storages.nvfp4 import GROUP, NVFP4
+from ornith_moe.quant.builds.storages.plain import Keep
+from ornith_moe.quant.builds.stored import StoredBuild
+from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
+from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.fallbacks import Fallback
+from ornith_moe.quant.files import json_bytes
+from ornith_moe.quant.source.architectures.architecture import Architecture
+from ornith_moe.quant.source.architectures.weight import Weight
+from ornith_moe.quant.source.source import Source
+
+CONFIG_FILE = "hf_quant_config.json"
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is: llama.cpp and vLLM ask for that name
+GROUPED = ("NVFP4", "W4A16_NVFP4")  # algorithms with a scale for every 16 columns
+MLP, MIXERS = ("expert", "shared_expert", "mlp"), ("attention", "linear_attention")  # roles
+SMALL = ("in_proj_a", "in_proj_b")  # a few rows each; every recipe leaves them alone
+
+
+class ModelOptBuild(SafetensorsBuild):
+    """A folder in ModelOpt's layout; `roles` are in NVFP4, and `algorithm` says what becomes of their activations."""
+
+    storages = (NVFP4, FP8Tensor)
+    quant_method = "modelopt"
+    hears = frozenset({"nvfp4"})
+
+    def __init__(self, name: str, algorithm: str, roles: tuple[str, ...]):
+        self.name, self.algorithm, self.roles = name, algorithm, roles
+
+    def decide(self, source: Source, options: Options) -> BuildPlan:
+        self.check(source, options.nvfp4)
+        model, plan = source.architecture, BuildPlan(self)
+        wanted = {i: self.wants(weight, options.nvfp4) for i, weight in enumerate(source.weights)}
+        in_groups = [weight for i, weight in enumerate(source.weights) if wanted[i] in GROUPED]
+        partial = {model.fused_group(weight) for weight in in_groups if weight.shape[1] % GROUP}
+        left = partial | {model.fused_group(source.weights[index]) for index in options.kept}
+        algorithms: dict[str, str] = {}  # of modules
+        for index, weight in enumerate(source.weights):
+            algorithm = wanted[index]
+            if algorithm and model.fused_group(weight) in partial:
+                kind = f"{weight.shape[0]}x{weight.shape[1]}, it or its fused group has rows of no whole {GROUP}, kept"
+                plan.fallbacks.append(Fallback(weight.name, kind))
+            if not algorithm or model.fused_group(weight) in left:
+                plan.add(source, index, Keep())
+                continue
+            algorithms[weight.owner] = algorithm
+            storage = NVFP4() if algorithm in GROUPED else FP8Tensor()
+            plan.add(source, index, storage, group=fused_scale(model, weight))
+            if algorithm != "W4A16_NVFP4":
+                plan.tensors.append(OutputTensor(f"{weight.owner}.input_scale", "F32", (), 4, (1.0,)))
+        grouped = {step.weight for step in plan.steps if isinstance(step.storage, NVFP4)}
+        plan.max_tensor_parallel = max_tensor_parallel(source, in_groups=grouped)
+        plan.config = quantization_config(source, algorithms)
+        return plan
+
+    def check(self, source: Source, asked: AskedNvfp4) -> None:
+        """Refuse what this build of `source` cannot be.
+
+        Raises:
+            PlanError: so it is.
+        """
+        if asked.head and self.algorithm == "NVFP4":
+            raise PlanError(
+                f"{self.name}: --nvfp4-head would compute the head with activations of four bits, which no recipe "
+                "does; leave the option out"
+            )
+        if asked.head and not any(weight.role == "head" for weight in source.weights):
+            raise PlanError(
+                f"{self.name}: --nvfp4-head, but the head of this model is its embedding; leave the option out"
+            )
+
+    def wants(self, weight: Weight, asked: AskedNvfp4) -> str:
+        """The algorithm for `weight`; "" to keep it."""
+        if weight.is_linear and (weight.role in self.roles or (asked.head and weight.role == "head")):
+            return self.algorithm
+        mixer = weight.is_linear and weight.role in MIXERS and weight.leaf not in SMALL
+        return "FP8" if mixer and asked.rest == "fp8" else ""
+
+    def side_files(self, source: Source, plan: BuildPlan, layout: Layout) -> dict[str, bytes]:
+        return super().side_files(source, plan, layout) | {CONFIG_FILE: json_bytes(hf_quant_config(plan.config))}
+
+    def recognize(self, found: StoredBuild) -> bool:
+        """By what becomes of the activations of experts."""
+        if not super().recognize(found):
+            return False
+        layers = found.quantization_config.get("quantized_layers")
+        entries = layers.values() if isinstance(layers, dict) else ()
+        algorithms = [entry.get("quant_algo") for entry in entries if isinstance(entry, dict)]
+        return self.algorithm in [found.quantization_config.get("quant_algo"), *algorithms]
+
+    def asked_in(self, found: StoredBuild) -> Options:
+        tensors = found.tensors
+        fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
+        head = "lm_head.weight_scale_2" in tensors
+        return Options(nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
+
+
+def fused_scale(model: Architecture, weight: Weight) -> str:
+    """The group of weights that share a scale of all: gate and up of an expert, or of an MLP."""
+    parent, _, leaf = weight.owner.rpartition(".")
+    return f"{parent}.{model.FUSED[leaf]}" if leaf in ("gate_proj", "up_proj") else weight.owner
+
+
+def quantization_config(source: Source, algorithms: dict[str, str]) -> dict[str, Any]:
+    """What config.json says, as `convert_hf_quant_config_format` makes it.
+
+    Args:
+        algorithms: {module: algorithm} of those that are quantized.
+    """
+    kinds = dict.fromkeys(algorithms.values())
+    uniform = len(kinds) < 2
+    groups = {f"group_{i}": group_config(kind) for i, kind in enumerate(kinds)}
+    config: dict[str, Any] = {"config_groups": groups}
+    if uniform:
+        for group in groups.values():
+            group["targets"] = ["Linear"]
+        others = [module for module in modules(source) if module not in algorithms]
+        ignored = sorted(with_wildcards(others, algorithms))
+        config["ignore"] = ignored + [f"{source.architecture.MTP_PREFIX.rstrip('.')}*"] * source.has_mtp
+    else:
+        layers = {layer_of(module): kind for module, kind in algorithms.items()}
+        for kind, group in zip(kinds, groups.values(), strict=True):
+            group["targets"] = sorted(module for module, its in layers.items() if its == kind)
+        config["quantized_layers"] = {
+            module: {"quant_algo": kind} | ({} if kind == "FP8" else {"group_size": GROUP})
+            for module, kind in layers.items()
+        }
+        config["ignore"] = []
+    algorithm = next(iter(kinds), "NVFP4") if uniform else "MIXED_PRECISION"
+    return config | {"quant_algo": algorithm, "producer": PRODUCER, "quant_method": "modelopt"}
+
+
+def group_config(algorithm: str) -> dict[str, Any]:
+    """Numbers of an algorithm, for readers that know compressed-tensors; weight-only has no activations."""
+    numbers = {"dynamic": False, "num_bits": 8 if algorithm == "FP8" else 4, "type": "float"}
+    numbers |= {} if algorithm == "FP8" else {"group_size": GROUP}
+    activations = {} if algorithm == "W4A16_NVFP4" else {"input_activations": dict(numbers)}
+    return {**activations, "weights": numbers}
+
+
+def hf_quant_config(config: dict[str, Any]) -> dict[str, Any]:
+    """hf_quant_config.json, which says the same."""
+    algorithm = config["quant_algo"]
+    quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    if algorithm == "MIXED_PRECISION":
+        quantization["quantized_layers"] = config["quantized_layers"]
+    else:
+        quantization |= {"group_size": GROUP, "exclude_modules": config["ignore"]}
+    return {"producer": config["producer"], "quantization": quantization}
+
+
+def layer_of(module: str) -> str:
+    """The module that a config names: all routed experts of a layer are one."""
+    parent, found, _ = module.rpartition(".experts.")
+    return f"{parent}.experts" if found else module
+
+
+def modules(source: Source) -> Iterator[str]:
+    """Modules with a matrix, of the model and its vision tower; the head also where it is the embedding."""
+    for weight in source.weights:
+        if weight.role not in ("norm", "mtp") and len(weight.shape) > 1 and weight.name.endswith(".weight"):
+            yield weight.owner
+    if source.architecture.tied:
+        yield "lm_head"
+
+
+def with_wildcards(others: Iterable[str], quantized: Iterable[str]) -> set[str]:
+    """Names of `others` up to the first dot from which on nothing is `quantized`, and a star.
+
+    Where a star behind the name would reach further, behind a dot, as in `_prefix_wildcard_summarize_exclude_modules`.
+    """
+    known = set(quantized)
+    names = sorted(known)
+
+    def reaches(prefix: str) -> bool:
+        at = bisect_left(names, prefix)
+        return at < len(names) and names[at].startswith(prefix)
+
+    def pattern(name: str) -> str:
+        for i in (i for i, letter in enumerate(name) if letter == "."):
+            if not reaches(name[:i]):
+                return f"{name[:i]}*"
+            if not reaches(f"{name[:i]}.") and name[:i] not in known:
+                return f"{name[:i]}.*"
+        return name
+
+    return {pattern(name) for name in others}
+
+
+register(ModelOptBuild("nvfp4", "W4A16_NVFP4", MLP), ModelOptBuild("nvfp4-w4a4", "NVFP4", ("expert", "mlp")))

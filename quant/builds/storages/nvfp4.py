@@ -1,0 +1,124 @@
+"""NVFP4: e2m1 codes, an e4m3 scale for every 16 columns, and a scale of all that is fused with the tensor.
+
+One encoding (quant/codecs/nvfp4.py) in three layouts: ModelOpt's (`weight`, `weight_scale`, `weight_scale_2`),
+compressed-tensors' (`weight_packed`, `weight_scale`, `weight_global_scale`, which divides), and a GGUF's (blocks, and
+`.scale`). The scale of all is known when all was seen: gate and up of an expert share one, because engines multiply
+them as one matrix and take one of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, largest_magnitude
+from ornith_moe.quant.builds.stored import FoundTensor
+from ornith_moe.quant.source.accounts import bare
+from ornith_moe.quant.source.slab import Slab, matrix_shape
+
+CODES, BLOCK_SCALE = "U8", "F8_E4M3"
+GROUP = 16  # columns that share a scale
+LEAST_SCALE, LARGEST_CODE = 2.0**-9, 6  # of a block, of e2m1
+NAN = 0x7F  # of e4m3
+
+
+class NVFP4(Storage):
+    """ModelOpt's layout. `scale_2` is None until the weight was measured."""
+
+    name = "NVFP4"
+    floor_db = 9.0  # of normal weights 20
+    needs = True
+    suffixes = ("", "_scale", "_scale_2")  # of the names of codes, scales of blocks, scale of all
+    scale_2_shape: tuple[int, ...] = ()
+
+    def __init__(self, scale_2: np.float32 | None = None):
+        self.scale_2 = scale_2
+        if scale_2 is not None:
+            self.scales = Scales(LEAST_SCALE * float(scale_2), LARGEST_CODE)
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        return (
+            Part(self.suffixes[0], CODES, (rows, columns // 2), columns // 2),
+            Part(self.suffixes[1], BLOCK_SCALE, (rows, columns // GROUP), columns // GROUP),
+            Part(self.suffixes[2], "F32", self.scale_2_shape, 4, rows=None),
+        )
+
+    def measure(self, slab: Slab) -> float:
+        return largest_magnitude(slab)
+
+    def merge(self, first: float, second: float) -> float:
+        return max(first, second)
+
+    def given(self, found: float) -> Storage:
+        from ornith_moe.quant.codecs.nvfp4 import scale_2_of  # not at import: planning needs no numba
+
+        return type(self)(scale_2_of(found))
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        codes, scales, scale_2 = encoded(slab, self.scale_2)
+        return codes, scales, self.stored_scale(scale_2).reshape(1, 1).view(np.uint8)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4
+
+        return decode_nvfp4(parts[0], parts[1], self.scale_of(parts))
+
+    def stored_scale(self, scale_2: np.float32) -> np.float32:
+        """The scale of all as it is stored, and its own inverse."""
+        return scale_2
+
+    def scale_of(self, parts: tuple[np.ndarray, ...]) -> np.float32:
+        """What multiplies all of a weight that is stored as `parts`."""
+        return self.stored_scale(parts[2].view(np.float32)[0, 0])
+
+    def as_stored(self, parts: tuple[np.ndarray, ...]) -> Storage:
+        return type(self)(self.scale_of(parts))
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, GROUP
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        """Of codes, and of the scales of blocks, which are judged with their codes."""
+        codes, blocks, scale = cls.suffixes
+        for suffix, dtype in ((codes, CODES), (blocks, BLOCK_SCALE)):
+            if name.endswith(f".weight{suffix}") and found[name].dtype == dtype:
+                owner = name[: len(name) - len(suffix)]
+                return cls() if {owner + codes, owner + scale} <= found.keys() else None
+        return None
+
+    def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:
+        if found[name].dtype == BLOCK_SCALE:
+            return
+        codes, file = found[name], found[name].path.name
+        owner, (rows, packed) = name.removesuffix(self.suffixes[0]), matrix_shape(codes.shape)
+        blocks, scale = found.get(owner + self.suffixes[1]), found[owner + self.suffixes[2]]
+        expected = (rows, 2 * packed // GROUP)
+        if blocks is None or (blocks.dtype, blocks.shape) != (BLOCK_SCALE, expected):
+            got = f"{blocks.dtype} {list(blocks.shape)}" if blocks else "none"
+            yield f"{file}: tensor {bare(name)} is NVFP4 and needs scales {list(expected)} in {BLOCK_SCALE}, got {got}"
+            return
+        for start, values in blocks.slabs(1):
+            bad = (values == 0) | (values >= NAN)  # 0x80 and beyond are negative
+            if bad.any():
+                row = (start + int(bad.argmax())) // expected[1]
+                yield f"{blocks.path.name}: row {row} of the scales of {bare(name)} holds one that is not above zero"
+                break
+        if (scale.dtype, scale.shape) != ("F32", self.scale_2_shape):
+            shape = list(self.scale_2_shape)
+            yield f"{file}: the scale of tensor {bare(name)} is {scale.dtype} {list(scale.shape)}, expected F32 {shape}"
+            return
+        value = self.stored_scale(scale.read(0, 4).view(np.float32)[0])
+        if not 0 < value < np.inf or not np.isfinite(np.float32(448 * LARGEST_CODE) * value):
+            yield f"{scale.path.name}: the scale of {bare(name)} is {value}; expected a number above zero"
+
+
+def encoded(slab: Slab, scale_2: np.float32 | None) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Codes, scales of blocks and scale of all of a slab of a weight that was measured."""
+    from ornith_moe.quant.codecs.nvfp4 import encode_nvfp4  # not at import: planning needs no numba
+
+    assert scale_2 is not None, "the weight was not measured"
+    rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+    return *encode_nvfp4(rows, scale_2), scale_2
