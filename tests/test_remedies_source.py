@@ -1,5 +1,6 @@
 """Remedies of messages about a checkpoint: its files, tensors, config and multi-token prediction."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -74,7 +75,12 @@ def test_a_file_is_renamed(m, out):
     made(m, out)
 
 
-@follows("merge_and_unload(), save_pretrained(), and convert that folder")
+@follows(
+    "merge_and_unload(), save_pretrained(), and convert that folder",
+    "convert its base model with --lora {}",
+    "; merge it with peft and convert the merged folder",
+    "; give the base model that the adapter was trained on",
+)
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_adapter_is_merged(tmp_path, out, whole):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -88,6 +94,14 @@ def test_an_adapter_is_merged(tmp_path, out, whole):
     else:
         model.save_pretrained(folder)
     refused("merge_and_unload(), save_pretrained(), and convert that folder", open_source, folder)
+    if not whole:
+        refused("convert its base model with --lora", open_source, folder)
+        convert(open_any(base, lora=folder), tmp_path / "with", ["bf16"])
+        larger = tiny(tmp_path / "larger", hidden_size=128)
+        refused("give the base model that the adapter was trained on", open_any, larger, lora=folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+        refused("merge it with peft and convert the merged folder", open_any, base, lora=folder)
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     made(tmp_path / "merged", out)
 
@@ -301,7 +315,7 @@ def test_layers_that_a_config_announces_are_counted(with_mtp):
     "leave one of them out",
     "give a checkpoint that has multi-token prediction",
     "; give a checkpoint of the same architecture and size",
-    "give that checkpoint with --mtp-from",
+    "give the same folder with {}",
 )
 def test_another_donor_is_given(m, out, tmp_path):
     donor = tiny(tmp_path / "donor", mtp="keep", mtp_num_hidden_layers=1)
@@ -310,5 +324,5 @@ def test_another_donor_is_given(m, out, tmp_path):
     refused("give a checkpoint that has multi-token prediction", open_any, m, mtp_from=m)
     refused("give a checkpoint of the same architecture and size", open_any, m, mtp_from=larger)
     path = convert(open_any(m, mtp_from=donor), out, ["bf16"]).builds[0].path
-    refused("give that checkpoint with --mtp-from", open_against, path, m)
-    assert verify(path, open_against(path, m, donor)).ok
+    refused("give the same folder with --mtp-from", open_against, path, m)
+    assert verify(path, open_against(path, m, mtp_from=donor)).ok

@@ -19,6 +19,7 @@ from ornith_moe.command.options import (
     EmbeddingType,
     ImatrixOption,
     Json,
+    Lora,
     MaxShard,
     MtpFrom,
     MtpOption,
@@ -59,6 +60,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", hidden=True)] = False,  # goes without saying
     mtp: MtpOption = None,
     mtp_from: MtpFrom = None,
+    lora: Lora = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
     tokenizer_pre: TokenizerPre = None,
@@ -88,7 +90,7 @@ def convert(
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
-    opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from)
+    opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from, lora=lora)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)

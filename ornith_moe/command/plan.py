@@ -15,6 +15,7 @@ from ornith_moe.command.options import (
     EmbeddingType,
     ImatrixOption,
     Json,
+    Lora,
     MaxShard,
     MtpFrom,
     MtpOption,
@@ -45,6 +46,7 @@ def plan(
     to: To,
     mtp: MtpOption = None,
     mtp_from: MtpFrom = None,
+    lora: Lora = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
     imatrix: ImatrixOption = None,
@@ -69,7 +71,7 @@ def plan(
     from ornith_moe.quant.source.hub import open_any
 
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
-    opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from)
+    opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from, lora=lora)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans: list[BuildPlan] = []
     failed: dict[str, PlanError] = {}

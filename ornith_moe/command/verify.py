@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ornith_moe.command.options import Json, MtpFrom
+from ornith_moe.command.options import Json, Lora, MtpFrom
 from ornith_moe.command.terminal import out, print_json, progress_bar, say
 from ornith_moe.quant.errors import VerificationError
 
@@ -20,6 +20,7 @@ def verify(
         str | None, typer.Option(metavar="SRC", help="Compare every weight with this checkpoint.")
     ] = None,
     mtp_from: MtpFrom = None,
+    lora: Lora = None,
     as_json: Json = False,
 ) -> None:
     """Hashes, names, shapes and error per role of a finished build."""
@@ -27,7 +28,7 @@ def verify(
     from ornith_moe.quant.verification.verify import open_against
     from ornith_moe.quant.verification.verify import verify as run
 
-    opened = None if against is None else open_against(build, against, mtp_from)
+    opened = None if against is None else open_against(build, against, mtp_from=mtp_from, lora=lora)
     with progress_bar() as progress:
         result = run(build, opened, progress=progress)
     if as_json:

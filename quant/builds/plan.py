@@ -76,8 +76,7 @@ class BuildPlan:
         What belongs to a weight is named after it: `suffix` behind its name, or, if that begins with a point, instead
         of `.weight`.
         """
-        weight, codes = source.weights[index], source.codes(index)
-        storage = storage if codes is None else storage.taking(codes)
+        weight, storage = source.weights[index], storage.taking(source, index)
         place = place or Place(weight.name, weight.shape)
         parts = storage.parts(weight.shape, source.dtype(index))
         tensors = tuple(self._tensor(part, place, weight.shape) for part in parts)

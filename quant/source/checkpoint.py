@@ -39,6 +39,7 @@ from ornith_moe.quant.source.shards import INDEX, UNNAMED, ModelFiles, is_adapte
 from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization, is_spare
 
+CONFIG = "config.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 OTHER_DTYPES = {  # known to the format, but not weights we convert
@@ -79,6 +80,7 @@ class Checkpoint:
     others: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict)  # files that may hold more of it
     left_out: tuple[LeftOut, ...] = ()  # files
     block: tuple[int, int] = BLOCK  # rows and columns that share a scale in FP8 tensors of that layout
+    config_name: str = CONFIG
 
     def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
         """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
@@ -111,12 +113,17 @@ class Checkpoint:
             for entry in self.left_out
             if (names := tuple(name for name in entry.names if name not in files))
         )
-        fingerprint = _fingerprint(self.folder, self.config, paths, tensors)
+        fingerprint = _fingerprint(self.folder / self.config_name, self.config, paths, tensors)
         return replace(self, tensors=tensors, files=paths, left_out=left_out, fingerprint=fingerprint)
 
     def changed(self) -> bool:
         """Whether a file of the source was replaced or written to since it was opened."""
-        return _fingerprint(self.folder, self.config, self.files, self.tensors) != self.fingerprint
+        config = self.folder / self.config_name
+        return _fingerprint(config, self.config, self.files, self.tensors) != self.fingerprint
+
+    def modified_ns(self) -> int:
+        """When one of its files was last written to, in nanoseconds since 1970."""
+        return max(path.stat().st_mtime_ns for path in (self.folder / self.config_name, *self.files))
 
 
 @budgeted
@@ -148,12 +155,24 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
         config,
         tensors,
         files,
-        _fingerprint(folder, config, files, tensors),
+        _fingerprint(folder / CONFIG, config, files, tensors),
         (*found.notes, *stale),
         others,
         left_out,
         block_of(section),
     )
+
+
+def opened(folder: Path, config: dict[str, Any], config_name: str, file: str) -> Checkpoint:
+    """The tensors of one file of a folder, beside a config that says what they are.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    tensors = read_header(folder / file)
+    budget().take(INFO_MEMORY * len(tensors), f"{file}: its tensors")
+    fingerprint = _fingerprint(folder / config_name, config, (folder / file,), tensors)
+    return Checkpoint(folder, config, tensors, (folder / file,), fingerprint, config_name=config_name)
 
 
 @budgeted
@@ -321,8 +340,8 @@ def _adapter_sentence(folder: Path) -> str:
     base = found.get("base_model_name_or_path") or found.get("model")  # PEFT; MLX
     of = f" of {brief(base)}" if base else ""
     return (
-        f"{folder}: is an adapter{of}, not a model; load it on its base model with peft, merge_and_unload(), "
-        "save_pretrained(), and convert that folder"
+        f"{folder}: is an adapter{of}, not a model; convert its base model with --lora {folder}, or load it on that "
+        "model with peft, merge_and_unload(), save_pretrained(), and convert that folder"
     )
 
 
@@ -350,10 +369,10 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _fingerprint(
-    folder: Path, config: Mapping[str, Any], files: tuple[Path, ...], tensors: Mapping[str, TensorInfo]
+    config_path: Path, config: Mapping[str, Any], files: tuple[Path, ...], tensors: Mapping[str, TensorInfo]
 ) -> str:
     digest = xxhash.xxh3_128(json.dumps(config, sort_keys=True).encode())
-    for path in (folder / "config.json", *files):
+    for path in (config_path, *files):
         state = path.stat()
         digest.update(os.fsencode(path.name) + f"\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
     for info in tensors.values():

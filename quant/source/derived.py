@@ -28,6 +28,9 @@ class Derived(Source):
     def dtype(self, index: int) -> str:
         return self.base.dtype(index)
 
+    def kept(self, index: int) -> str:
+        return self.base.kept(index)
+
     def codes(self, index: int) -> Codes | None:
         return self.base.codes(index)
 

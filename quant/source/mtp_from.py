@@ -45,6 +45,10 @@ class Grafted(Derived):
         source, index = self._of(index)
         return source.dtype(index)
 
+    def kept(self, index: int) -> str:
+        source, index = self._of(index)
+        return source.kept(index)
+
     def codes(self, index: int) -> Codes | None:
         source, index = self._of(index)
         return source.codes(index)

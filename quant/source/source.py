@@ -62,6 +62,10 @@ class Source(ABC):
     def dtype(self, index: int) -> str:
         """In which of BF16, F16 and F32 `read` gives the rows of weight `index`."""
 
+    def kept(self, index: int) -> str:
+        """The dtype in which a build that leaves weight `index` unquantized holds it: that of its file, as a rule."""
+        return self.dtype(index)
+
     def codes(self, index: int) -> Codes | None:
         """How weight `index` lies as codes and scales, which its slabs then hold; None: as numbers of its dtype."""
         return None
@@ -145,6 +149,9 @@ class CheckpointSource(Source):
         tensor, _, scales = self.rows[index]
         return "F32" if scales else tensor.dtype
 
+    def kept(self, index: int) -> str:
+        return "BF16" if self.rows[index].scales else self.dtype(index)
+
     def codes(self, index: int) -> Codes | None:
         tensor, first, scales = self.rows[index]
         if scales is None:
@@ -175,7 +182,7 @@ class CheckpointSource(Source):
         return self.checkpoint.changed()
 
     def modified_ns(self) -> int:
-        return max(path.stat().st_mtime_ns for path in (self.folder / "config.json", *self.checkpoint.files))
+        return self.checkpoint.modified_ns()
 
     def tensor_of(self, index: int) -> str:
         return self.rows[index].tensor.name

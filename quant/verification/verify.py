@@ -85,26 +85,29 @@ def build_has_mtp(build: str | Path) -> bool:
 
 
 @budgeted
-def open_against(build: str | Path, against: str | Path, mtp_from: str | Path | None = None) -> Source:
+def open_against(
+    build: str | Path, against: str | Path, *, mtp_from: str | Path | None = None, lora: str | Path | None = None
+) -> Source:
     """What `build` is to be held against: the source, with MTP tensors if the build or its manifest has them.
 
     Args:
-        mtp_from: as `open_any`; the build was made with it.
+        mtp_from, lora: as `open_any`; what the build was made with.
     Raises:
         CheckpointError: as `open_any`; the manifest names what was added to the source, and it is not given here.
     """
     manifest = _manifest(StoredBuild(Path(build))) or {}
-    if manifest.get("mtp_from") and mtp_from is None:
-        raise CheckpointError(
-            f"{build}: was made with multi-token prediction of {brief(manifest['mtp_from'])}; give that checkpoint "
-            "with --mtp-from"
-        )
+    for key, given in {"mtp_from": mtp_from, "lora": lora}.items():
+        if manifest.get(key) and given is None:
+            option = f"--{key.replace('_', '-')}"
+            raise CheckpointError(
+                f"{build}: was made with {option} {brief(manifest[key])}; give the same folder with {option}"
+            )
     if mtp_from is not None:
-        return open_any(against, mtp_from=mtp_from)
+        return open_any(against, mtp_from=mtp_from, lora=lora)
     if not build_has_mtp(build) and manifest.get("mtp") is not True:
-        return open_any(against, mtp="drop")
-    opened = open_any(against)
-    return open_any(against, mtp="keep") if opened.offers_mtp and not opened.has_mtp else opened
+        return open_any(against, mtp="drop", lora=lora)
+    opened = open_any(against, lora=lora)
+    return open_any(against, mtp="keep", lora=lora) if opened.offers_mtp and not opened.has_mtp else opened
 
 
 def _manifest(stored: StoredBuild) -> dict[str, Any] | None:

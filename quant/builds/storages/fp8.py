@@ -17,8 +17,9 @@ from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.recipes import BLOCK, FP8_BLOCK, ROW, Cast
 from ornith_moe.quant.source.accounts import bare
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.quantized import E4M3, Codes
+from ornith_moe.quant.source.quantized import E4M3
 from ornith_moe.quant.source.slab import MAGNITUDE, NAN, QuantizedSlab, Slab, matrix_shape, to_float32
+from ornith_moe.quant.source.source import Source
 
 
 class FP8(Storage):
@@ -48,7 +49,10 @@ class FP8(Storage):
     def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
         return self.block[0], self.block[1] or shape[1]
 
-    def taking(self, codes: Codes) -> Storage:
+    def taking(self, source: Source, index: int) -> Storage:
+        codes = source.codes(index)
+        if codes is None:
+            return self
         same = codes.whole and codes.block == self.block and codes.scale_dtype in ("BF16", "F32")
         return Copied(self, codes.scale_dtype) if same else self
 
@@ -162,7 +166,7 @@ class FP8Tensor(FP8):
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return ()
 
-    def taking(self, codes: Codes) -> Storage:
+    def taking(self, source: Source, index: int) -> Storage:
         return self
 
     def measure(self, slab: Slab) -> float:

@@ -8,12 +8,12 @@ import numpy as np
 
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.quantized import Codes
 from ornith_moe.quant.source.slab import Slab, matrix_shape, to_float32
+from ornith_moe.quant.source.source import Source
 
 
 class Keep(Storage):
-    """The source's own bytes; BF16 of what it holds as codes and scales."""
+    """The source's own bytes; BF16 of what it computes."""
 
     name = "keep"
     floor_db = math.inf
@@ -30,8 +30,8 @@ class Keep(Storage):
     def exact(self, dtype: str) -> bool:
         return True
 
-    def taking(self, codes: Codes) -> Storage:
-        return ToBF16()
+    def taking(self, source: Source, index: int) -> Storage:
+        return self if source.kept(index) == source.dtype(index) else ToBF16()
 
 
 class ToBF16(Storage):

@@ -21,8 +21,8 @@ import numpy as np
 
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
-from ornith_moe.quant.source.quantized import Codes
 from ornith_moe.quant.source.slab import FLOAT_BITS, Slab, matrix_shape, to_float32
+from ornith_moe.quant.source.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,8 @@ class Storage(ABC):
         """Rows and columns of the weights that share a scale, of a matrix of `shape`."""
         return 1, 1
 
-    def taking(self, codes: Codes) -> Storage:
-        """This storage for a weight that its source holds as such codes and scales, which slabs of it have."""
+    def taking(self, source: Source, index: int) -> Storage:
+        """This storage for weight `index` of `source`, which may hold it as codes and scales, as slabs then do."""
         return self
 
     @classmethod
