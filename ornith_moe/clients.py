@@ -82,6 +82,7 @@ class Transformers:
         self._torch, transformers = require("torch", "hf"), require("transformers", "hf")
         self.folder = Path(folder)
         files.refuse_stray_links(self.folder)
+        dequantizing = _dequantizing(transformers, self.folder)
         self.name = f"transformers {transformers.__version__}"
         with quiet_transformers():
             try:
@@ -91,7 +92,7 @@ class Transformers:
                     local_files_only=True,
                     trust_remote_code=False,
                     use_safetensors=True,  # a folder without them may hold pickles
-                    quantization_config=_dequantizing(transformers, self.folder),
+                    quantization_config=dequantizing,
                 )
             except ImportError as error:  # accelerate for block FP8, compressed-tensors for channel FP8
                 raise OrnithError(
@@ -220,8 +221,14 @@ def _fill(row: np.ndarray, listed: list[dict]) -> None:
 
 
 def _dequantizing(transformers: Any, folder: Path) -> Any:
-    """The quantization_config that asks transformers for dense weights, None for a folder that is not quantized."""
+    """The quantization_config that asks transformers for dense weights, None for a folder that is not quantized.
+
+    Raises:
+        CheckpointError: transformers has no reader for it.
+    """
     build = BUILDS.get(recognize(StoredBuild(folder)))
+    if isinstance(build, SafetensorsBuild) and build.unread:
+        raise CheckpointError(f"{folder}: is {build}, and transformers {build.unread}")
     kind = build.dequantizer if isinstance(build, SafetensorsBuild) else None
     return getattr(transformers, kind)(dequantize=True) if kind else None
 

@@ -37,11 +37,12 @@ _TOWER = {
 }  # fmt: skip
 
 
-def make(folder: Path, layout: str = "fused") -> Path:
-    """Write the checkpoint into `folder`, which is made."""
+def make(folder: Path, layout: str = "fused", **changes: int) -> Path:
+    """Write the checkpoint into `folder`, which is made; `changes` are of the text config."""
     folder.mkdir(parents=True)
     config = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
-    config |= {"tie_word_embeddings": False, "text_config": _TEXT, "vision_config": _TOWER}
+    config |= {"tie_word_embeddings": False, "text_config": _TEXT | changes}
+    config["vision_config"] = _TOWER | {"out_hidden_size": config["text_config"]["hidden_size"]}
     tokenizer, settings = qwen_tokenizer()
     files = {"config.json": config, "tokenizer.json": tokenizer, "tokenizer_config.json": settings}
     for name, content in files.items():

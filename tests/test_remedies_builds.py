@@ -279,6 +279,7 @@ def test_a_cut_build_is_converted_again(m, out):
     "would compute the head with activations of four bits, which no recipe does; leave the option out",
     "the head of this model is its embedding; leave the option out",
     "--nvfp4-head and --nvfp4-rest are for {}; leave them out, or ask for one",
+    "its format is of NVFP4 alone; ask for nvfp4, or leave --nvfp4-rest out",
 )
 def test_options_of_nvfp4_go_with_builds_of_it(tmp_path):
     head, out = AskedNvfp4(head=True), tmp_path / "out"
@@ -287,6 +288,10 @@ def test_options_of_nvfp4_go_with_builds_of_it(tmp_path):
     made(plain, out, ["nvfp4-w4a4"])
     refused("head of this model is its embedding; leave the option out", made, tied, out, ["nvfp4"], nvfp4=head)
     made(tied, out, ["nvfp4"])
-    refused("are for nvfp4 and nvfp4-w4a4; leave them out, or ask", made, plain, tmp_path / "2", nvfp4=head)
+    refused("are for nvfp4, nvfp4-w4a4, nvfp4-ct; leave them out, or ask", made, plain, tmp_path / "2", nvfp4=head)
     assert not (tmp_path / "2").exists()
     made(plain, tmp_path / "2", ["nvfp4"], nvfp4=head)
+    rest = AskedNvfp4(rest="fp8")
+    refused("ask for nvfp4, or leave --nvfp4-rest out", made, plain, tmp_path / "3", ["nvfp4-ct"], nvfp4=rest)
+    made(plain, tmp_path / "3", ["nvfp4"], nvfp4=rest)
+    made(plain, tmp_path / "3", ["nvfp4-ct"])

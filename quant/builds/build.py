@@ -188,7 +188,7 @@ def refuse_unheard(names: Iterable[str], options: Options) -> None:
         PlanError: so it is.
     """
     if options.nvfp4 != AskedNvfp4() and not any("nvfp4" in find_build(name).hears for name in names):
-        heeding = " and ".join(name for name, build in BUILDS.items() if "nvfp4" in build.hears)
+        heeding = ", ".join(name for name, build in BUILDS.items() if "nvfp4" in build.hears)
         raise PlanError(f"--nvfp4-head and --nvfp4-rest are for {heeding}; leave them out, or ask for one")
 
 

@@ -8,6 +8,7 @@ published builds, by header and byte count; vLLM and SGLang loaders for the fuse
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.side_files import copied_files
 from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
 from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import json_bytes
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.source import Source
@@ -31,6 +33,7 @@ class SafetensorsBuild(Build):
 
     quant_method: str | None = None  # of its quantization_config
     dequantizer: str | None = None  # class of transformers whose `dequantize=True` reads it as dense weights
+    unread: str = ""  # why transformers cannot run it
     header_format = "pt"  # as headers name it
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
@@ -103,3 +106,23 @@ class SafetensorsBuild(Build):
             )
         plan.notes = [f"{len(kept)} weights, the first {source.weights[min(kept)].name}, are stored unquantized"]
         return plan
+
+
+def whole_groups(source: Source, wanted: Collection[int], columns: int, kept: Collection[int]) -> set[int]:
+    """Those of the weights `wanted` of which nothing that is fused with them is `kept` or of no whole `columns`."""
+    group = source.architecture.fused_group
+    partial = [index for index in wanted if source.weights[index].shape[1] % columns]
+    left = {group(source.weights[index]) for index in [*partial, *kept]}
+    return {index for index in wanted if group(source.weights[index]) not in left}
+
+
+def fallbacks(source: Source, left: Collection[int], columns: int, kept: Collection[int]) -> list[Fallback]:
+    """What is to be said of weights that `whole_groups` has left out for their columns."""
+    weights = [source.weights[index] for index in sorted(set(left) - set(kept))]
+    return [
+        Fallback(
+            weight.name,
+            f"{weight.shape[0]}x{weight.shape[1]}, it or its fused group has rows of no whole {columns}, kept",
+        )
+        for weight in weights
+    ]

@@ -10,8 +10,13 @@ from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.fp8 import FP8Channel
 from ornith_moe.quant.builds.storages.plain import Keep
+from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
 from ornith_moe.quant.source.source import Source
+
+FORMAT = "float-quantized"
+WEIGHTS: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "channel"}
+ACTIVATIONS: dict[str, Any] = {"num_bits": 8, "type": "float", "dynamic": True, "observer": None, "strategy": "token"}
 
 
 class FP8ChannelBuild(SafetensorsBuild):
@@ -38,21 +43,34 @@ class FP8ChannelBuild(SafetensorsBuild):
         plan.config = compressed_tensors_config([*ignore, *skipped])
         return plan
 
+    def recognize(self, found: StoredBuild) -> bool:
+        """Of all that compressed-tensors reads, what does not say to be in another format."""
+        return super().recognize(found) and found.quantization_config.get("format", FORMAT) == FORMAT
 
-def compressed_tensors_config(ignore: list[str]) -> dict[str, Any]:
-    """quantization_config of the official Ornith-1.0 FP8 builds, with this ignore list."""
-    common = {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None, "block_structure": None}
-    common |= {"actorder": None, "scale_dtype": None, "zp_dtype": None, "observer_kwargs": {}}
+
+def compressed_tensors_config(
+    ignore: list[str],
+    kind: str = FORMAT,
+    weights: dict[str, Any] = WEIGHTS,
+    activations: dict[str, Any] | None = ACTIVATIONS,
+) -> dict[str, Any]:
+    """quantization_config of compressed-tensors, as the official Ornith-1.0 FP8 builds spell it.
+
+    Args:
+        kind: the format of its tensors. weights, activations: what differs from numbers of no particular kind.
+    """
+    common: dict[str, Any] = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None}
+    common |= {"scale_dtype": None, "zp_dtype": None, "observer_kwargs": {}}
     group = {
-        "format": "float-quantized",
-        "input_activations": common | {"dynamic": True, "observer": None, "strategy": "token"},
+        "format": kind,
+        "input_activations": None if activations is None else common | activations,
         "output_activations": None,
         "targets": ["Linear"],
-        "weights": common | {"dynamic": False, "observer": "memoryless_minmax", "strategy": "channel"},
+        "weights": common | {"dynamic": False, "observer": "memoryless_minmax"} | weights,
     }
     return {
         "config_groups": {"config_group_0": group},
-        "format": "float-quantized",
+        "format": kind,
         "global_compression_ratio": None,
         "ignore": ignore,
         "kv_cache_scheme": None,

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
-from ornith_moe.quant.builds.folder import SafetensorsBuild
+from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_groups
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor
 from ornith_moe.quant.builds.storages.fp8 import FP8Tensor
@@ -31,7 +31,6 @@ from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
 from ornith_moe.quant.errors import PlanError
-from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import json_bytes
 from ornith_moe.quant.source.architectures.architecture import Architecture
 from ornith_moe.quant.source.architectures.weight import Weight
@@ -49,6 +48,7 @@ class ModelOptBuild(SafetensorsBuild):
 
     storages = (NVFP4, FP8Tensor)
     quant_method = "modelopt"
+    unread = "has no reader of ModelOpt's layout"
     hears = frozenset({"nvfp4"})
 
     def __init__(self, name: str, algorithm: str, roles: tuple[str, ...]):
@@ -57,26 +57,22 @@ class ModelOptBuild(SafetensorsBuild):
     def decide(self, source: Source, options: Options) -> BuildPlan:
         self.check(source, options.nvfp4)
         model, plan = source.architecture, BuildPlan(self)
-        wanted = {i: self.wants(weight, options.nvfp4) for i, weight in enumerate(source.weights)}
-        in_groups = [weight for i, weight in enumerate(source.weights) if wanted[i] in GROUPED]
-        partial = {model.fused_group(weight) for weight in in_groups if weight.shape[1] % GROUP}
-        left = partial | {model.fused_group(source.weights[index]) for index in options.kept}
+        wanted = {i: kind for i, weight in enumerate(source.weights) if (kind := self.wants(weight, options.nvfp4))}
+        grouped = [index for index, kind in wanted.items() if kind in GROUPED]
+        quantized = whole_groups(source, grouped, GROUP, options.kept)
+        plan.fallbacks = fallbacks(source, set(grouped) - quantized, GROUP, options.kept)
+        plan.max_tensor_parallel = max_tensor_parallel(source, in_groups=quantized)
+        quantized |= whole_groups(source, wanted.keys() - set(grouped), 1, options.kept)
         algorithms: dict[str, str] = {}  # of modules
         for index, weight in enumerate(source.weights):
-            algorithm = wanted[index]
-            if algorithm and model.fused_group(weight) in partial:
-                kind = f"{weight.shape[0]}x{weight.shape[1]}, it or its fused group has rows of no whole {GROUP}, kept"
-                plan.fallbacks.append(Fallback(weight.name, kind))
-            if not algorithm or model.fused_group(weight) in left:
+            if index not in quantized:
                 plan.add(source, index, Keep())
                 continue
-            algorithms[weight.owner] = algorithm
-            storage = NVFP4() if algorithm in GROUPED else FP8Tensor()
+            algorithms[weight.owner] = kind = wanted[index]
+            storage = NVFP4() if kind in GROUPED else FP8Tensor()
             plan.add(source, index, storage, group=fused_scale(model, weight))
-            if algorithm != "W4A16_NVFP4":
+            if kind != "W4A16_NVFP4":
                 plan.tensors.append(OutputTensor(f"{weight.owner}.input_scale", "F32", (), 4, (1.0,)))
-        grouped = {step.weight for step in plan.steps if isinstance(step.storage, NVFP4)}
-        plan.max_tensor_parallel = max_tensor_parallel(source, in_groups=grouped)
         plan.config = quantization_config(source, algorithms)
         return plan
 

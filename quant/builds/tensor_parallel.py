@@ -18,22 +18,23 @@ from ornith_moe.quant.source.architectures.weight import Cut, Weight
 from ornith_moe.quant.source.source import Source
 
 MOST_RANKS = 1 << 12
-GROUP = 16  # columns that share a scale of NVFP4
 
 
-def max_tensor_parallel(source: Source, in_blocks: Collection[int] = (), in_groups: Collection[int] = ()) -> int:
+def max_tensor_parallel(
+    source: Source, in_blocks: Collection[int] = (), in_groups: Collection[int] = (), group: int = 16
+) -> int:
     """Largest power of two of ranks that `source`'s weights can be cut over.
 
     Args:
         in_blocks: indices of the weights that have one scale per 128 x 128 block.
-        in_groups: of those that have one for every 16 columns.
+        in_groups: of those that have one for every `group` columns of a row.
     """
     model = source.architecture
     cuts: set[tuple[Cut, int]] = set()  # and what the pieces of each must be a multiple of
     for index, weight in enumerate(source.weights):
         if weight.role != "vision" and not weight.expert and (cut := model.cut(weight)):
-            group = GROUP if index in in_groups and cut.by_columns else 1
-            cuts.add((cut, FP8_BLOCK if index in in_blocks else group))
+            columns = group if index in in_groups and cut.by_columns else 1
+            cuts.add((cut, FP8_BLOCK if index in in_blocks else columns))
 
     def possible(ranks: int) -> bool:
         pieces = [(cut.per_rank(ranks), whole) for cut, whole in cuts]

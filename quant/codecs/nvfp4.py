@@ -68,10 +68,13 @@ def encode_nvfp4(rows: np.ndarray, scale_2: np.float32) -> tuple[np.ndarray, np.
     return codes[: groups * GROUP // 2].reshape(n, k // 2), scales[:groups].reshape(n, k // GROUP)
 
 
-def decode_nvfp4(codes: np.ndarray, scales: np.ndarray, scale_2: np.float32) -> np.ndarray:
-    """e2m1(code) * (scale * scale_2), the inverse: float32 [N, K] of what `encode_nvfp4` gives."""
+def decode_nvfp4(codes: np.ndarray, scales: np.ndarray, scale_2: np.float32, *, divides: bool = False) -> np.ndarray:
+    """e2m1(code) * (scale * scale_2), the inverse: float32 [N, K] of what `encode_nvfp4` gives.
+
+    `divides`: e2m1(code) * (scale / scale_2), as compressed-tensors has it.
+    """
     out = np.empty((codes.shape[0], 2 * codes.shape[1]), np.float32)
-    _decode(codes.reshape(-1), scales.reshape(-1), scale_2, out.reshape(-1))
+    _decode(codes.reshape(-1), scales.reshape(-1), np.full(LANES, scale_2), divides, out.reshape(-1))
     return out
 
 
@@ -126,13 +129,15 @@ def _encode(x, groups, scale_2, codes, scales):
 
 
 @compiled
-def _decode(codes, scales, scale_2, out):
+def _decode(codes, scales, scale_2, divides, out):
+    step, all_of_them = new_tile(1), load(scale_2, 0)
     for group in range(scales.size):
-        step = e4m3_value(scales[group]) * scale_2
+        scale = broadcast(e4m3_value(scales[group]))
+        store(step, 0, scale / all_of_them if divides else scale * all_of_them)
         for i in range(GROUP // 2):
             code = codes[GROUP // 2 * group + i]
-            out[GROUP * group + 2 * i] = E2M1[code & 15] * step
-            out[GROUP * group + 2 * i + 1] = E2M1[code >> 4] * step
+            out[GROUP * group + 2 * i] = E2M1[code & 15] * step[0]
+            out[GROUP * group + 2 * i + 1] = E2M1[code >> 4] * step[0]
 
 
 @compiled

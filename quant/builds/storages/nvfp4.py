@@ -115,6 +115,23 @@ class NVFP4(Storage):
             yield f"{scale.path.name}: the scale of {bare(name)} is {value}; expected a number above zero"
 
 
+class NVFP4Packed(NVFP4):
+    """compressed-tensors' layout of the same codes: the scale of all is its inverse and divides, as its reader does."""
+
+    name = "NVFP4, packed"
+    suffixes = ("_packed", "_scale", "_global_scale")
+    scale_2_shape = (1,)
+
+    def stored_scale(self, scale_2: np.float32) -> np.float32:
+        with np.errstate(divide="ignore"):  # a stored zero is told as a problem
+            return np.float32(1) / scale_2
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4
+
+        return decode_nvfp4(parts[0], parts[1], parts[2].view(np.float32)[0, 0], divides=True)
+
+
 def encoded(slab: Slab, scale_2: np.float32 | None) -> tuple[np.ndarray, np.ndarray, np.float32]:
     """Codes, scales of blocks and scale of all of a slab of a weight that was measured."""
     from ornith_moe.quant.codecs.nvfp4 import encode_nvfp4  # not at import: planning needs no numba

@@ -40,7 +40,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return matrix_shape(self.shape)[0] * self.row_bytes
+        return self.row_bytes * (1 if self.rows is None else matrix_shape(self.shape)[0])
 
     def rows_of(self, weight_rows: int) -> int:
         """Its rows for so many rows of the weight."""
