@@ -60,6 +60,7 @@ setup(
         "verl": ["verl>=0.9.1,<0.10", "transformers>=5.7,<5.11", "compressed-tensors>=0.20"],  # apart from trl
         "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "jinja2>=3.1", "transformers>=5.7,<6"],
         "llama": ["xllamacpp>=2026.10.11549"],
+        "mlx": ["mlx-lm[cpu]>=0.32.2"],
         "hub": ["huggingface_hub>=1.5"],
     },
     entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},

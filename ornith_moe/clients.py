@@ -2,9 +2,10 @@
 
 `Transformers` loads a Hugging Face folder unmodified (BF16, block FP8, channel FP8) and refuses it unless no key was
 missing, unexpected or mismatched; it computes in fp32. `LlamaCpp` loads a GGUF with an fp32 KV cache, without flash
-attention, so that for an F32 file nothing but summation order differs.
+attention, so that for an F32 file nothing but summation order differs. `MlxLm` loads a folder for MLX and computes in
+fp32 too.
 
-Neither is needed to import this file; each names the extra to install when it is missing.
+None is needed to import this file; each names the extra to install when it is missing.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Client(Protocol):
 
 
 def open_client(path: str | Path) -> Client:
-    """The client that runs `path`: llama.cpp for a .gguf file, transformers for a folder with a config.json."""
+    """The client that runs `path`: llama.cpp for a .gguf file, for a folder with a config.json what its build names."""
     path = Path(path)
     if path.is_dir() and (path / "config.json").is_file():
-        return Transformers(path)
+        build = _build_of(path)
+        return MlxLm(path) if build and build.client == "mlx-lm" else Transformers(path)
     if path.is_file() and path.suffix == ".gguf":
         return LlamaCpp(path)
     raise CheckpointError(f"{path}: expected a .gguf file or a folder with a config.json that a client can run")
@@ -212,6 +214,53 @@ class LlamaCpp:
     __enter__, __exit__ = (lambda self: self), (lambda self, *exception: self.close())
 
 
+class MlxLm:
+    """mlx-lm running a folder for MLX, on the CPU where mlx has nothing else, in fp32.
+
+    Codes stay packed; scales, norms and what is not quantized are widened, so that the figures tell what the stored
+    weights lost, and because mlx multiplies experts that are not quantized in nothing else on a CPU.
+
+    Raises:
+        CheckpointError: mlx-lm refuses the folder, for one if a tensor is missing or has another shape.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._mx, mlx_lm = require("mlx.core", "mlx"), require("mlx_lm.utils", "mlx")
+        self.folder = Path(folder)
+        files.refuse_stray_links(self.folder)
+        self.name = f"mlx-lm {version('mlx-lm')}"
+        try:
+            self._model, _ = mlx_lm.load_model(self.folder, trust_remote_code=False)
+            self._model.set_dtype(self._mx.float32)
+            self.vocabulary = self._logits([0])[0].shape[-1]
+        except Exception as error:  # whatever its readers of configs and weights raise
+            raise CheckpointError(f"{self.folder}: mlx-lm refuses it: {one_line(error)}") from None
+
+    def log_probs(self, tokens: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+        rows = self._logits(tokens)[list(positions)].astype(np.float64)
+        return rows - np.logaddexp.reduce(rows, axis=-1, keepdims=True)
+
+    def complete(self, prompt: str, count: int) -> str:
+        import tokenizers
+
+        raw = files.read_bytes(self.folder / "tokenizer.json", what="the tokenizer", limit=files.MAX_JSON_BYTES)
+        tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        ids = tokenizer.encode(prompt).ids
+        start = len(ids)
+        for _ in range(count):
+            ids.append(int(self._logits(ids)[-1].argmax()))
+        return tokenizer.decode(ids[start:], skip_special_tokens=False)
+
+    def _logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """fp32 [L, V]"""
+        return np.array(self._model(self._mx.array([list(tokens)]))[0])
+
+    def close(self) -> None:
+        self._model = None
+
+    __enter__, __exit__ = (lambda self: self), (lambda self, *exception: self.close())
+
+
 def _fill(row: np.ndarray, listed: list[dict]) -> None:
     """Write listed log-probabilities into `row` [V]; a complete list is made to sum to exactly one."""
     row[:] = np.nan
@@ -220,16 +269,25 @@ def _fill(row: np.ndarray, listed: list[dict]) -> None:
         row -= np.logaddexp.reduce(row)
 
 
+def _build_of(folder: Path) -> SafetensorsBuild | None:
+    """The build that lies there; None also of what cannot be read, as its client will say."""
+    try:
+        build = BUILDS.get(recognize(StoredBuild(folder)))
+    except CheckpointError:
+        return None
+    return build if isinstance(build, SafetensorsBuild) else None
+
+
 def _dequantizing(transformers: Any, folder: Path) -> Any:
     """The quantization_config that asks transformers for dense weights, None for a folder that is not quantized.
 
     Raises:
         CheckpointError: transformers has no reader for it.
     """
-    build = BUILDS.get(recognize(StoredBuild(folder)))
-    if isinstance(build, SafetensorsBuild) and build.unread:
+    build = _build_of(folder)
+    if build and build.unread:
         raise CheckpointError(f"{folder}: is {build}, and transformers {build.unread}")
-    kind = build.dequantizer if isinstance(build, SafetensorsBuild) else None
+    kind = build.dequantizer if build else None
     return getattr(transformers, kind)(dequantize=True) if kind else None
 
 

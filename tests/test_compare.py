@@ -7,6 +7,8 @@ explains). Not covered: vocabularies too large to list, and figures of trained w
 
 import json
 import math
+import shutil
+import sys
 
 import fixtures
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ornith_moe.clients import LlamaCpp, Transformers, encode, open_client
+from ornith_moe.clients import LlamaCpp, MlxLm, Transformers, encode, open_client
 from ornith_moe.compare import (
     Comparison,
     compare,
@@ -245,6 +247,46 @@ def test_transformers_client_runs_fp8_folders_dequantized(qwen, builds, build, c
         figures = compare(source, client, np.arange(48))
     assert capfd.readouterr() == ("", "")
     assert 0 < figures.kl_mean < 1
+
+
+@pytest.fixture(scope="module")
+def qwen_mlx(qwen, tmp_path_factory):
+    """{build: folder}"""
+    report = convert(open_source(qwen), tmp_path_factory.mktemp("mlx"), ["mlx:bf16", "mlx:8"])
+    return {build.build: build.path for build in report.builds}
+
+
+def test_mlx_lm_agrees_with_transformers_where_norms_are_rounded_alike(qwen, qwen_mlx, capfd):
+    pytest.importorskip("mlx_lm", reason="needs mlx-lm and mlx[cpu], which the environment of the tests does without")
+    tokens = np.random.default_rng(0).integers(0, 500, (2, 24))
+    with open_client(qwen) as a, open_client(qwen_mlx["mlx:bf16"]) as b, open_client(qwen_mlx["mlx:8"]) as c:
+        assert isinstance(b, MlxLm) and b.vocabulary == fixtures.VOCAB_ROWS
+        for name, weight in a._model.named_parameters():
+            if name.endswith("norm.weight") and "linear_attn" not in name:
+                weight.data = (weight.data + 1).bfloat16().float() - 1
+        found, coarse = compare(a, b, tokens, range(23)), compare(a, c, tokens, range(23))
+        assert a.complete("def route(", 8) == b.complete("def route(", 8)
+    assert capfd.readouterr() == ("", "")
+    assert found.positions == 46 and found.top1 == 1 and found.kl_max < 1e-7 < coarse.kl_mean
+
+
+def test_a_folder_for_mlx_needs_mlx_lm(qwen_mlx, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    with pytest.raises(
+        OrnithError, match=r"mlx\.core is not installed; install it with: pip install 'ornith-moe\[mlx\]'"
+    ):
+        open_client(qwen_mlx["mlx:8"])
+
+
+def test_a_damaged_folder_for_mlx_is_one_quiet_sentence(qwen_mlx, tmp_path, capfd):
+    pytest.importorskip("mlx_lm", reason="needs mlx-lm and mlx[cpu], which the environment of the tests does without")
+    folder = shutil.copytree(qwen_mlx["mlx:8"], tmp_path / "mlx")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="mlx-lm refuses it") as caught:
+        open_client(folder)
+    assert "\n" not in str(caught.value) and capfd.readouterr() == ("", "")
 
 
 def test_llama_cpp_agrees_with_transformers_and_is_quiet(qwen, qwen_gguf, capfd):

@@ -23,6 +23,7 @@ CLIENTS = {
     "accelerate": "lets transformers read fp8-block builds",
     "compressed-tensors": "lets transformers read fp8-channel builds",
     "xllamacpp": "runs GGUF builds",
+    "mlx-lm": "runs builds for MLX, on Linux with mlx[cpu]",
     "huggingface_hub": "hf:// sources",
 }
 

@@ -37,6 +37,7 @@ class MlxBuild(SafetensorsBuild):
 
     storages = (MlxAffine,)
     header_format = "mlx"
+    client = "mlx-lm"
 
     def __init__(self, bits: int | None):
         self.name, self.bits = f"mlx:{bits or 'bf16'}", bits

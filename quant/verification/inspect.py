@@ -22,6 +22,7 @@ CONFIG_KEYS = (
     "vocab_size",
     "dtype",
 )
+QUANTIZATION_KEYS = ("quant_method", "mode", "bits", "group_size")  # the last three of a folder for MLX
 LONGEST_VALUE = 120
 MOST_ITEMS = 16
 
@@ -67,7 +68,7 @@ def _config_summary(config: dict[str, Any]) -> dict[str, Any]:
     summary = {key: text[key] for key in CONFIG_KEYS if key in text}
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
-        summary["quant_method"] = quantization.get("quant_method")
+        summary |= {key: quantization[key] for key in QUANTIZATION_KEYS if key in quantization}
     return summary
 
 

@@ -105,7 +105,10 @@ def test_it_is_verified_and_recognized_with_and_without_its_source(made, tmp_pat
     copy = shutil.copytree(paths[build], tmp_path / "copy")
     (copy / MANIFEST).unlink()
     assert recognize(StoredBuild(copy)) == build and verify(copy, open_source(folder)).ok
-    assert inspect(copy)["kind"] == "safetensors folder"
+    found = inspect(copy)["metadata"]
+    assert [found.get(key) for key in ("mode", "bits")] == [
+        read(copy / "config.json").get("quantization", {}).get(key) for key in ("mode", "bits")
+    ]
 
 
 @pytest.mark.parametrize(
