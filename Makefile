@@ -9,6 +9,7 @@ ARGS ?=
 WORKERS ?= $(shell nproc)
 TORCH := $(shell grep '^torch==' requirements.txt)
 TRITON := triton==3.9.0
+MLX := mlx-lm[cpu]==0.32.2
 BIN := $(VENV)/bin
 HERE = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
@@ -33,7 +34,7 @@ help:
 	@echo 'make bench     times of this machine beside what one would use instead (ARGS=--quick)'
 	@echo 'make lint | wheel | clean'
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed $(VENV)/.mlx
 	@$(BIN)/python demo/run.py $(ARGS)
 
 rl: $(VENV)/.installed
@@ -93,6 +94,11 @@ $(VENV)/.dependencies: requirements.txt
 	@$(PIP) '$(TORCH)'
 	@$(PIP) -r requirements.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) '$(TRITON)'
+	@touch $@
+
+# What runs the demo's build for MLX; it has wheels for macOS and for Linux on x86-64 and arm64.
+$(VENV)/.mlx: $(VENV)/.dependencies
+	@$(PIP) --only-binary :all: '$(MLX)' || echo 'No wheel of $(MLX) fits this machine: the demo makes that build and does not run it.'
 	@touch $@
 
 # build/ may hold files of an earlier version, which a wheel would ship.
