@@ -123,7 +123,7 @@ def fitting_build(model: torch.nn.Module) -> str:
     word = str(getattr(config.get_text_config(), "_experts_implementation", None))
     recipe = RECIPES.get(word.removeprefix("ornith_"))
     for name, build in BUILDS.items():
-        casts = {storage.block for storage in build.storages if issubclass(storage, FP8)}
+        casts = {one.block for one in build.storages if issubclass(one, FP8) and not one.needs}
         if casts and (getattr(build, "quant_method", None) == method or (recipe and recipe.weights in casts)):
             return name
     return OFFICIAL_FP8
