@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 from ornith_moe.quant.budget import budget
@@ -33,6 +34,7 @@ from ornith_moe.quant.errors import CheckpointError, ConversionError, OrnithErro
 MAX_JSON_BYTES = 1 << 28  # index of the 397B, experts one by one, is about 25 MB
 MAX_DIGITS = 100  # tokenizers write 10^30 for "no limit"
 MAX_DEPTH = 64
+MOST_OPEN = 256  # files that one checkpoint keeps open; the 397B has 94 shards, and a process 1,024 descriptors or more
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a pipe that nobody writes to must not block
 _WRITE = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
@@ -77,6 +79,45 @@ def open_file(
     except BaseException:
         os.close(descriptor)
         raise
+
+
+class OpenFiles:
+    """Files that stay open from their first reading on, for reading at any place of them and from any thread.
+
+    Opening is checked as `open_file` checks it, which takes as long as reading a megabyte.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self._files: dict[Path, BufferedReader] = {}
+        self._lock = Lock()
+
+    def read_into(self, path: Path, view: memoryview, offset: int) -> int:
+        """Fill `view` from byte `offset` of the file on; how many bytes there were, fewer only where the file ends.
+
+        Raises:
+            CheckpointError: as `open_file`.
+        """
+        done = 0
+        with self._opened(path) as file:
+            while done < len(view):
+                got = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if got == 0:
+                    break
+                done += got
+        return done
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BufferedReader]:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None and len(self._files) < MOST_OPEN:
+                file = self._files[path] = open_file(path, what=self.what)
+        if file is not None:
+            yield file
+            return
+        with open_file(path, what=self.what) as file:
+            yield file
 
 
 def read_bytes(path: str | Path, *, limit: int, **how: Any) -> bytes:

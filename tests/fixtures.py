@@ -364,7 +364,7 @@ _ARCHITECTURES = {
 
 
 def _publish_gemma_config(path: Path, config) -> None:
-    """Spell the full layers' heads as Google does; transformers 5.23 writes `per_layer_config` instead, 5.7 does not."""
+    """Spell the full layers' heads as Google does; transformers 5.23 writes `per_layer_config`, 5.7 does not."""
     full = config.layer_types.index("full_attention")
     content = json.loads(path.read_text(encoding="utf-8"))
     if "per_layer_config" not in content:

@@ -20,9 +20,10 @@ NO_COLUMNS.flags.writeable = False
 
 
 class GgufCodec:
-    """One storage type; contiguous rows fp32 [R, K] to uint8 [R, row_bytes] and back, K a multiple of the block.
+    """One storage type; contiguous rows [R, K] to uint8 [R, row_bytes] and back, K a multiple of the block.
 
-    Any bytes decode to something: files are not ours. NaN stays NaN, of whatever payload.
+    Rows are fp32, or uint16 as the bits of BF16. Any bytes decode to something: files are not ours. NaN stays NaN, of
+    whatever payload.
     """
 
     name: str
@@ -63,36 +64,51 @@ class BlockCodec(GgufCodec):
         out = np.empty((rows.shape[0], row_bytes(self.name, rows.shape[1])), np.uint8)
         columns = frozen(imatrix) if self.important and imatrix is not None else NO_COLUMNS
         step = max(1, CHUNK // max(1, rows.shape[1]))
+        wide = np.empty((step, rows.shape[1]) if rows.dtype == np.uint16 else 0, np.float32)
         for start in range(0, rows.shape[0], step):
-            x, encoded = frozen(rows[start : start + step]), out[start : start + step].reshape(-1, size)
-            largest = _largest(x.view(np.uint32))
+            some, encoded = rows[start : start + step], out[start : start + step].reshape(-1, size)
+            if wide.size:
+                largest = _widened(frozen(some), wide.reshape(-1))
+                some = wide[: len(some)]
+            else:
+                largest = _largest(frozen(some).view(np.uint32))
             if largest >= INFINITE:
-                row, column = divmod(int(np.argmin(np.isfinite(x))), rows.shape[1])
-                raise not_finite(rows, start + row, column)
+                row, column = divmod(int(np.argmin(np.isfinite(some))), rows.shape[1])
+                raise not_finite(some[row, column], start + row, column)
             if self.halves and largest >= BEYOND:
-                row, column = divmod(int(np.abs(x).argmax()), rows.shape[1])
-                raise beyond_half(rows, start + row, column)
+                row, column = divmod(int(np.abs(some).argmax()), rows.shape[1])
+                raise beyond_half(some[row, column], start + row, column)
+            x = frozen(some)
             self.encode_blocks(x, columns, encoded)
             for offset in self.halves:
                 beyond = _first_infinite(encoded, offset)
                 if beyond < len(encoded):
                     first = beyond * block
                     row, column = divmod(first + int(np.abs(x[first : first + block]).argmax()), rows.shape[1])
-                    raise beyond_half(rows, start + row, column)
+                    raise beyond_half(some[row, column], start + row, column)
         return out
 
 
-def not_finite(rows: np.ndarray, row: int, column: int) -> UnstorableError:
+def not_finite(value: np.float32, row: int, column: int) -> UnstorableError:
     return UnstorableError(
-        f"row {row}, column {column} is {rows[row, column]}; expected finite weights, so mend the checkpoint first"
+        f"row {row}, column {column} is {value}; expected finite weights, so mend the checkpoint first"
     )
 
 
-def beyond_half(rows: np.ndarray, row: int, column: int) -> UnstorableError:
+def beyond_half(value: np.float32, row: int, column: int) -> UnstorableError:
     return UnstorableError(
-        f"row {row}, column {column}: {rows[row, column]:.4g} is beyond fp16, which this type stores its scale or "
+        f"row {row}, column {column}: {value:.4g} is beyond fp16, which this type stores its scale or "
         "values in, as BF16 does not"
     )
+
+
+def as_float32(rows: np.ndarray) -> np.ndarray:
+    """Contiguous fp32 of rows that are fp32 or the bits of BF16."""
+    if rows.dtype != np.uint16:
+        return np.ascontiguousarray(rows, np.float32)
+    values = np.empty(rows.shape, np.float32)
+    _widened(frozen(rows), values.reshape(-1))
+    return values
 
 
 def frozen(rows: np.ndarray) -> np.ndarray:
@@ -117,4 +133,15 @@ def _largest(bits):
     largest = np.uint32(0)
     for b in bits:
         largest = max(largest, b & np.uint32(0x7FFFFFFF))
+    return largest
+
+
+@compiled
+def _widened(bits, values):
+    """BF16 as fp32, and the bits of the largest magnitude."""
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        wide = np.uint32(np.uint32(bits[i]) << np.uint32(16))
+        largest = max(largest, np.uint32(wide & np.uint32(0x7FFFFFFF)))
+        values[i] = wide.view(np.float32)
     return largest

@@ -41,10 +41,10 @@ DECODERS: dict[str, GgufCodec] = ENCODERS | {codec.name: codec() for codec in (I
 
 
 def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | None = None) -> np.ndarray:
-    """Encode fp32 rows as GGUF blocks.
+    """Encode rows as GGUF blocks.
 
     Args:
-        array: ([..., K], float32), K a multiple of the type's block.
+        array: ([..., K], float32, or uint16 as the bits of BF16), K a multiple of the type's block.
         type_name: a key of `ENCODERS`, for example "Q4_K".
         imatrix: ([K], float32) importance of each column, at least 0; or one for every matrix of a stack: array
             [E, R, K] and imatrix [E, K]. Types whose ggml encoder ignores it ignore it; IQ2_XXS and IQ2_XS need it.
@@ -64,8 +64,8 @@ def quantize_gguf(array: np.ndarray, type_name: str, *, imatrix: np.ndarray | No
     if type_name not in ENCODERS:
         block_shape(type_name)
         raise ValueError(f"type_name: no encoder for {type_name} in this version; have {', '.join(ENCODERS)}")
-    if array.dtype != np.float32:
-        raise TypeError(f"array: expected float32, got {array.dtype}")
+    if array.dtype not in (np.float32, np.uint16):
+        raise TypeError(f"array: expected float32, or uint16 as the bits of BF16, got {array.dtype}")
     columns = array.shape[-1]
     width = row_bytes(type_name, columns)
     rows = np.ascontiguousarray(array).reshape(-1, columns)

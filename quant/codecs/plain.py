@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ornith_moe.quant.codecs.codec import GgufCodec, beyond_half, frozen, not_finite
+from ornith_moe.quant.codecs.codec import GgufCodec, as_float32, beyond_half, frozen, not_finite
 from ornith_moe.quant.simd.compiled import compiled
 from ornith_moe.quant.simd.fp16 import half_bits, half_value
 from ornith_moe.quant.simd.small_floats import bf16_bits, bf16_value
@@ -19,7 +19,7 @@ class F32(GgufCodec):
     name = "F32"
 
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
-        return np.ascontiguousarray(rows, np.float32).view(np.uint8)
+        return as_float32(rows).view(np.uint8)
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
         return _aligned(rows, np.float32)
@@ -29,10 +29,10 @@ class F16(GgufCodec):
     name = "F16"
 
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
-        codes = np.empty(rows.shape, np.uint16)
+        rows, codes = as_float32(rows), np.empty(rows.shape, np.uint16)
         if _f16(frozen(rows), codes.reshape(-1)) >= HALF_INFINITY:
             row, column = map(int, np.argwhere(codes & 0x7FFF >= HALF_INFINITY)[0])
-            raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows, row, column)
+            raise (beyond_half if np.isfinite(rows[row, column]) else not_finite)(rows[row, column], row, column)
         return codes.view(np.uint8)
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
@@ -44,7 +44,7 @@ class BF16(GgufCodec):
 
     def encode(self, rows: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         codes = np.empty(rows.shape, np.uint16)
-        _bf16(frozen(np.ascontiguousarray(rows, np.float32)), codes.reshape(-1))
+        _bf16(frozen(as_float32(rows)), codes.reshape(-1))
         return codes.view(np.uint8)
 
     def decode(self, rows: np.ndarray) -> np.ndarray:

@@ -9,14 +9,19 @@ from ornith_moe.quant.simd.compiled import compiled
 
 @compiled
 def any_small(bits, run, sign, limit):
-    """Whether a run of `run` values has a largest magnitude, as bits without `sign`, above zero and below `limit`."""
+    """Whether a run of `run` values has a largest magnitude, as bits without `sign`, above zero and below `limit`.
+
+    Most runs show by their first value that they have not.
+    """
     for start in range(0, bits.size, run):
-        largest = bits[start] & sign
-        for i in range(start + 1, start + run):
-            magnitude = bits[i] & sign
-            largest = magnitude if magnitude > largest else largest
-        if 0 < largest < limit:
-            return True
+        i, most = start, bits[start] & sign
+        while most < limit:
+            i += 1
+            if i == start + run:
+                if most:
+                    return True
+                break
+            most = max(most, bits[i] & sign)
     return False
 
 

@@ -17,7 +17,7 @@ from ornith_moe.quant.source.source import Source, weight_matrix
 
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
-MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 32 << 20
+MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 4 << 20
 COPIES_OF_A_SLAB = 8  # raw, fp32, transformed, and encoded for several builds
 
 

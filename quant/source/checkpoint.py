@@ -31,7 +31,7 @@ import xxhash
 
 from ornith_moe.quant.budget import budget, budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
-from ornith_moe.quant.files import kind, open_file, parse_json, read_json
+from ornith_moe.quant.files import OpenFiles, kind, open_file, parse_json, read_json
 from ornith_moe.quant.recipes import BLOCK
 from ornith_moe.quant.source.accounts import LeftOut, bare
 from ornith_moe.quant.source.quantized import READ, block_of, describes_fp8
@@ -81,6 +81,7 @@ class Checkpoint:
     left_out: tuple[LeftOut, ...] = ()  # files
     block: tuple[int, int] = BLOCK  # rows and columns that share a scale in FP8 tensors of that layout
     config_name: str = CONFIG
+    opened: OpenFiles = field(default_factory=lambda: OpenFiles("a shard of the checkpoint"), compare=False, repr=False)
 
     def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
         """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
@@ -92,16 +93,12 @@ class Checkpoint:
         row_bytes = columns * _KNOWN_BYTES[tensor.dtype]
         buffer = np.empty((rows, row_bytes), np.uint8)
         view = buffer.data.cast("B") if buffer.size else memoryview(b"")
-        offset, done = tensor.offset + start * row_bytes, 0
-        with open_file(tensor.path, what="a shard of the checkpoint") as file:
-            while done < buffer.size:
-                got = os.preadv(file.fileno(), [view[done:]], offset + done)
-                if got == 0:
-                    raise CheckpointError(
-                        f"{tensor.path.name}: tensor {bare(tensor.name)} ends {buffer.size - done} bytes early; "
-                        "the file was cut short while it was read, so fetch it again"
-                    )
-                done += got
+        done = self.opened.read_into(tensor.path, view, tensor.offset + start * row_bytes)
+        if done < buffer.size:
+            raise CheckpointError(
+                f"{tensor.path.name}: tensor {bare(tensor.name)} ends {buffer.size - done} bytes early; "
+                "the file was cut short while it was read, so fetch it again"
+            )
         return buffer
 
     def including(self, files: Mapping[str, Mapping[str, TensorInfo]]) -> Checkpoint:

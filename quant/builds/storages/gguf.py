@@ -52,7 +52,8 @@ class Gguf(Storage):
 
         if self.name == slab.dtype:
             return (slab.raw,)
-        return (quantize_gguf(slab.float32, self.name, imatrix=self.importance() if self.importance else None),)
+        rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+        return (quantize_gguf(rows, self.name, imatrix=self.importance() if self.importance else None),)
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
         from ornith_moe.quant.codecs.gguf import dequantize_gguf

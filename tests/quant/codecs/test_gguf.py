@@ -257,6 +257,21 @@ def test_bytes_do_not_depend_on_the_cut(name):
     assert np.array_equal(encode(NORMAL[:150])[-1:], encode(NORMAL[149:150]))  # several chunks
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_rows_as_the_bits_of_bf16_are_their_values(name):
+    """Across a chunk, and with an error that tells the value and its place."""
+    bits = torch.randn(CHUNK // 512 + 3, 512).bfloat16().view(torch.uint16).numpy()
+    columns = np.linspace(0.1, 1, 512, dtype=np.float32) if ENCODERS[name].needs_importance else None
+    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(
+        quantize_gguf(bits, name, imatrix=columns), quantize_gguf(values, name, imatrix=columns), equal_nan=True
+    )
+    if name not in ("F32", "BF16"):
+        bits[-1, 7] = 0x7F80
+        with pytest.raises(ConversionError, match=f"row {len(bits) - 1}, column 7 is inf"):
+            quantize_gguf(bits, name, imatrix=columns)
+
+
 @pytest.mark.parametrize("name", IMPORTANT_TYPES)
 def test_importance_of_a_stack_is_that_of_its_matrices(name):
     stack, imatrix = NORMAL[:24].reshape(3, 8, COLUMNS), np.stack([IMPORTANCE[k] for k in ("even", "wide", "zero")])
