@@ -30,7 +30,7 @@ from ornith_moe.quant.source.slab import Slab
 if TYPE_CHECKING:  # a conversion on the CPU needs no torch, whose import takes longer than a small one
     import torch
 
-    from ornith_moe.quant.conversion.pipeline import Encoders  # nor does `doctor` need a conversion
+    from ornith_moe.quant.conversion.workers import Encoders  # nor does `doctor` need a conversion
 
 
 def choose_device(request: str = "auto") -> tuple[str, str]:

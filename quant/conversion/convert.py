@@ -27,23 +27,16 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, find_build, refuse_unheard
 from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.builds.underflow import underflow_notes
+from ornith_moe.quant.conversion.groups import find_groups
 from ornith_moe.quant.conversion.journal import Head, Journal
-from ornith_moe.quant.conversion.pipeline import (
-    Encoders,
-    Pass,
-    PlacedBuild,
-    Progress,
-    Workers,
-    one_thread_each,
-    reserved,
-    silent,
-)
-from ornith_moe.quant.conversion.prepare import check_space, numbered, place_all, slabs
+from ornith_moe.quant.conversion.pipeline import Pass, one_thread_each, reserved
+from ornith_moe.quant.conversion.prepare import check_space, group_bytes, numbered, place_all, slabs
 from ornith_moe.quant.conversion.publish import finish, publish, underflow
 from ornith_moe.quant.conversion.remedies import why_failed
 from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
 from ornith_moe.quant.conversion.scan import give_what_is_needed, non_finite_weights
 from ornith_moe.quant.conversion.stream import group_rows, units
+from ornith_moe.quant.conversion.workers import Encoders, PlacedBuild, Progress, Workers, silent
 from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
@@ -133,7 +126,9 @@ def convert(  # every option of the command line, by name: users need no object 
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
     if non_finite not in NON_FINITE:
         raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
-    workers = Workers(*slabs(source, len(names), max_memory, jobs), encoders or {}, progress or silent)
+    jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
+    together = group_bytes(source, len(names), max_memory, jobs)
+    workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent)
     options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4())
     refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)
@@ -219,11 +214,11 @@ class Conversion:
         steps = [step for build in work for step in build.plan.steps]
         read = {step.weight for step in steps}  # of a vision tower alone, a thousandth of a checkpoint
         cut = [unit for unit in units(self.source, workers.slab_bytes, group_rows(steps)) if unit.weight in read]
-        give_what_is_needed(self.source, work, workers)
+        groups, apart = find_groups(self.source, work, workers.group_bytes)
+        give_what_is_needed(self.source, work, workers, apart)
         with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, workers.encoders):
-            run = Pass(self.source, work, cut, files, journal, workers)
-            run.write()
-            sha256 = run.check()
+            run = Pass(self.source, work, cut, files, journal, workers, groups)
+            sha256 = run.run()
             self.bytes_read = run.bytes_read
         if self.source.changed():
             raise ConversionError(

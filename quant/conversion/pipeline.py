@@ -1,9 +1,9 @@
 """The pass of a conversion: reserve the files, write every unit in its place, read every byte back.
 
-Files exist at their final size before the first weight is read, so units may be written in any order by any number of
-threads. Each unit is read once, encoded for every build, written, and journalled with a digest per extent. The check
-then reads each file once from front to back: extents must be what was encoded and must cover all that weights own; what
-a power cut has lost is encoded again.
+Files exist at their final size before the first weight is read, so units may be written in any order. Each unit is
+read once and encoded for every build, by a few threads; one writes, for two would wait for each other in the same file,
+and journals a digest per extent. What is whole of a file is read back meanwhile (quant/conversion/readback.py): extents
+must be what was encoded and must cover all that weights own; what a power cut has lost is encoded again.
 
 A build that cannot store a weight fails and costs the others nothing: the pass goes on without writing to it. It is
 still encoded, so that all weights of the kind are known at the end, unless the weight was no number: then leave to keep
@@ -12,77 +12,38 @@ such weights is all that it needs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import xxhash
 
-from ornith_moe.quant.builds.layout import Layout
-from ornith_moe.quant.builds.plan import BuildPlan, Step
-from ornith_moe.quant.builds.storages.storage import Storage
+from ornith_moe.quant.builds.plan import Step
 from ornith_moe.quant.builds.underflow import lost_weights
-from ornith_moe.quant.conversion.journal import Extent, Failure, Journal, Lost
+from ornith_moe.quant.conversion.groups import Measures, measured
+from ornith_moe.quant.conversion.journal import Failure, Journal, Lost
 from ornith_moe.quant.conversion.pool import in_order
-from ornith_moe.quant.conversion.stream import Unit, read_unit, runs
+from ornith_moe.quant.conversion.readback import ReadBack
+from ornith_moe.quant.conversion.stream import Unit, read_unit, runs, unit_bytes
+from ornith_moe.quant.conversion.workers import Encoders, PlacedBuild, Workers
 from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
-from ornith_moe.quant.files import open_output, own_folder
+from ornith_moe.quant.files import MOST_OPEN, open_output, own_folder
 from ornith_moe.quant.source.architectures.weight import Weight
-from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.source import Source, weight_matrix
 
-SPARE_DESCRIPTORS = 64  # what a process has open besides the builds: libraries, source shards, journal
-# phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time
-Progress = Callable[[str, int, int], None]
-Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """Progress that nobody follows."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How a conversion works, which decides no byte: threads, bytes of source in a slab, encoders, who follows."""
-
-    jobs: int = 1
-    slab_bytes: int = 1 << 20
-    encoders: Encoders = field(default_factory=dict)
-    progress: Progress = silent
-
-
-@dataclass(frozen=True)
-class PlacedBuild:
-    """A planned build with its place: staging folder, final path, first of its files in the list of all files."""
-
-    plan: BuildPlan
-    layout: Layout
-    sides: Mapping[str, bytes]  # what lies beside its tensors
-    staging: Path
-    final: Path
-    first_file: int = 0
-
-
-@dataclass
-class Written:
-    """What a unit left: extents in files, weights that became zero, and builds that cannot hold it."""
-
-    extents: list[Extent]
-    lost: list[Lost]
-    failures: list[Failure]
+SPARE_DESCRIPTORS = 64 + MOST_OPEN  # what a process has open besides the builds: libraries, journal, source shards
 
 
 @contextmanager
 def reserved(placed: Sequence[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
     """File descriptors of all output files, at their final size with header and constants written."""
-    _allow_descriptors(sum(len(build.layout.files) for build in placed) + SPARE_DESCRIPTORS)
+    files = sum(len(build.layout.files) for build in placed)
+    _allow_descriptors(2 * files + SPARE_DESCRIPTORS)  # each is written by one and read back by another
     descriptors: list[int] = []
     try:
         for build in placed:
@@ -112,7 +73,7 @@ def _allow_descriptors(needed: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise PlanError(
-            f"the builds have {needed - SPARE_DESCRIPTORS} files and this process may open {hard}; "
+            f"the builds need {needed} open files and this process may open {hard}; "
             "raise 'ulimit -n' or pass a larger --max-shard-size"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -137,8 +98,31 @@ def one_thread_each(placed: Sequence[PlacedBuild], encoders: Encoders) -> Iterat
         torch.set_num_threads(before)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Encoded bytes of a unit on their way into a file."""
+
+    build: str
+    file: int
+    offset: int
+    payload: memoryview
+    digest: str
+
+
+@dataclass
+class Encoded:
+    """What became of a unit: bytes for files, weights that became zero, and builds that cannot hold it."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
 class Pass:
-    """One pass over the source: units are encoded by a few threads, each extent goes straight to its place."""
+    """One pass over the source: units are read and encoded by a few threads, and written by this one, in their order.
+
+    Batches of units are read together, where a storage must know the weights of all.
+    """
 
     def __init__(
         self,
@@ -148,8 +132,10 @@ class Pass:
         files: Sequence[int],
         journal: Journal,
         workers: Workers,
+        groups: Sequence[Collection[int]] = (),
     ):
         self.source, self.placed, self.work, self.files = source, placed, work, files
+        self.groups = {weight: number for number, group in enumerate(groups) for weight in group}
         self.journal, self.workers = journal, workers
         self.bytes_read = 0
         self.kept = frozenset().union(*(build.plan.kept for build in placed))  # by the user's leave
@@ -157,8 +143,8 @@ class Pass:
         for build in placed:
             for step in build.plan.steps:
                 self.steps[step.weight].append((build, step))
-        sizes = [file.size for build in placed for file in build.layout.files]
-        journal.forget_all_beyond(len(work), sizes)
+        self.sizes = [file.size for build in placed for file in build.layout.files]
+        journal.forget_all_beyond(len(work), self.sizes)
         self.failed = {failure.build for failure in journal.failures}
         self.given_up = {failure.build for failure in journal.failures if failure.final}
 
@@ -167,27 +153,58 @@ class Pass:
         """The builds that nothing has failed."""
         return [build for build in self.placed if build.plan.name not in self.failed]
 
-    def write(self) -> None:
-        """Write every unit that the journal does not know."""
+    def run(self) -> list[str]:
+        """Write every unit that the journal does not know, read all files back, mend what a power cut lost.
+
+        Returns: sha256 of each file.
+        """
+        digests, damaged = self._write_and_read_back()
+        if damaged:
+            for index in damaged:
+                del self.journal.extents[index]
+            digests, damaged = self._write_and_read_back()
+        if damaged:
+            weight = self.source.weights[self.work[min(damaged)].weight]
+            raise ConversionError(f"{weight.name}: the disk does not give back what was written to it; check the disk")
+        return digests
+
+    def _write_and_read_back(self) -> tuple[list[str], set[int]]:
+        """sha256 of each file, and the units whose bytes are not there or not what was encoded."""
         from ornith_moe.quant.simd.compiled import compiling  # not at import: planning needs no numba
 
-        with compiling(lambda function: self.workers.progress("compile", 0, 0)):
-            self._write()
+        def tell(done: int, total: int) -> None:
+            self.workers.progress("check", done, total)
 
-    def _write(self) -> None:
+        with ReadBack(self.files, self.sizes, self._owned(), self.workers.jobs, tell) as back:
+            for index, extents in self.journal.extents.items():
+                back.written(index, extents)
+            with compiling(lambda function: self.workers.progress("compile", 0, 0)):
+                self._write(back)
+            live = [build.first_file + i for build in self.alive for i in range(len(build.layout.files))]
+            digests, damaged = back.finish(live)
+        return [digests.get(file, "") for file in range(len(self.files))], damaged
+
+    def _write(self, back: ReadBack) -> None:
         sizes = [unit_bytes(self.source, unit) for unit in self.work]
         done, total = sum(sizes[index] for index in self.journal.extents), sum(sizes)
-        missing = [index for index in range(len(self.work)) if index not in self.journal.extents]
-        for index, written in in_order(self._convert, missing, self.workers.jobs):
-            for failure in written.failures:
+        batches = [batch for batch in self._batches() if not self.journal.extents.keys() >= set(batch)]
+        for batch, encoded in in_order(self._convert, batches, self.workers.jobs):
+            for failure in (failure for one in encoded for failure in one.failures):
                 self.journal.record_failure(failure)
                 self.failed.add(failure.build)
                 self.given_up |= {failure.build} if failure.final else set()
             if len(self.given_up) == len(self.placed):
                 return
-            self.journal.record(index, written.extents, written.lost)
-            done += sizes[index]
-            self.bytes_read += sizes[index]
+            for index, one in zip(batch, encoded, strict=True):
+                pieces = [piece for piece in one.pieces if piece.build not in self.failed]
+                for piece in pieces:
+                    _write_all(self.files[piece.file], piece.payload, piece.offset)
+                extents = [(piece.file, piece.offset, len(piece.payload), piece.digest) for piece in pieces]
+                if index not in self.journal.extents:
+                    self.journal.record(index, extents, one.lost)
+                    back.written(index, extents)
+                    done += sizes[index]
+                self.bytes_read += sizes[index]
             self.workers.progress("convert", done, total)
 
     def lost(self, build: PlacedBuild) -> dict[str, int]:
@@ -199,72 +216,53 @@ class Pass:
                     counts[build.plan.tensors[tensor].name] += count
         return {name: count for name, count in counts.items() if count}
 
-    def check(self) -> list[str]:
-        """Read every file back, compare with the digests, mend what a power cut lost; returns sha256 of each file."""
-        digests, damaged = self._read_back()
-        if damaged:
-            for index in damaged:
-                del self.journal.extents[index]
-            self.write()
-            digests, damaged = self._read_back()
-        if damaged:
-            weight = self.source.weights[self.work[min(damaged)].weight]
-            raise ConversionError(f"{weight.name}: the disk does not give back what was written to it; check the disk")
-        return digests
-
-    def _read_back(self) -> tuple[list[str], set[int]]:
-        """sha256 of each file, and the units whose bytes are not there or not what was encoded."""
-        live = [build.first_file + i for build in self.alive for i in range(len(build.layout.files))]
-        for file in live:
-            os.fsync(self.files[file])
-        extents: list[list[tuple[int, int, str, int]]] = [[] for _ in self.files]
-        for unit, written in self.journal.extents.items():
-            for file, offset, length, digest in written:
-                extents[file].append((offset, length, digest, unit))
-        sizes = [file.size for build in self.placed for file in build.layout.files]
-        owned = self._owned_bytes()
-        digests, damaged, done, lock = [""] * len(self.files), set(), 0, Lock()
-
-        def tell(count: int) -> None:
-            nonlocal done
-            with lock:
-                done += count
-                self.workers.progress("check", done, sum(sizes[file] for file in live))
-
-        def read(index: int) -> tuple[str, set[int], int]:
-            return _digest_file(self.files[index], sorted(extents[index]), sizes[index], tell)
-
-        for index, (digest, bad, covered) in in_order(read, live, self.workers.jobs):
-            if covered != owned[index] and not bad:
-                raise ConversionError(
-                    f"the journal covers {covered} bytes of file {index} and its weights own {owned[index]}; it is "
-                    "damaged, so run the command again with --restart"
-                )
-            digests[index] = digest
-            damaged |= bad
-        return digests, damaged
-
-    def _owned_bytes(self) -> list[int]:
-        """Bytes of each file that weights own: all but header, alignment and constants."""
-        owned = [0] * len(self.files)
+    def _owned(self) -> list[list[tuple[int, int]]]:
+        """The bytes of each file that weights own, (first, end) in order: all but header, alignment and constants."""
+        owned: list[list[tuple[int, int]]] = [[] for _ in self.files]
         for build in self.placed:
-            for tensor, (file, _) in zip(build.plan.tensors, build.layout.places, strict=True):
-                owned[build.first_file + file] += 0 if tensor.constant else tensor.nbytes
-        return owned
+            for tensor, (file, offset) in zip(build.plan.tensors, build.layout.places, strict=True):
+                if tensor.nbytes and not tensor.constant:
+                    owned[build.first_file + file].append((offset, offset + tensor.nbytes))
+        return [sorted(ranges) for ranges in owned]
 
-    def _convert(self, index: int) -> Written:
-        unit = self.work[index]
+    def _batches(self) -> list[list[int]]:
+        """Units by their numbers, in order; those of a group are together, where its first is."""
+        batches: list[list[int]] = []
+        found: dict[int, list[int]] = {}
+        for index, unit in enumerate(self.work):
+            group = self.groups.get(unit.weight)
+            if group is None:
+                batches.append([index])
+            elif group in found:
+                found[group].append(index)
+            else:
+                batches.append(found.setdefault(group, [index]))
+        return batches
+
+    def _convert(self, batch: list[int]) -> list[Encoded]:
+        units = [self.work[index] for index in batch]
+        slabs = [read_unit(self.source, unit) for unit in units]
+        found = Measures()
+        for unit, slab in zip(units, slabs, strict=True):
+            if unit.weight in self.groups:
+                for build, step in self.steps[unit.weight]:
+                    found.add(build, step, measured(self.source, step, unit, copy(slab)))
+        return [  # copies: a slab keeps what was made of it, and all of a group are here at once
+            self._unit(unit, copy(slab), [(build, found.given(build, step)) for build, step in self.steps[unit.weight]])
+            for unit, slab in zip(units, slabs, strict=True)
+        ]
+
+    def _unit(self, unit: Unit, slab: Slab, steps: list[tuple[PlacedBuild, Step]]) -> Encoded:
         weight = self.source.weights[unit.weight]
-        slab = read_unit(self.source, unit)
-        written = Written([], [], [])
+        result = Encoded()
         bad = None if unit.weight in self.kept else _non_finite(weight, unit, slab)
         rows = weight_matrix(weight)[0]
-        for build, step in self.steps[unit.weight]:
+        for build, step in steps:
             name = build.plan.name
             if name in self.given_up:
                 continue
             if bad:
-                written.failures.append(Failure(name, unit.weight, bad, final=True))
+                result.failures.append(Failure(name, unit.weight, bad, final=True))
                 continue
             taken = step.transform.taken(slab, unit.start, rows)
             try:
@@ -272,13 +270,13 @@ class Pass:
                 encoded = self._encode(step, changed)
             except UnstorableError as error:
                 reason = f"{weight.name}, from row {unit.start}: {error}"
-                written.failures.append(Failure(name, unit.weight, reason, final=False))
+                result.failures.append(Failure(name, unit.weight, reason, final=False))
                 continue
             if name not in self.failed:
-                written.extents += self._write_out(build, step, unit, encoded)
+                result.pieces += self._pieces(build, step, unit, encoded)
                 if lost := lost_weights(step.storage, changed, encoded):
-                    written.lost.append((self.placed.index(build), step.tensors[0], lost))
-        return written
+                    result.lost.append((self.placed.index(build), step.tensors[0], lost))
+        return result
 
     def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:
         encoded = self.workers.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
@@ -293,26 +291,16 @@ class Pass:
                 raise UnstorableError(f"row {row}, column {column}: {value} is beyond {stored}")
         return encoded
 
-    def _write_out(self, build: PlacedBuild, step: Step, unit: Unit, encoded: tuple[np.ndarray, ...]) -> list[Extent]:
-        extents = []
+    def _pieces(self, build: PlacedBuild, step: Step, unit: Unit, encoded: tuple[np.ndarray, ...]) -> Iterator[Piece]:
         for run in runs(step, unit, weight_matrix(self.source.weights[unit.weight])[0]):
             part = step.parts[run.part]
             if part.rows is None and unit.start:
                 continue  # of the whole weight, written with its first rows
-            payload = np.ascontiguousarray(encoded[run.part][run.rows])
             file, offset = build.layout.places[step.tensors[run.part]]
-            file, offset = build.first_file + file, offset + run.target * part.row_bytes
-            view = payload.data.cast("B")
+            view = np.ascontiguousarray(encoded[run.part][run.rows]).data.cast("B")
             assert len(view) == run.count * part.row_bytes
-            _write_all(self.files[file], view, offset)
-            extents.append((file, offset, len(view), xxhash.xxh3_128_hexdigest(view)))
-        return extents
-
-
-def unit_bytes(source: Source, unit: Unit) -> int:
-    """Bytes of a unit in the source; of codes, without their scales."""
-    item_bytes = 1 if source.codes(unit.weight) else ITEM_BYTES[source.dtype(unit.weight)]
-    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * item_bytes
+            place = build.first_file + file, offset + run.target * part.row_bytes
+            yield Piece(build.plan.name, *place, view, xxhash.xxh3_128_hexdigest(view))
 
 
 def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:
@@ -330,25 +318,3 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _digest_file(descriptor: int, extents: list, size: int, tell: Callable[[int], None]) -> tuple[str, set[int], int]:
-    """sha256 of a file, units whose bytes are not what was written, and bytes that extents cover; one reading.
-
-    `tell` hears of the bytes read as they come: a file may be hundreds of gigabytes.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)  # ask the disk, not the page cache
-    sha256, damaged, position, covered = hashlib.sha256(), set(), 0, 0
-    for offset, length, digest, unit in [*extents, (size, 0, "", -1)]:
-        if offset < position:  # two units claim a byte: the journal lies of one of them
-            damaged.add(unit)
-            continue
-        sha256.update(os.pread(descriptor, offset - position, position))
-        payload = os.pread(descriptor, length, offset)
-        sha256.update(payload)
-        if unit >= 0 and xxhash.xxh3_128_hexdigest(payload) != digest:
-            damaged.add(unit)
-        tell(offset + length - position)
-        position, covered = offset + length, covered + length
-    return sha256.hexdigest(), damaged, covered

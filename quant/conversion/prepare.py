@@ -9,16 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from ornith_moe.quant.builds.build import Options, find_build
-from ornith_moe.quant.conversion.pipeline import PlacedBuild
 from ornith_moe.quant.conversion.stream import SLAB_ROWS
+from ornith_moe.quant.conversion.workers import PlacedBuild
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.source import Source, weight_matrix
 
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
-MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 4 << 20
+MIN_SLAB_BYTES, MAX_SLAB_BYTES = (
+    1 << 20,
+    4 << 20,
+)  # larger ones leave the cache, and their memory goes back to the system each time
 COPIES_OF_A_SLAB = 8  # raw, fp32, transformed, and encoded for several builds
+COPIES_OF_A_GROUP = 6  # raw, and encoded for several builds by this job and by those that wait to be written
 
 
 def place_all(
@@ -70,7 +74,7 @@ def slabs(source: Source, builds: int, max_memory: int, jobs: int | None) -> tup
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     columns = [weight_matrix(weight)[1] * ITEM_BYTES[source.dtype(i)] for i, weight in enumerate(source.weights)]
     smallest = max(MIN_SLAB_BYTES, SLAB_ROWS * max(columns))
-    fixed = LIBRARIES_BYTES + STEP_BYTES * len(source.weights) * builds
+    fixed = fixed_bytes(source, builds)
     room = (max_memory - fixed) // (smallest * COPIES_OF_A_SLAB)
     if room < (jobs or 1):
         least = (fixed + smallest * COPIES_OF_A_SLAB * (jobs or 1)) / 2**30
@@ -81,6 +85,16 @@ def slabs(source: Source, builds: int, max_memory: int, jobs: int | None) -> tup
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or min(cores, room)
     return jobs, min((max_memory - fixed) // (jobs * COPIES_OF_A_SLAB), MAX_SLAB_BYTES)
+
+
+def group_bytes(source: Source, builds: int, max_memory: int, jobs: int) -> int:
+    """The most bytes of source that may be read together, where a storage must know the weights of a group."""
+    return max(max_memory - fixed_bytes(source, builds), 0) // (jobs * COPIES_OF_A_GROUP)
+
+
+def fixed_bytes(source: Source, builds: int) -> int:
+    """What a conversion holds besides slabs."""
+    return LIBRARIES_BYTES + STEP_BYTES * len(source.weights) * builds
 
 
 def check_space(out: Path, staging: Path, placed: Sequence[PlacedBuild]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ornith_moe.quant.builds.stored import MANIFEST
-from ornith_moe.quant.conversion.pipeline import PlacedBuild
+from ornith_moe.quant.conversion.workers import PlacedBuild
 from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import json_bytes, own_folder, read_json, sync_folder, write_file
 from ornith_moe.quant.source.source import Source

@@ -19,8 +19,8 @@ from pathlib import Path
 import xxhash
 
 from ornith_moe.quant.conversion.journal import Head, Journal
-from ornith_moe.quant.conversion.pipeline import PlacedBuild
 from ornith_moe.quant.conversion.publish import final_paths, manifest_path
+from ornith_moe.quant.conversion.workers import PlacedBuild
 from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.gguf.imatrix import Imatrix

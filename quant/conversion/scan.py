@@ -2,21 +2,21 @@
 
 Which weights hold a NaN or an infinity decides files, headers and skip lists, which stand long before a conversion
 meets such a weight: leave to keep it unquantized costs a reading of its own. So does a storage that needs to know a
-whole weight, or all that is fused with it, before the first of its slabs.
+whole weight, or all that is fused with it, before the first of its slabs, where that does not fit in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.conversion.pipeline import PlacedBuild, Workers, unit_bytes
+from ornith_moe.quant.conversion.groups import Measures, measured
 from ornith_moe.quant.conversion.pool import in_order
-from ornith_moe.quant.conversion.stream import Unit, read_unit, units
+from ornith_moe.quant.conversion.stream import Unit, read_unit, unit_bytes, units
+from ornith_moe.quant.conversion.workers import PlacedBuild, Workers
 from ornith_moe.quant.source.slab import Slab
-from ornith_moe.quant.source.source import Source, weight_matrix
+from ornith_moe.quant.source.source import Source
 
 R = TypeVar("R")
 
@@ -36,43 +36,31 @@ def non_finite_weights(source: Source, workers: Workers) -> dict[int, str]:
     return {index: found[index][1] for index in sorted(found)}
 
 
-def give_what_is_needed(source: Source, placed: Sequence[PlacedBuild], workers: Workers) -> None:
-    """Measure the weights whose storages need it, and give each storage what all weights of its group say together.
+def give_what_is_needed(
+    source: Source, placed: Sequence[PlacedBuild], workers: Workers, weights: Collection[int]
+) -> None:
+    """Measure these weights, and give each storage of them what all of its group say together.
 
     `workers.progress` is called with phase "measure" and bytes.
     """
+    if not weights:
+        return
     steps: dict[int, list[tuple[PlacedBuild, Step]]] = {}
     for build in placed:
         for step in build.plan.steps:
-            if step.storage.needs:
+            if step.weight in weights:
                 steps.setdefault(step.weight, []).append((build, step))
-    if not steps:
-        return
-    found: dict[tuple[str, str], Any] = {}
+    found = Measures()
 
-    def measure(unit: Unit, slab: Slab) -> list[tuple[tuple[str, str], Step, Any]]:
-        return [
-            (_group(build, step), step, step.storage.measure(step.transform.forward(_taken(source, step, unit, slab))))
-            for build, step in steps[unit.weight]
-        ]
+    def measure(unit: Unit, slab: Slab) -> list[Any]:
+        return [measured(source, step, unit, slab) for _, step in steps[unit.weight]]
 
     work = [unit for unit in units(source, workers.slab_bytes) if unit.weight in steps]
-    for _, measures in _read(source, work, "measure", workers, measure):
-        for group, step, measured in measures:
-            found[group] = step.storage.merge(found[group], measured) if group in found else measured
+    for unit, measures in _read(source, work, "measure", workers, measure):
+        for (build, step), one in zip(steps[unit.weight], measures, strict=True):
+            found.add(build, step, one)
     for build in placed:
-        build.plan.steps = [
-            replace(step, storage=step.storage.given(found[_group(build, step)])) if step.storage.needs else step
-            for step in build.plan.steps
-        ]
-
-
-def _taken(source: Source, step: Step, unit: Unit, slab: Slab) -> Slab:
-    return step.transform.taken(slab, unit.start, weight_matrix(source.weights[unit.weight])[0])
-
-
-def _group(build: PlacedBuild, step: Step) -> tuple[str, str]:
-    return build.plan.name, step.group or f"weight {step.weight}"
+        build.plan.steps = [found.given(build, step) for step in build.plan.steps]
 
 
 def _read(

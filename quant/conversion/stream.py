@@ -67,6 +67,12 @@ def read_unit(source: Source, unit: Unit) -> Slab:
     return source.read(unit.weight, unit.start, unit.rows)
 
 
+def unit_bytes(source: Source, unit: Unit) -> int:
+    """Bytes of a unit in the source; of codes, without their scales."""
+    item_bytes = 1 if source.codes(unit.weight) else ITEM_BYTES[source.dtype(unit.weight)]
+    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * item_bytes
+
+
 def runs(step: Step, unit: Unit, weight_rows: int) -> Iterator[Run]:
     """Where each part of an encoded unit goes in its output tensor: of the rows that the step's transform takes."""
     targets = step.transform.targets(unit.start, unit.rows, weight_rows)

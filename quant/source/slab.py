@@ -21,7 +21,7 @@ FLOAT_BITS = {  # dtype: the integer that carries it, mask of its magnitude, inf
     "F32": (np.uint32, np.uint32(0x7FFFFFFF), 0x7F800000),
 }
 MAGNITUDE, NAN = 0x7F, 0x7F  # of an e4m3 code; the only codes that are no number
-DECODED_VALUES = 1 << 16  # of a slab, at a time: they stay in a core's cache between code and product
+CACHED_VALUES = 1 << 16  # of a slab, at a time: what is made of them stays in a core's cache
 
 
 class Slab:
@@ -47,8 +47,10 @@ class Slab:
 
     def first_non_finite(self) -> tuple[int, int, float] | None:
         """Row, column and value of the first NaN or Inf."""
-        bits, magnitude, infinity = FLOAT_BITS[self.dtype]
-        if not self.raw.size or (self.raw.view(bits) & magnitude).max() < infinity:
+        dtype, magnitude, infinity = FLOAT_BITS[self.dtype]
+        bits = self.raw.view(dtype).reshape(-1)
+        pieces = (bits[start : start + CACHED_VALUES] for start in range(0, bits.size, CACHED_VALUES))
+        if all((piece & magnitude).max() < infinity for piece in pieces):
             return None
         values = self.float32
         row, column = map(int, np.argwhere(~np.isfinite(values))[0])
@@ -72,7 +74,7 @@ class QuantizedSlab(Slab):
         codes, table = self.parts[0], e4m3_values()
         rows, columns = codes.shape
         values = np.empty((rows, columns), np.float32)
-        step = max(DECODED_VALUES // max(columns, 1), 1)
+        step = max(CACHED_VALUES // max(columns, 1), 1)
         for start in range(0, rows, step):
             some = values[start : start + step]
             np.take(table, codes[start : start + step], out=some, mode="clip")

@@ -19,9 +19,9 @@ from ornith_moe.clients import open_client
 from ornith_moe.quant.builds import gguf as gguf_build
 from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert
-from ornith_moe.quant.conversion.pipeline import Workers
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.conversion.scan import non_finite_weights
+from ornith_moe.quant.conversion.workers import Workers
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify

@@ -1,0 +1,210 @@
+"""Reading back what was written while more is being written: from the disk, each file in its order, once.
+
+    written(unit, extents) -> the file is whole up to here -> read on: xxh3 of each extent, sha256 of the file
+
+The sha256 of a file takes its bytes in their order, on one core; extents come in about that order. So a file is read as
+soon as what is whole of it has grown by `SPAN`, on threads of its own, and little is left to read when the last weight
+is written. A file of a build is headers, alignment and constants, which are there from the beginning, and the bytes
+that weights own: whole is what has no hole among the latter.
+
+The disk is asked, not the page cache: past it where the system can (O_DIRECT, which also flushes what it reads),
+otherwise after flushing and dropping the pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import heapq
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+
+import xxhash
+
+from ornith_moe.quant.conversion.journal import Extent
+from ornith_moe.quant.errors import ConversionError
+
+CHUNK = 4 << 20  # read at a time
+SPAN = 64 << 20  # whole bytes that a file must have gained to be read on
+Range = tuple[int, int]  # first byte, and the one after the last
+
+
+class _File:
+    """One file: what is whole of it, what was read, and what was found."""
+
+    def __init__(self, descriptor: int, size: int, owned: Sequence[Range]):
+        self.descriptor, self.size, self.owned = descriptor, size, deque(owned)
+        self.direct = _past_the_cache(descriptor)
+        self.waiting: list[tuple[int, int, str, int]] = []  # beyond a hole: (offset, length, digest, unit), a heap
+        self.extents: deque[tuple[int, int, str, int]] = deque()  # before it, in order, not read yet
+        self.whole = 0  # bytes from the start on without a hole
+        self.position = 0  # bytes that were read
+        self.sha256 = hashlib.sha256()
+        self.digest: xxhash.xxh3_128 | None = None  # of the extent that was begun
+        self.end = self.covered = 0  # of the last extent; bytes that extents cover
+        self.damaged: set[int] = set()
+        self._skip()
+
+    def add(self, offset: int, length: int, digest: str, unit: int) -> None:
+        heapq.heappush(self.waiting, (offset, length, digest, unit))
+        while self.waiting and self.waiting[0][0] <= self.whole:
+            extent = heapq.heappop(self.waiting)
+            self.extents.append(extent)
+            self.whole = max(self.whole, extent[0] + extent[1])
+            self._skip()
+
+    def _skip(self) -> None:
+        """What no weight owns is whole from the beginning."""
+        while self.owned and self.owned[0][1] <= self.whole:
+            self.owned.popleft()
+        self.whole = max(self.whole, self.owned[0][0]) if self.owned else self.size
+
+    def add_rest(self) -> None:
+        """There will be no more: what comes after a hole is all that there is."""
+        self.extents.extend(sorted(self.waiting))
+        self.waiting.clear()
+
+    def read(self, memory: mmap.mmap, stop: int) -> Iterator[int]:
+        """Read to byte `stop`, its end or a multiple of CHUNK; gives the bytes of each chunk once they are read."""
+        if self.direct is None:
+            os.fdatasync(self.descriptor)
+        while self.position < stop:
+            count = min(CHUNK, self.size - self.position)
+            with memoryview(memory) as whole, whole[:count] as view:
+                self._fill(whole, view)
+                self.sha256.update(view)
+                self._compare(view)
+            self.position += count
+            yield count
+
+    def _fill(self, whole: memoryview, view: memoryview) -> None:
+        """The next bytes of the file; zeros where it ends before."""
+        done = 0
+        if self.direct is not None:
+            try:
+                done = os.preadv(self.direct, [whole], self.position)  # whole pages, beyond the end too
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                os.close(self.direct)
+                self.direct = None
+                os.fdatasync(self.descriptor)
+        if self.direct is None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, self.position, len(view), os.POSIX_FADV_DONTNEED)
+        while done < len(view):
+            got = os.preadv(self.descriptor, [view[done:]], self.position + done)
+            if got == 0:
+                view[done:] = bytes(len(view) - done)
+                return
+            done += got
+
+    def _compare(self, view: memoryview) -> None:
+        first, last = self.position, self.position + len(view)
+        while self.extents and self.extents[0][0] < last:
+            offset, length, digest, unit = self.extents[0]
+            if self.digest is None:
+                if offset < self.end:  # two units claim a byte: the journal lies of one of them
+                    self.damaged.add(unit)
+                    self.extents.popleft()
+                    continue
+                self.digest, self.end = xxhash.xxh3_128(), offset + length
+            self.digest.update(view[max(offset - first, 0) : self.end - first])
+            if self.end > last:
+                return
+            if self.digest.hexdigest() != digest:
+                self.damaged.add(unit)
+            self.covered += length
+            self.digest = None
+            self.extents.popleft()
+
+    def close(self) -> None:
+        if self.direct is not None:
+            os.close(self.direct)
+
+
+def _past_the_cache(descriptor: int) -> int | None:
+    """A descriptor of the same file that reads from the disk itself; None where there is no such thing."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
+
+
+class ReadBack:
+    """The files of a conversion by their descriptors, and for each the ranges in order that weights own.
+
+    `tell` hears of bytes read and of bytes in all, from any thread, one call at a time.
+    """
+
+    def __init__(
+        self,
+        descriptors: Sequence[int],
+        sizes: Sequence[int],
+        owned: Sequence[Sequence[Range]],
+        jobs: int,
+        tell: Callable[[int, int], None],
+    ):
+        self._owned_bytes = [sum(stop - start for start, stop in ranges) for ranges in owned]
+        self._files = [_File(*file) for file in zip(descriptors, sizes, owned, strict=True)]
+        self._tell, self._lock, self._done, self._total = tell, Lock(), 0, sum(sizes)
+        self._pool = ThreadPoolExecutor(jobs)
+        self._reading: dict[int, Future[None]] = {}  # by file
+
+    def written(self, unit: int, extents: Iterable[Extent]) -> None:
+        """Take note of the extents of a unit, and read on in files that have grown enough by them."""
+        for number, offset, length, digest in extents:
+            file, reading = self._files[number], self._reading.get(number)
+            file.add(offset, length, digest, unit)
+            if file.whole - file.position >= SPAN and (reading is None or reading.done()):
+                if reading:
+                    reading.result()  # raises what it raised
+                stop = file.whole if file.whole == file.size else file.whole // CHUNK * CHUNK
+                self._reading[number] = self._pool.submit(self._read, file, stop)
+
+    def finish(self, live: Sequence[int]) -> tuple[dict[int, str], set[int]]:
+        """Read the `live` files to their ends.
+
+        Returns:
+            sha256 of each, and the units whose bytes are not there or not what was encoded.
+        Raises:
+            ConversionError: extents do not cover what weights own.
+        """
+        self._total = sum(self._files[number].size for number in live)
+        for number in live:
+            if number in self._reading:
+                self._reading[number].result()
+            os.fsync(self._files[number].descriptor)
+            self._files[number].add_rest()
+        rest = [self._pool.submit(self._read, file, file.size) for file in map(self._files.__getitem__, live)]
+        for reading in rest:
+            reading.result()
+        for number in live:
+            covered, owned = self._files[number].covered, self._owned_bytes[number]
+            if covered != owned and not self._files[number].damaged:
+                raise ConversionError(
+                    f"the journal covers {covered} bytes of file {number} and its weights own {owned}; it is damaged, "
+                    "so run the command again with --restart"
+                )
+        damaged: set[int] = set().union(*(self._files[number].damaged for number in live))
+        return {number: self._files[number].sha256.hexdigest() for number in live}, damaged
+
+    def _read(self, file: _File, stop: int) -> None:
+        with mmap.mmap(-1, CHUNK) as memory:
+            for count in file.read(memory, stop):
+                with self._lock:
+                    self._done += count
+                    self._tell(self._done, self._total)
+
+    def __enter__(self) -> ReadBack:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for file in self._files:
+            file.close()
