@@ -26,6 +26,7 @@ from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 from ornith_moe.quant.gguf.metadata import MMPROJ
+from ornith_moe.quant.gguf.splits import first_part
 
 
 class Client(Protocol):
@@ -149,7 +150,7 @@ class LlamaCpp:
     The server also opens a port on the loopback address; a random key closes it to others.
 
     Args:
-        path: a .gguf file.
+        path: a .gguf file; of a split one, any of its files.
         context: tokens a prompt may have.
         listed: how many of the likeliest tokens get a log-probability at each position, default all of them.
         threads: default llama.cpp's choice.
@@ -160,7 +161,7 @@ class LlamaCpp:
 
     def __init__(self, path: str | Path, *, context: int = 2048, listed: int | None = None, threads: int | None = None):
         llama = require("xllamacpp", "llama")
-        self.path = Path(path)
+        self.path = first_part(Path(path))
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
         settings = llama.CommonParams()
         settings.model.path = str(self.path)

@@ -278,7 +278,7 @@ def test_a_cut_build_is_converted_again(m, out):
 @follows(
     "would compute the head with activations of four bits, which no recipe does; leave the option out",
     "the head of this model is its embedding; leave the option out",
-    "--nvfp4-head and --nvfp4-rest are for {}; leave them out, or ask for one",
+    "{} are for {}; leave them out, or ask for one",
     "its format is of NVFP4 alone; ask for nvfp4, or leave --nvfp4-rest out",
 )
 def test_options_of_nvfp4_go_with_builds_of_it(tmp_path):

@@ -31,12 +31,15 @@ from ornith_moe.command.options import (
     RecipeFile,
     Rest,
     SourceArgument,
+    SplitSize,
+    SplitTensors,
     TensorType,
     To,
     TokenizerPre,
     asked_of_gguf,
     asked_of_nvfp4,
     parse_size,
+    split_of,
 )
 from ornith_moe.command.terminal import Stopped, out, print_json, progress_bar, say, shown
 from ornith_moe.quant.fallbacks import by_kind
@@ -63,6 +66,8 @@ def convert(
     lora: Lora = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
     tokenizer_pre: TokenizerPre = None,
     imatrix: ImatrixOption = None,
     tensor_type: TensorType = None,
@@ -90,6 +95,7 @@ def convert(
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
+    split = split_of(split_max_size, split_max_tensors)
     opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from, lora=lora)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
@@ -105,6 +111,7 @@ def convert(
                 max_memory=max_memory,
                 restart=restart,
                 max_shard_bytes=max_shard_size,
+                split=split,
                 tokenizer_pre=tokenizer_pre,
                 asked=asked,
                 imatrix=importance,

@@ -14,6 +14,7 @@ from ornith_moe.quant.errors import brief
 if TYPE_CHECKING:
     from ornith_moe.quant.builds.build import AskedNvfp4
     from ornith_moe.quant.gguf.imatrix import Imatrix
+    from ornith_moe.quant.gguf.splits import Split
     from ornith_moe.quant.gguf.tensor_types import AskedTypes
 
 
@@ -76,6 +77,16 @@ SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint f
 DEFAULT_SHARD: Any = "5GB"  # read by `parse_size`, as what a user types is
 DEFAULT_MEMORY: Any = "2GiB"
 MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]
+SplitSize = Annotated[
+    int | None,
+    typer.Option(
+        "--split-max-size", metavar="SIZE", parser=parse_size, help="Cut text GGUFs into files of at most this."
+    ),
+]
+SplitTensors = Annotated[
+    int | None,
+    typer.Option("--split-max-tensors", metavar="N", help="Cut text GGUFs into files of at most N tensors."),
+]
 TokenizerPre = Annotated[
     str | None, typer.Option(metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
 ]
@@ -107,6 +118,13 @@ def asked_of_nvfp4(to: list[str], head: bool, rest: Rest) -> AskedNvfp4:
     asked = AskedNvfp4(head, rest.value)
     refuse_unheard(to, Options(nvfp4=asked))
     return asked
+
+
+def split_of(max_bytes: int | None, max_tensors: int | None) -> Split | None:
+    """Where the options cut a GGUF, if anywhere."""
+    from ornith_moe.quant.gguf.splits import Split
+
+    return None if max_bytes is None and max_tensors is None else Split(max_bytes, max_tensors)
 
 
 def asked_of_gguf(

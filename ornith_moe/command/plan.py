@@ -25,10 +25,13 @@ from ornith_moe.command.options import (
     OutputType,
     RecipeFile,
     Rest,
+    SplitSize,
+    SplitTensors,
     TensorType,
     To,
     asked_of_gguf,
     asked_of_nvfp4,
+    split_of,
 )
 from ornith_moe.command.terminal import out, print_json, say
 from ornith_moe.quant.fallbacks import by_kind
@@ -49,6 +52,8 @@ def plan(
     lora: Lora = None,
     name: Name = None,
     max_shard_size: MaxShard = DEFAULT_SHARD,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
     imatrix: ImatrixOption = None,
     tensor_type: TensorType = None,
     recipe: RecipeFile = None,
@@ -63,7 +68,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
-    from ornith_moe.quant.builds.build import find_build
+    from ornith_moe.quant.builds.build import Options, find_build, refuse_unheard
     from ornith_moe.quant.builds.plan import plan_json
     from ornith_moe.quant.builds.planning import plan_build
     from ornith_moe.quant.builds.serving import serving
@@ -71,6 +76,8 @@ def plan(
     from ornith_moe.quant.source.hub import open_any
 
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
+    cut = Options(max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors))
+    refuse_unheard(to, cut)
     opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from, lora=lora)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     plans: list[BuildPlan] = []
@@ -80,7 +87,7 @@ def plan(
             plans.append(plan_build(opened, build, asked=asked, imatrix=importance, nvfp4=nvfp4))
         except PlanError as error:
             failed[build] = error
-    files = [plan.build.files(plan, max_shard_size) for plan in plans]
+    files = [plan.build.files(plan, cut) for plan in plans]
     needed = [serving(opened, plan, context) for plan in plans]
     if as_json:
         builds = [plan_json(*each) for each in zip(plans, files, needed, strict=True)]

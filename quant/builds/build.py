@@ -21,6 +21,7 @@ from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import FoundTensor, StoredBuild
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.gguf.imatrix import Imatrix
+from ornith_moe.quant.gguf.splits import Split
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.names import did_you_mean, plain_name
 from ornith_moe.quant.source.accounts import LeftOut
@@ -28,6 +29,10 @@ from ornith_moe.quant.source.architectures.architecture import Cached
 from ornith_moe.quant.source.source import Source
 
 T = TypeVar("T")
+_ASKED_BY = {  # field of `Options` that not every build heeds: options of the command line
+    "nvfp4": ("--nvfp4-head", "--nvfp4-rest"),
+    "split": ("--split-max-size", "--split-max-tensors"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Options:
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     tokenizer_pre: str | None = None
     nvfp4: AskedNvfp4 = AskedNvfp4()
+    split: Split | None = None  # of GGUFs
     kept: Mapping[int, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what `once` has made
@@ -101,19 +107,19 @@ class Build(ABC):
         """
 
     @abstractmethod
-    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+    def files(self, plan: BuildPlan, options: Options) -> int:
         """How many files hold its tensors."""
 
     @abstractmethod
-    def path(self, out: Path, source: Source) -> Path:
-        """Its final path in the folder `out`."""
+    def path(self, out: Path, layout: Layout) -> Path:
+        """Its final path in the folder `out`: what a client is given."""
 
     @abstractmethod
     def manifest(self, path: Path) -> Path:
         """Where its manifest lies when it is at `path`."""
 
     @abstractmethod
-    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+    def names(self, staging: Path, final: Path, layout: Layout) -> list[tuple[Path, Path]]:
         """(staged, final) of what it is made of, in the order in which it gets its names."""
 
     @abstractmethod
@@ -187,9 +193,12 @@ def refuse_unheard(names: Iterable[str], options: Options) -> None:
     Raises:
         PlanError: so it is.
     """
-    if options.nvfp4 != AskedNvfp4() and not any("nvfp4" in find_build(name).hears for name in names):
-        heeding = ", ".join(name for name, build in BUILDS.items() if "nvfp4" in build.hears)
-        raise PlanError(f"--nvfp4-head and --nvfp4-rest are for {heeding}; leave them out, or ask for one")
+    asked = {find_build(name).name for name in names}
+    for heard, asked_by in _ASKED_BY.items():
+        heeding = [name for name, build in BUILDS.items() if heard in build.hears]
+        if getattr(options, heard) != getattr(Options(), heard) and not asked & {*heeding}:
+            these = ", ".join(heeding) if len(heeding) < 9 else f"{heeding[0]} and {len(heeding) - 1} builds like it"
+            raise PlanError(f"{' and '.join(asked_by)} are for {these}; leave them out, or ask for one")
 
 
 def recognize(found: StoredBuild) -> str:

@@ -40,16 +40,16 @@ class SafetensorsBuild(Build):
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
         return safetensors_layout(plan, options.max_shard_bytes, self.header_format)
 
-    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
-        return len(shard_tensors(plan.tensors, max_shard_bytes))
+    def files(self, plan: BuildPlan, options: Options) -> int:
+        return len(shard_tensors(plan.tensors, options.max_shard_bytes))
 
-    def path(self, out: Path, source: Source) -> Path:
+    def path(self, out: Path, layout: Layout) -> Path:
         return out / self.name.replace(":", "-")
 
     def manifest(self, path: Path) -> Path:
         return manifest_of_folder(path)
 
-    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
+    def names(self, staging: Path, final: Path, layout: Layout) -> list[tuple[Path, Path]]:
         return [(staging, final)]
 
     def recognize(self, found: StoredBuild) -> bool:

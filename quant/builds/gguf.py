@@ -14,7 +14,7 @@ from gguf import GGUFValueType
 
 from ornith_moe.quant.builds.build import Options, register
 from ornith_moe.quant.builds.gguf_file import GgufFile
-from ornith_moe.quant.builds.layout import Layout, gguf_layout
+from ornith_moe.quant.builds.layout import Layout, gguf_cuts, gguf_layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
 from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.stored import StoredBuild
@@ -42,6 +42,8 @@ NAMED = 3  # tensors that a pattern names one by one; of more it names the kinds
 
 class GgufBuild(GgufFile):
     """A text GGUF of one of llama.cpp's file types."""
+
+    hears = frozenset({"split"})
 
     def __init__(self, file_type: str):
         self.name, self.kind = f"gguf:{file_type}", FILE_TYPES[file_type]
@@ -73,7 +75,10 @@ class GgufBuild(GgufFile):
             shapes={tensor.name: tensor.shape for tensor in plan.tensors},
             tokenizer=entries,
         ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
-        return gguf_layout(plan, self.file(source), metadata, notes)
+        return gguf_layout(plan, self.file(source), metadata, notes, options.split)
+
+    def files(self, plan: BuildPlan, options: Options) -> int:
+        return len(gguf_cuts(plan, options.split))
 
     def recognize(self, found: StoredBuild) -> bool:
         return self.is_of_type(found, self.kind) and found.metadata.get("general.type") != MMPROJ

@@ -1,11 +1,12 @@
-"""Builds that are one GGUF file, their manifest beside it."""
+"""Builds that are a GGUF: one file, or several of which a client is given the first; the manifest beside it."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
 
-from ornith_moe.quant.builds.build import Build
+from ornith_moe.quant.builds.build import Build, Options
+from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
@@ -22,18 +23,19 @@ class GgufFile(Build):
     def file(self, source: Source) -> str:
         """Its name in the folder of the builds."""
 
-    def files(self, plan: BuildPlan, max_shard_bytes: int) -> int:
+    def files(self, plan: BuildPlan, options: Options) -> int:
         return 1
 
-    def path(self, out: Path, source: Source) -> Path:
-        return out / self.file(source)
+    def path(self, out: Path, layout: Layout) -> Path:
+        return out / layout.files[0].name
 
     def manifest(self, path: Path) -> Path:
         return manifest_of_file(path)
 
-    def names(self, staging: Path, final: Path) -> list[tuple[Path, Path]]:
-        """The manifest first: without the file it promises nothing."""
-        return [(staging / MANIFEST, self.manifest(final)), (staging / final.name, final)]
+    def names(self, staging: Path, final: Path, layout: Layout) -> list[tuple[Path, Path]]:
+        """The manifest before the file, without which it promises nothing, and last what a client is given."""
+        files = [(staging / file.name, final.with_name(file.name)) for file in reversed(layout.files)]
+        return [(staging / MANIFEST, self.manifest(final)), *files]
 
     @staticmethod
     def is_of_type(found: StoredBuild, kind: FileType) -> bool:

@@ -5,7 +5,8 @@ threads, and a file is complete exactly when its extents tile it. A layout is th
 each tensor; the payload is not its business.
 
 Safetensors: tensors in plan order, a new shard when the next would pass `max_shard_bytes`; header padded with spaces to
-8 bytes, as the format asks. GGUF: one file, its header from quant/gguf/header.py, tensors aligned to 32 bytes.
+8 bytes, as the format asks. GGUF: one file, or several (quant/gguf/splits.py), headers from quant/gguf/header.py,
+tensors aligned to 32 bytes.
 Nothing of the machine, the date or a path enters a header: equal sources give equal bytes.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor
 from ornith_moe.quant.gguf.header import Entry, gguf_header, padded
+from ornith_moe.quant.gguf.splits import Split, part_name, split_entries
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -84,11 +86,31 @@ def safetensors_index(plan: BuildPlan, layout: Layout) -> dict[str, Any]:
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def gguf_layout(plan: BuildPlan, file_name: str, metadata: Sequence[Entry], notes: tuple[str, ...] = ()) -> Layout:
+def gguf_layout(
+    plan: BuildPlan,
+    file_name: str,
+    metadata: Sequence[Entry],
+    notes: tuple[str, ...] = (),
+    split: Split | None = None,
+) -> Layout:
     """Layout of a GGUF build; `metadata` are the entries of `gguf_metadata`."""
-    header = gguf_header(metadata, ((t.name, t.dtype, t.shape, t.nbytes) for t in plan.tensors))
-    places, position = [], len(header)
-    for tensor in plan.tensors:
-        places.append((0, position))
-        position += padded(tensor.nbytes)
-    return Layout((OutputFile(file_name, header, position),), tuple(places), notes)
+    cuts = gguf_cuts(plan, split)
+    files, places = [], []
+    for number, cut in enumerate(cuts):
+        tensors, name = [plan.tensors[index] for index in cut], file_name
+        entries = list(metadata) if number == 0 else []
+        if len(cuts) > 1:
+            entries += split_entries(number, len(cuts), len(plan.tensors))
+            name = part_name(file_name, number, len(cuts))
+        header = gguf_header(entries, ((t.name, t.dtype, t.shape, t.nbytes) for t in tensors))
+        position = len(header)
+        for tensor in tensors:
+            places.append((number, position))
+            position += padded(tensor.nbytes)
+        files.append(OutputFile(name, header, position))
+    return Layout(tuple(files), tuple(places), notes)
+
+
+def gguf_cuts(plan: BuildPlan, split: Split | None) -> list[range]:
+    """Which tensors each file of a GGUF build holds."""
+    return split.cut([padded(t.nbytes) for t in plan.tensors]) if split else [range(len(plan.tensors))]

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import open_file, read_json
 from ornith_moe.quant.gguf.reader import read_gguf_header
+from ornith_moe.quant.gguf.splits import COUNT, NUMBER, TENSORS, first_part, parts_of
+from ornith_moe.quant.source.accounts import bare
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES, TensorInfo, read_header, read_tables
 
 MANIFEST = "ornith_manifest.json"
@@ -74,12 +76,19 @@ class StoredBuild:
 
     @property
     def manifest(self) -> Path:
-        return manifest_of_folder(self.path) if self.is_folder else manifest_of_file(self.path)
+        return manifest_of_folder(self.path) if self.is_folder else manifest_of_file(first_part(self.path))
 
     @cached_property
     def tensors(self) -> dict[str, FoundTensor]:
         """CheckpointError if it is not whole."""
-        return read_safetensors_build(self.path) if self.is_folder else read_gguf_tensors(self.path)
+        return read_safetensors_build(self.path) if self.is_folder else self._gguf[1]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold its tensors, and of any other of their kind in a folder."""
+        if self.is_folder:
+            return [path.name for path in self.path.iterdir() if path.suffix == ".safetensors"]
+        return sorted({tensor.path.name for tensor in self.tensors.values()} | {self.path.name})
 
     @cached_property
     def quantization_config(self) -> dict[str, Any]:
@@ -95,7 +104,11 @@ class StoredBuild:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """Of a GGUF."""
-        return read_gguf_header(self.path)[0]
+        return self._gguf[0]
+
+    @cached_property
+    def _gguf(self) -> tuple[dict[str, Any], dict[str, FoundTensor]]:
+        return read_gguf_build(self.path)
 
 
 def manifest_of_folder(path: Path) -> Path:
@@ -118,8 +131,33 @@ def read_safetensors_file(path: Path) -> dict[str, FoundTensor]:
 
 def read_gguf_tensors(path: Path) -> dict[str, FoundTensor]:
     """Tensors of a GGUF; CheckpointError if it is none or not whole."""
-    _, tensors = read_gguf_header(path)
-    return {t.name: FoundTensor(t.dtype, t.shape, path, t.offset, t.nbytes, named=True) for t in tensors}
+    return read_gguf_build(path)[1]
+
+
+def read_gguf_build(path: Path) -> tuple[dict[str, Any], dict[str, FoundTensor]]:
+    """Keys and tensors of a GGUF, in all its files where it is split; `path` is any of them.
+
+    Raises:
+        CheckpointError: it is none or not whole.
+    """
+    keys, tensors = read_gguf_header(path)
+    parts = parts_of(path, keys)
+    found: dict[str, FoundTensor] = {}
+    for number, part in enumerate(parts):
+        named = part == path
+        own, tensors = (keys, tensors) if named and len(parts) == 1 else read_gguf_header(part, named=named)
+        if len(parts) > 1 and (own.get(NUMBER), own.get(COUNT)) != (number, len(parts)):
+            raise CheckpointError(f"{part.name}: is not part {number + 1} of {len(parts)} by its keys; fetch it again")
+        keys = own if number == 0 else keys
+        for t in tensors:
+            if t.name in found:
+                raise CheckpointError(f"{part.name}: tensor {bare(t.name)} is in {found[t.name].path.name} too")
+            found[t.name] = FoundTensor(t.dtype, t.shape, part, t.offset, t.nbytes, named)
+    if len(parts) > 1 and keys.get(TENSORS) != len(found):
+        raise CheckpointError(
+            f"{parts[0].name}: counts {brief(keys.get(TENSORS))} tensors, its files hold {len(found)}"
+        )
+    return keys, found
 
 
 def _found(tensors: dict[str, TensorInfo]) -> dict[str, FoundTensor]:

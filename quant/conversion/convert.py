@@ -41,6 +41,7 @@ from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, br
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
 from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
+from ornith_moe.quant.gguf.splits import Split
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
 from ornith_moe.quant.source.source import Source
 
@@ -84,6 +85,7 @@ def convert(  # every option of the command line, by name: users need no object 
     restart: bool = False,
     resume: bool = True,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    split: Split | None = None,
     tokenizer_pre: str | None = None,
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
@@ -102,6 +104,7 @@ def convert(  # every option of the command line, by name: users need no object 
         builds: names as in `plan_build`.
         jobs: threads; default all cores that max_memory has room for.
         max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
+        split: where text GGUFs are cut into several files, of which `path` is the first.
         restart: drop what an unfinished conversion has left in `out`, and begin anew.
         resume: of earlier versions; going on goes without saying.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
@@ -129,7 +132,7 @@ def convert(  # every option of the command line, by name: users need no object 
     jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
     together = group_bytes(source, len(names), max_memory, jobs)
     workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent)
-    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4())
+    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), split)
     refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":

@@ -56,7 +56,7 @@ def place(source: Source, staging: Path, name: str, options: Options) -> PlacedB
     layout = build.lay_out(source, plan, options)
     plan.notes += layout.notes
     sides = build.side_files(source, plan, layout)
-    return PlacedBuild(plan, layout, sides, staging / name.replace(":", "-"), build.path(staging.parent, source))
+    return PlacedBuild(plan, layout, sides, staging / name.replace(":", "-"), build.path(staging.parent, layout))
 
 
 def numbered(placed: Sequence[PlacedBuild]) -> list[PlacedBuild]:

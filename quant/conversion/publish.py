@@ -1,8 +1,8 @@
 """The end of a conversion: side files, manifest, and the one rename that gives a checked build its final name.
 
 A build of safetensors is a folder and appears in one rename. A GGUF is one file beside its manifest, which goes first:
-without the file it promises nothing. Nothing that exists is ever replaced, and a run that died between two renames is
-finished by the next.
+without the file it promises nothing; of a split one the part that clients are given comes last. Nothing that exists is
+ever replaced, and a run that died between two renames is finished by the next.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def finish(source: Source, placed: PlacedBuild, sha256: Sequence[str], more: Map
 
 def final_paths(placed: PlacedBuild) -> list[tuple[Path, Path]]:
     """(staged, final) of what a build is made of, in the order in which it gets its names."""
-    return placed.plan.build.names(placed.staging, placed.final)
+    return placed.plan.build.names(placed.staging, placed.final, placed.layout)
 
 
 def manifest_path(placed: PlacedBuild) -> Path:

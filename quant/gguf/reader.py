@@ -49,8 +49,8 @@ class GgufTensor:
     nbytes: int
 
 
-def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
-    """Keys and tensors of the file `path`, which the user named, in file order.
+def read_gguf_header(path: Path, *, named: bool = True) -> tuple[dict[str, Any], list[GgufTensor]]:
+    """Keys and tensors of the file `path`, in file order; `named`: the user named it.
 
     Returns:
         ({key: number, string, numpy array [n] or list of strings}, tensors).
@@ -60,7 +60,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
         keys, tensors = read_gguf_header(Path("model-Q8_0.gguf"))
         keys["general.architecture"], sum(tensor.nbytes for tensor in tensors)
     """
-    with open_file(path, what="a GGUF", named=True) as file:
+    with open_file(path, what="a GGUF", named=named) as file:
         reader = _Reader(file, path.name)
         if reader.take(4) != b"GGUF":
             raise reader.damaged("it does not begin with GGUF")

@@ -23,8 +23,7 @@ def check_manifest(stored: StoredBuild, manifest: dict[str, Any], result: Verifi
     if not isinstance(files, dict) or not sound or not isinstance(manifest.get("build"), str):
         result.problem(f"{path.name}: the manifest does not name a build with bytes and sha256 of its files")
         return
-    held = [p.name for p in path.iterdir() if p.suffix == ".safetensors"] if stored.is_folder else [path.name]
-    unlisted = sorted(set(held) - files.keys())
+    unlisted = sorted(set(stored.files) - files.keys())
     if unlisted:
         result.problem(f"{path.name}: the manifest does not list {unlisted[0]}; it is not of this build")
     if manifest.get("tensors") != result.tensors:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ornith_moe.quant.budget import budgeted
-from ornith_moe.quant.builds.stored import read_gguf_tensors, read_safetensors_build, read_safetensors_file
+from ornith_moe.quant.builds.stored import read_gguf_build, read_safetensors_build, read_safetensors_file
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import read_json
-from ornith_moe.quant.gguf.reader import read_gguf_header
+from ornith_moe.quant.gguf.splits import COUNT
 
 CONFIG_KEYS = (
     "model_type",
@@ -32,7 +32,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Kind, tensors, bytes per dtype, and the metadata worth a line each.
 
     Args:
-        path: a checkpoint or build folder, a `.safetensors` file or a `.gguf` file.
+        path: a checkpoint or build folder, a `.safetensors` file or a `.gguf` file; of a split GGUF any part.
     Returns:
         {"kind", "tensors", "tensor_bytes", "dtypes": {dtype: {"tensors", "bytes"}}, "metadata": {key: value}}.
     Raises:
@@ -43,7 +43,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         found, kind = read_safetensors_build(path), "safetensors folder"
         metadata = _config_summary(read_json(path / "config.json")) if (path / "config.json").is_file() else {}
     elif path.suffix == ".gguf" and path.is_file():
-        found, kind, metadata = read_gguf_tensors(path), "GGUF file", _gguf_summary(path)
+        keys, found = read_gguf_build(path)
+        parts = keys.get(COUNT, 1)
+        kind = "GGUF file" if parts == 1 else f"GGUF in {parts} files"
+        metadata = {name: _short(value) for name, value in keys.items()}
     elif path.suffix == ".safetensors" and path.is_file():
         found, kind, metadata = read_safetensors_file(path), "safetensors file", {}
     else:
@@ -70,10 +73,6 @@ def _config_summary(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(quantization, dict):
         summary |= {key: quantization[key] for key in QUANTIZATION_KEYS if key in quantization}
     return summary
-
-
-def _gguf_summary(path: Path) -> dict[str, Any]:
-    return {name: _short(value) for name, value in read_gguf_header(path)[0].items()}
 
 
 def _short(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Remedies of messages about vision towers and their mmproj."""
+"""Remedies of messages about vision towers and their mmproj, and about GGUFs in several files."""
 
 import json
 
@@ -6,6 +6,10 @@ import pytest
 import torch
 from fuzz.inputs import CONFIG
 from remedies import edit, follows, made, refused, tiny
+
+from ornith_moe.quant.gguf.splits import Split
+from ornith_moe.quant.verification.inspect import inspect
+from ornith_moe.quant.verification.verify import verify
 
 TOWER = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
@@ -56,3 +60,33 @@ def test_another_type_is_made(tmp_path, out, instead):
     edit(m, lambda tensors: tensors["model.visual.blocks.0.attn.qkv.weight"].fill_(1e6))
     refused("make gguf:mmproj or gguf:mmproj-F32 of it", made, m, out, ["gguf:mmproj-F16"])
     made(m, out, [instead])
+
+
+@follows("leave --split-max-size or --split-max-tensors out")
+def test_one_limit_is_left_out(tmp_path, out):
+    refused("leave --split-max-size or --split-max-tensors out", Split, 1 << 20, 9)
+    made(tiny(tmp_path / "m"), out, ["gguf:BF16"], split=Split(1 << 20))
+
+
+@follows("rename it to {}")
+def test_a_part_is_renamed(tmp_path, out):
+    first = made(tiny(tmp_path / "m"), out, ["gguf:BF16"], split=Split(max_tensors=30)).builds[0].path
+    second = first.with_name(first.name.replace("-00001-", "-00002-"))
+    second.rename(out / "mine.gguf")
+    told = refused("which its name must say; rename it to mine-00002-of-00002.gguf", inspect, out / "mine.gguf")
+    first.rename(out / "mine-00001-of-00002.gguf")
+    (out / "mine.gguf").rename(out / told.rpartition(" ")[2])
+    assert inspect(out / "mine-00002-of-00002.gguf")["kind"] == "GGUF in 2 files"
+
+
+@follows("is missing{}, of the {} files of this GGUF; fetch it again", "by its keys; fetch it again")
+def test_a_part_is_fetched(tmp_path, out):
+    m = tiny(tmp_path / "m")
+    first = made(m, out, ["gguf:BF16"], split=Split(max_tensors=30)).builds[0].path
+    second = first.with_name(first.name.replace("-00001-", "-00002-"))
+    second.rename(tmp_path / "published")
+    assert "of the 2 files of this GGUF; fetch it again" in verify(first).problems[0]
+    second.write_bytes(first.read_bytes())
+    assert "by its keys; fetch it again" in verify(first).problems[0]
+    (tmp_path / "published").rename(second)
+    assert verify(first).ok
