@@ -14,6 +14,8 @@ from converter_models import qwen_tokenizer
 from safetensors.torch import save_file
 
 from ornith_moe.quant.source.architectures import architecture
+from ornith_moe.quant.source.source import ConfigSource
+from ornith_moe.quant.source.weights import source_from_config
 
 SEED = 11
 BUILDS = {  # name of a recording -> build, options of ours
@@ -49,6 +51,12 @@ def make(folder: Path, layout: str = "fused", **changes: int) -> Path:
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     save_file(_tensors(config, layout), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def planned(**changes: int) -> ConfigSource:
+    """What can be planned of it, without tensors."""
+    config = {"model_type": "qwen3_5_moe", "text_config": _TEXT | changes, "vision_config": _TOWER}
+    return source_from_config(config, name="planned")
 
 
 def _tensors(config: dict, layout: str) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
 from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_groups
 from ornith_moe.quant.builds.fp8_channel import compressed_tensors_config
-from ornith_moe.quant.builds.modelopt import MLP, fused_scale
+from ornith_moe.quant.builds.modelopt import MLP
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.int4 import Int4
 from ornith_moe.quant.builds.storages.nvfp4 import GROUP, NVFP4Packed
@@ -62,7 +62,7 @@ class PackedBuild(SafetensorsBuild):
         plan.max_tensor_parallel = max_tensor_parallel(source, in_groups=quantized, group=group)
         for index, weight in enumerate(source.weights):
             storage = self.storage(group, weight.shape) if index in quantized else Keep()
-            plan.add(source, index, storage, group=fused_scale(model, weight))
+            plan.add(source, index, storage, group=model.scale_group(weight))
         ignore = [name for name in model.CHANNEL_IGNORE if name != "lm_head" or "head" not in roles]
         ignore += [ATTENTION, *(model.CHANNEL_IGNORE_MTP if source.has_mtp else ())]
         skipped = {

@@ -17,6 +17,8 @@ from ornith_moe.quant.builds.gguf_file import GgufFile
 from ornith_moe.quant.builds.layout import Layout, gguf_cuts, gguf_layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor, Step
 from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.storages.nvfp4 import NVFP4Blocks
+from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.errors import PlanError, brief
@@ -27,6 +29,7 @@ from ornith_moe.quant.gguf.mixtures import FILE_TYPES, UNMADE_WITHOUT_IMATRIX, F
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD, AskedTypes
 from ornith_moe.quant.gguf.tokenizer import tokenizer_entries
 from ornith_moe.quant.source.accounts import LeftOut
+from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.tokenizer_files import read_tokenizer
 
@@ -44,9 +47,10 @@ class GgufBuild(GgufFile):
     """A text GGUF of one of llama.cpp's file types."""
 
     hears = frozenset({"split"})
+    storages = (NVFP4Blocks, Gguf)
 
-    def __init__(self, file_type: str):
-        self.name, self.kind = f"gguf:{file_type}", FILE_TYPES[file_type]
+    def __init__(self, kind: FileType):
+        self.name, self.kind = f"gguf:{kind.name}", kind
 
     @property
     def is_written(self) -> bool:
@@ -62,6 +66,13 @@ class GgufBuild(GgufFile):
         plan = self.plan(source, Options(stored={name: tensor.dtype for name, tensor in found.tensors.items()}))
         plan.notes = [note for note in plan.notes if note not in plain.notes]
         return plan
+
+    def retype(self, source: Source, places: Sequence[Sequence[Place]], types: dict[str, str], plan: BuildPlan) -> None:
+        """Types that no mixture of llama-quantize decides."""
+
+    def storage(self, type_name: str, place: Place) -> Storage | None:
+        """How what is of a type is stored at a place; None: as the type says."""
+        return None
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
         _check_encoders(plan)
@@ -125,6 +136,7 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
         imatrix=imatrix is not None,
         asked=asked,
     )
+    build.retype(source, places, types, plan)
     other = {name for name in types.keys() & stored.keys() if "F32" != types[name] != stored[name]}
     types |= {name: stored[name] for name in other}
     types |= {place.name: "BF16" for index in kept for place in places[index] if types[place.name] != "F32"}
@@ -144,11 +156,11 @@ def plan_gguf(source: Source, build: GgufBuild, options: Options) -> BuildPlan:
     covered = {found.tensor for found in plan.coverage}
     for index, weight in enumerate(source.weights):
         for place in places[index]:
-            storage = storages[types[place.name]]
+            storage = build.storage(types[place.name], place) or storages[types[place.name]]
             if imatrix and place.name in covered:
                 row = partial(imatrix.importance, place.name, weight.expert or 0, weight.shape[-1])
                 storage = Gguf(storage.name, row)
-            plan.add(source, index, storage, place)
+            plan.add(source, index, storage, place, model.scale_group(weight))
     if any(weight.role == "vision" for weight in source.weights):
         plan.notes.append(_without_tower(source))
     return plan
@@ -261,4 +273,4 @@ def _pattern(names: list[str]) -> str:
     return f"^({'|'.join(map(re.escape, names))})$" if len(names) > 1 else f"^{re.escape(names[0])}$"
 
 
-register(*map(GgufBuild, FILE_TYPES))
+register(*map(GgufBuild, FILE_TYPES.values()))

@@ -9,6 +9,7 @@ from ornith_moe.quant.builds.build import Build, Options
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
 from ornith_moe.quant.gguf.mixtures import FileType
 from ornith_moe.quant.source.source import Source
@@ -17,7 +18,7 @@ from ornith_moe.quant.source.source import Source
 class GgufFile(Build):
     """What they have in common; one of them says `decide`, `lay_out` and `file`."""
 
-    storages = (Gguf,)
+    storages: tuple[type[Storage], ...] = (Gguf,)
 
     @abstractmethod
     def file(self, source: Source) -> str:

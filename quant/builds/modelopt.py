@@ -32,7 +32,6 @@ from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import json_bytes
-from ornith_moe.quant.source.architectures.architecture import Architecture
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.source import Source
 
@@ -70,7 +69,7 @@ class ModelOptBuild(SafetensorsBuild):
                 continue
             algorithms[weight.owner] = kind = wanted[index]
             storage = NVFP4() if kind in GROUPED else FP8Tensor()
-            plan.add(source, index, storage, group=fused_scale(model, weight))
+            plan.add(source, index, storage, group=model.scale_group(weight))
             if kind != "W4A16_NVFP4":
                 plan.tensors.append(OutputTensor(f"{weight.owner}.input_scale", "F32", (), 4, (1.0,)))
         plan.config = quantization_config(source, algorithms)
@@ -116,12 +115,6 @@ class ModelOptBuild(SafetensorsBuild):
         fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
         head = "lm_head.weight_scale_2" in tensors
         return Options(nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
-
-
-def fused_scale(model: Architecture, weight: Weight) -> str:
-    """The group of weights that share a scale of all: gate and up of an expert, or of an MLP."""
-    parent, _, leaf = weight.owner.rpartition(".")
-    return f"{parent}.{model.FUSED[leaf]}" if leaf in ("gate_proj", "up_proj") else weight.owner
 
 
 def quantization_config(source: Source, algorithms: dict[str, str]) -> dict[str, Any]:

@@ -79,7 +79,8 @@ def runs(step: Step, unit: Unit, weight_rows: int) -> Iterator[Run]:
     if targets is None:
         for index, part in enumerate(step.parts):
             count = part.rows_of(unit.rows)
-            yield Run(index, slice(0, count), (step.row + unit.start) // part.rows if part.rows else 0, count)
+            first = (step.row + unit.start) // part.rows if part.rows else step.row // weight_rows
+            yield Run(index, slice(0, count), first, count)
         return
     assert all(part.rows == 1 for part in step.parts)
     targets = targets[targets >= 0]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, largest_magnitude
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
@@ -130,6 +131,57 @@ class NVFP4Packed(NVFP4):
         from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4
 
         return decode_nvfp4(parts[0], parts[1], parts[2].view(np.float32)[0, 0], divides=True)
+
+
+class NVFP4Blocks(NVFP4):
+    """A GGUF's blocks, and the scale of all beside them: one for a matrix, one for each of a stack."""
+
+    suffixes = ("", "", ".scale")
+
+    def __init__(self, scale_2: np.float32 | None = None, stacked: bool = False):
+        super().__init__(scale_2)
+        self.stacked = stacked
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        columns = matrix_shape(shape)[1]
+        scale = () if self.stacked else (1,)
+        return Part("", self.name, shape, columns // 16 * 9), Part(".scale", "F32", scale, 4, rows=None)
+
+    def given(self, found: float) -> Storage:
+        from ornith_moe.quant.codecs.nvfp4 import scale_2_of
+
+        return NVFP4Blocks(scale_2_of(found), self.stacked)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.codecs.nvfp4 import gguf_blocks
+
+        codes, scales, scale_2 = encoded(slab, self.scale_2)
+        return gguf_blocks(codes, scales), scale_2.reshape(1, 1).view(np.uint8)
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4, of_gguf_blocks
+
+        return decode_nvfp4(*of_gguf_blocks(parts[0]), self.scale_of(parts))
+
+    def scale_of(self, parts: tuple[np.ndarray, ...]) -> np.float32:
+        return parts[1].view(np.float32)[0, 0]
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        return cls() if found[name].dtype == cls.name and name.removesuffix(".weight") + ".scale" in found else None
+
+    def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:
+        """What is wrong with the blocks, as with those that have no other scale, and with the scale of all."""
+        yield from Gguf(self.name).problems(name, found)
+        blocks, scale = found[name], found[name.removesuffix(".weight") + ".scale"]
+        expected = blocks.shape[:-2] or (1,)
+        if (scale.dtype, scale.shape) != ("F32", expected):
+            got = f"{scale.dtype} {list(scale.shape)}"
+            yield f"{scale.path.name}: the scale of tensor {bare(name)} is {got}, expected F32 {list(expected)}"
+            return
+        values = scale.read(0, scale.nbytes).view(np.float32)
+        if not ((values > 0) & (values < np.inf)).all():
+            yield f"{scale.path.name}: the scale of tensor {bare(name)} is not a number above zero everywhere"
 
 
 def encoded(slab: Slab, scale_2: np.float32 | None) -> tuple[np.ndarray, np.ndarray, np.float32]:

@@ -166,6 +166,11 @@ class Architecture(ABC):
         parent, _, leaf = weight.owner.rpartition(".")
         return parent.rpartition(".")[0] if weight.expert is not None else f"{parent}.{self.FUSED.get(leaf, leaf)}"
 
+    def scale_group(self, weight: Weight) -> str:
+        """The weights that share a scale of all: gate and up of an expert or an MLP, which engines multiply as one."""
+        parent, _, leaf = weight.owner.rpartition(".")
+        return f"{parent}.{self.FUSED[leaf]}" if leaf in ("gate_proj", "up_proj") else weight.owner
+
     def block_skip_aliases(self, module: str) -> list[str]:
         """Other names under which an engine may ask for a module that stays BF16."""
         return ["model.embed_tokens"] if module.endswith("language_model.embed_tokens") else []
