@@ -86,7 +86,7 @@ class Inputs:
     def __init__(self, root: Path, run: Callable[[list[str]], dict]):
         self.base, self.folder = root / "base", root / "case"
         _write_base(self.base)
-        builds = ("--to", "bf16", "--to", "gguf:BF16")
+        builds = ("--to", "bf16", "--to", "gguf:BF16", "--to", "fp8-channel")
         built = run(["convert", str(self.base / "m"), str(self.base / "out"), *builds, "--jobs", "1"])
         assert built["outcome"] == "ok", built
 
@@ -130,6 +130,70 @@ class Inputs:
                 ["plan", self.m, "--to", random.choice(BUILDS), *mtp],
                 ["inspect", self.m, "--json"],
                 ["verify", self.m],
+            ]
+        )
+
+    def quantized(self, random: Random) -> list:
+        """An FP8 source with its config, its header or one scale changed."""
+        folder = shutil.copytree(self.base / "out" / "fp8-channel", self.folder / "in" / "q")
+        shutil.copy(self.m / "tokenizer.json", folder)
+        config, path = json.loads((folder / "config.json").read_text()), folder / "model.safetensors"
+        if random.random() < 0.5:
+            section = change(config["quantization_config"], random)
+            (folder / "config.json").write_bytes(written(config | {"quantization_config": section}, random))
+        else:
+            raw = bytearray(path.read_bytes())
+            length = struct.unpack("<Q", raw[:8])[0]
+            header = json.loads(raw[8 : 8 + length])
+            name = random.choice([name for name in header if name.endswith("_scale")])
+            if random.random() < 0.5:
+                entry = header.pop(name)
+                header[random.choice([name, f"{name}_inv", "x_scale", name.replace("weight", "input")])] = {
+                    **entry,
+                    "dtype": random.choice(["BF16", "F16", "I16", "F32", "U8"]),
+                    "shape": random.choice([entry["shape"], entry["shape"][:1], [], [1], [2, *entry["shape"]]]),
+                }
+                text = json.dumps(header).encode()
+                path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+            else:
+                start = 8 + length + random.choice([0, *header[name]["data_offsets"][:1]])
+                raw[start : start + 2] = random.choice([b"\0\0", b"\x80\xbf", b"\xff\xff", b"\x80\x7f", b"\x7f\x7f"])
+                path.write_bytes(raw)
+        build = random.choice(BUILDS)
+        return random.choice(
+            [
+                ["plan", folder / "config.json", "--to", build],
+                ["convert", folder, self.folder / "out", "--to", random.choice(["bf16", "fp8-channel"]), "--jobs", "1"],
+            ]
+        )
+
+    def additions(self, random: Random) -> list:
+        """`--lora` and `--mtp-from`: an adapter, or a donor, with its config or its header changed."""
+        folder = self.folder / "in" / "a"
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"q_proj": 2}, "bias": "none"}
+        config |= {"init_lora_weights": True, "use_dora": False, "peft_version": "0.21.2", "use_rslora": False}
+        shapes = {"self_attn.q_proj": ((2, 64), (128, 2)), "mlp.experts": ((4, 64), (64, 4))}
+        header, offset = {}, 0
+        for module, pair in shapes.items():
+            for half, shape in zip("AB", pair, strict=True):
+                size = 4 * shape[0] * shape[1]
+                name = f"base_model.model.model.layers.1.{module}.lora_{half}.weight"
+                header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+                offset += size
+        if random.random() < 0.5:
+            config = change(config, random)
+        else:
+            header = change(header, random)
+        text = written(header, random) if random.random() < 0.3 else json.dumps(header).encode()
+        (folder / "adapter_config.json").write_bytes(written(config, random))
+        (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(offset))
+        donor = random.choice([self.m, folder, self.base / "out" / "bf16", *NAMES])
+        asked = random.choice([["--lora", folder]] * 3 + [["--mtp-from", donor], ["--lora", donor]])
+        return random.choice(
+            [
+                ["plan", self.m, "--to", random.choice(BUILDS), *asked],
+                ["convert", self.m, self.folder / "out", "--to", "bf16", "--jobs", "1", *asked],
             ]
         )
 
@@ -446,6 +510,8 @@ CLASSES: dict[str, Callable] = {
     for name in (
         "headers",
         "configs",
+        "quantized",
+        "additions",
         "indices",
         "tokenizers",
         "templates",
