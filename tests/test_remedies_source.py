@@ -11,7 +11,7 @@ from remedies import NORM, edit, follows, made, refused, say, tiny
 from safetensors.torch import load_file, save_file
 
 from ornith_moe.quant.conversion.convert import convert
-from ornith_moe.quant.source.hub import open_any
+from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import open_against, verify
 
@@ -326,3 +326,26 @@ def test_another_donor_is_given(m, out, tmp_path):
     path = convert(open_any(m, mtp_from=donor), out, ["bf16"]).builds[0].path
     refused("give the same folder with --mtp-from", open_against, path, m)
     assert verify(path, open_against(path, m, mtp_from=donor)).ok
+
+
+@follows(
+    "copy config.json and the tokenizer's files of its model there",
+    "copy the config.json of its model there",
+    "so copy the config.json of its ",
+    "; give a GGUF of BF16, F16, F32 or Q8_0",
+)
+def test_what_a_gguf_lacks_is_copied_beside_it(m, out):
+    path, coarse = (build.path for build in made(m, out, ["gguf:BF16", "gguf:Q4_0"]).builds)
+    refused("copy config.json and the tokenizer's files of its model there", open_any, path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(m / name, out)
+    refused("give a GGUF of BF16, F16, F32 or Q8_0", open_any, coarse)
+    for other in (
+        {"model_type": "qwen3_5_text", "intermediate_size": 64},
+        {"num_experts": 3},
+        {"num_hidden_layers": 1, "layer_types": None},
+    ):
+        say(out, **other)
+        refused("copy the config.json of its model there", open_any, path)
+        shutil.copy(m / "config.json", out)
+    convert(open_any(path), out / "more", ["bf16"])

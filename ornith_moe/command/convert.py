@@ -91,7 +91,7 @@ def convert(
     from ornith_moe.quant.conversion.convert import PARTIAL, ConversionReport
     from ornith_moe.quant.conversion.convert import convert as run
     from ornith_moe.quant.errors import BuildsFailed
-    from ornith_moe.quant.source.hub import open_any
+    from ornith_moe.quant.opening import open_any
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)

@@ -27,7 +27,7 @@ def imatrix(
     from dataclasses import asdict
 
     from ornith_moe.imatrix import make_imatrix
-    from ornith_moe.quant.source.hub import open_any
+    from ornith_moe.quant.opening import open_any
 
     opened = open_any(source, mtp="drop")
     with progress_bar(counted=True) as progress:

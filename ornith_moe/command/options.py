@@ -73,7 +73,9 @@ Lora = Annotated[str | None, typer.Option("--lora", metavar="FOLDER", help="Merg
 Name = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Of the model, in file names and metadata. Default: SRC's.")
 ]
-SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder, or hf://org/name[@revision].")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SRC", help="Checkpoint folder, hf://org/name[@revision] or .gguf.")
+]
 DEFAULT_SHARD: Any = "5GB"  # read by `parse_size`, as what a user types is
 DEFAULT_MEMORY: Any = "2GiB"
 MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]

@@ -73,7 +73,7 @@ def plan(
     from ornith_moe.quant.builds.planning import plan_build
     from ornith_moe.quant.builds.serving import serving
     from ornith_moe.quant.errors import PlanError
-    from ornith_moe.quant.source.hub import open_any
+    from ornith_moe.quant.opening import open_any
 
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     cut = Options(max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors))

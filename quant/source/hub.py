@@ -21,8 +21,6 @@ from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.architectures import architecture
 from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_quantization
-from ornith_moe.quant.source.lora import with_adapter
-from ornith_moe.quant.source.mtp_from import with_mtp_from
 from ornith_moe.quant.source.quantized import planned_as_bf16
 from ornith_moe.quant.source.reconcile import HEAD
 from ornith_moe.quant.source.shards import INDEX
@@ -35,34 +33,16 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 @budgeted
 def open_any(
-    source: str | Path,
-    *,
-    mtp: str | None = None,
-    name: str | None = None,
-    config_only: bool = False,
-    mtp_from: str | Path | None = None,
-    lora: str | Path | None = None,
+    source: str | Path, *, mtp: str | None = None, name: str | None = None, config_only: bool = False
 ) -> Source:
     """`open_source`, and `hf://org/name[@revision]` too.
 
     Args:
         name: as `open_source`; default the repository's.
         config_only: for a Hub source, fetch config and index instead of the weights: enough for a plan.
-        mtp_from: another checkpoint, whose multi-token prediction it gets instead of its own; a folder.
-        lora: an adapter of PEFT, merged into it; a folder.
     Raises:
-        CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository; as `with_mtp_from` and
-            `with_adapter`.
+        CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository.
     """
-    if mtp_from is not None and mtp == "drop":
-        raise CheckpointError("--mtp drop leaves out what --mtp-from would add; leave one of them out")
-    found = _open(source, "drop" if mtp_from is not None else mtp, name, config_only)
-    if mtp_from is not None:
-        found = with_mtp_from(found, open_checkpoint(mtp_from))
-    return found if lora is None else with_adapter(found, Path(lora))
-
-
-def _open(source: str | Path, mtp: str | None, name: str | None, config_only: bool) -> Source:
     if not str(source).startswith("hf://"):
         return open_source(source, mtp=mtp, name=name)
     repository, revision = _parse(str(source))

@@ -25,8 +25,8 @@ from ornith_moe.quant.builds.build import recognize
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, OrnithError, brief
 from ornith_moe.quant.files import read_json
+from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source.architectures import holds_mtp
-from ornith_moe.quant.source.hub import open_any
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.verification.checks import allowed_non_finite, check_manifest, check_values, note_underflow
 from ornith_moe.quant.verification.comparison import compare

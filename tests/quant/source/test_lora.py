@@ -18,7 +18,7 @@ from ornith_moe import cli
 from ornith_moe.quant.conversion import prepare
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.source.hub import open_any
+from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source.lora import add_product
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ornith_moe import cli
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError
-from ornith_moe.quant.source.hub import open_any
+from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source.weights import open_source
 
 BUILDS = ("bf16", "fp8-block", "gguf:Q8_0")
