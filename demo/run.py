@@ -13,9 +13,10 @@ transformers, llama.cpp or mlx-lm, unmodified, on held-out text that training ne
 The row of the BF16 GGUF tells what the other client alone costs: the same weights, computed by llama.cpp. KL is
 expected to rise along `LADDER`, and to fall with importance; the demo says so if it does not. What importance gains is
 a few per cent, so that comparison has more positions, in pairs, with fewer tokens listed at each (`compare.LlamaCpp`).
-The importance matrix comes from text that training saw, not from the held-out text that measures. FP8 builds
+The importance matrix comes from text that training saw, not from the held-out text that measures. FP8 and int4
 run with dequantized weights and unquantized activations, since no CPU here has FP8 arithmetic: their figures tell what
-the stored weights lost.
+the stored weights lost. nvfp4 runs as gguf:NVFP4, its codes and scales as llama.cpp's converter repacks them; that
+converter is in no package, and tests/quant/builds/test_gguf_nvfp4.py holds ours to its bytes.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ from ornith_moe.quant.source.weights import open_source
 ROOT = Path(__file__).resolve().parent.parent
 MLX = "mlx:4"  # run where mlx has a wheel, which the Makefile tries to install
 LADDER = ("gguf:Q8_0", "gguf:Q6_K", "gguf:Q5_K_M", "gguf:Q4_K_M", "gguf:Q3_K_M", "gguf:Q2_K")
-BUILDS = ("fp8-channel", "fp8-block", MLX, "gguf:BF16", *LADDER, "gguf:IQ4_XS")
+REPACKED = {"nvfp4": "gguf:NVFP4"}  # build -> what runs in its place: no client on a CPU reads ModelOpt's layout
+DEQUANTIZED = ("fp8-channel", "fp8-block", "int4-ct")  # transformers runs them with dense weights
+BUILDS = ("fp8-channel", "fp8-block", "nvfp4", "int4-ct", MLX, "gguf:BF16", *LADDER, "gguf:IQ4_XS", "gguf:NVFP4")
 # Change of KL over 7,168 held-out positions, importance from 1024 chunks, nano after 200 | 800 steps, standard error 2
 # to 5 %: Q4_0 -4 | -7 %, Q2_K -5 | -3 %, Q3_K_M -2 | -8 %, Q4_K_M -3 | -3 %, IQ4_XS -5 | -14 %, Q5_K_M 0 | -7 %. With
 # 128 chunks Q4_K_M and IQ4_XS gained nothing after 200 steps.
@@ -172,6 +175,7 @@ def run(folder: Path, steps: int) -> dict[str, Any]:
         }
     ]
     paths = {build["build"]: Path(build["path"]) for build in report["builds"]}
+    ran: dict[str, Measured] = {}
     for build in report["builds"]:
         path = paths[build["build"]]
         verified = ornith_moe("verify", str(path), "--against", str(nano), "--json")
@@ -188,7 +192,8 @@ def run(folder: Path, steps: int) -> dict[str, Any]:
         if build["build"] == MLX and find_spec("mlx_lm") is None:
             rows[-1]["client"] = "none: mlx-lm is not installed"
             continue
-        measured = Measured(path, windows)
+        twin = REPACKED.get(build["build"], build["build"])
+        measured = ran[twin] = ran.get(twin) or Measured(paths[twin], windows)
         rows[-1] |= {
             "kl": measured.kl(source),
             "top1": measured.top1(source),
@@ -260,6 +265,8 @@ def print_table(result: dict[str, Any]) -> None:
             return "-"
         return "exact" if row[key] is None else form.format(row[key])
 
+    how = dict.fromkeys(DEQUANTIZED, ", weights dequantized")
+    how |= {build: f", as {twin}" for build, twin in REPACKED.items()}
     for row in result["builds"]:
         table.add_row(
             row["build"],
@@ -270,7 +277,7 @@ def print_table(result: dict[str, Any]) -> None:
             cell(row, "kl", "{:.6f}"),
             cell(row, "top1", "{:.1%}"),
             cell(row, "perplexity", "{:.2f}"),
-            row["client"] + (", weights dequantized" if row["build"].startswith("fp8") else ""),
+            row["client"] + how.get(row["build"], ""),
         )
     out = Console(width=None if sys.stdout.isatty() else 160)
     out.print(table)
