@@ -56,9 +56,11 @@ LAYOUTS = ("fused", "each", "mixed")
 BUILDS = {  # ours -> options of mlx_lm.convert
     "mlx:2": {"q_bits": 2}, "mlx:3": {"q_bits": 3}, "mlx:4": {"q_bits": 4}, "mlx:5": {"q_bits": 5},
     "mlx:6": {"q_bits": 6}, "mlx:8": {"q_bits": 8}, "mlx:bf16": {"dtype": "bfloat16"},
+    "mlx:mxfp4": {"q_bits": 4, "q_mode": "mxfp4"}, "mlx:nvfp4": {"q_bits": 4, "q_mode": "nvfp4"},
+    "mlx:mxfp8": {"q_bits": 8, "q_mode": "mxfp8"},
 }  # fmt: skip
 
-RECORDED = {"moe": tuple(BUILDS), "dense": ("mlx:4", "mlx:bf16"), "half": ("mlx:4", "mlx:6")}
+RECORDED = {"moe": tuple(BUILDS), "dense": ("mlx:4", "mlx:bf16", "mlx:nvfp4"), "half": ("mlx:4", "mlx:6", "mlx:mxfp8")}
 
 
 def make(name: str, folder: Path, layout: str = "fused") -> Path:

@@ -1,10 +1,12 @@
-"""mlx:BITS: a folder that mlx-lm and mlx-vlm both load, the text as mlx_lm.convert writes it, the vision tower in BF16.
+"""mlx:BITS and mlx:MODE: a folder that mlx-lm and mlx-vlm both load, the text as mlx_lm.convert writes it.
 
 Experts are stacked however the source holds them. Every linear layer of the text, the embedding and the head are
-quantized in groups of 64; the router and the gate of a shared expert get 8 bits and are named in the config, as by
-mlx-lm; what fills no groups stays as it is. Zero-centred norms become w + 1 and convolutions get their channels last,
-both or neither: loaders take the shape of a convolution for the sign that they must do both. Multi-token prediction is
-left out. Sources: mlx-lm 0.32.2 (utils.py, convert.py, models/qwen3_5*.py) and mlx-vlm 0.7.10, both run.
+quantized in groups of 64, or of 16 or 32 small floats; the router and the gate of a shared expert get 8 affine bits and
+are named in the config, as by mlx-lm; what fills no groups stays as it is, and so does the vision tower. Zero-centred
+norms become w + 1 and convolutions get their channels last, both or neither: loaders take the shape of a convolution
+for the sign that they must do both. Multi-token prediction is left out.
+
+Sources: mlx-lm 0.32.2 (utils.py, convert.py, models/qwen3_5*.py) and mlx-vlm 0.7.10, both run.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.layout import Layout, safetensors_index
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.builds.storages.mlx import GROUP, ChannelsLast, MlxAffine
+from ornith_moe.quant.builds.storages.mlx import GROUP, MODES, ChannelsLast, MlxAffine, MlxFloat
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.fallbacks import Fallback
@@ -33,14 +35,16 @@ GATE_BITS = 8  # of routers and of gates of shared experts
 
 
 class MlxBuild(SafetensorsBuild):
-    """The text in groups of `bits`; None: all of it in BF16."""
+    """The text in groups of `bits`, affine or, with a `mode`, in small floats; neither: all of it in BF16."""
 
-    storages = (MlxAffine,)
+    storages = (MlxAffine, MlxFloat)
     header_format = "mlx"
     client = "mlx-lm"
 
-    def __init__(self, bits: int | None):
-        self.name, self.bits = f"mlx:{bits or 'bf16'}", bits
+    def __init__(self, bits: int | None = None, mode: str = "affine"):
+        self.name = f"mlx:{mode if mode in MODES else bits or 'bf16'}"
+        self.group, self.bits = MODES[mode][:2] if mode in MODES else (GROUP, bits)
+        self.mode = mode
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         plan, model = BuildPlan(self), source.architecture
@@ -55,18 +59,20 @@ class MlxBuild(SafetensorsBuild):
                 moved = len(weight.shape) > 2 and place.shape != weight.shape
                 storage: Storage = ChannelsLast(plain, weight.shape) if moved else Gguf(plain)
                 if self.bits and _is_quantized(weight) and place.name not in kept:
-                    if weight.shape[-1] % GROUP:
-                        kind = f"{weight.shape[-1]} columns fill no groups of {GROUP}, stored as {plain}"
+                    is_gate = weight.role == "router"
+                    group = GROUP if is_gate else self.group
+                    if weight.shape[-1] % group:
+                        kind = f"{weight.shape[-1]} columns fill no groups of {group}, stored as {plain}"
                         fell[place.name] = Fallback(place.name, kind)
+                    elif is_gate:
+                        storage = MlxAffine(GATE_BITS, dtype)
+                        exceptions[place.name.removesuffix(".weight")] = {"group_size": GROUP, "bits": GATE_BITS}
                     else:
-                        is_gate = weight.role == "router"
-                        storage = MlxAffine(GATE_BITS if is_gate else self.bits, dtype)
-                        if is_gate:
-                            exceptions[place.name.removesuffix(".weight")] = {"group_size": GROUP, "bits": GATE_BITS}
+                        storage = MlxFloat(self.mode) if self.mode in MODES else MlxAffine(self.bits, dtype)
                 plan.add(source, index, storage, place)
         plan.fallbacks = list(fell.values())
         if self.bits:
-            plan.config = {"group_size": GROUP, "bits": self.bits, "mode": "affine", **exceptions}
+            plan.config = {"group_size": self.group, "bits": self.bits, "mode": self.mode, **exceptions}
         if self.left_out(source):
             plan.notes.append(f"{self}: {MTP}")
         return plan
@@ -115,7 +121,7 @@ class MlxBuild(SafetensorsBuild):
             return False
         if not config:
             return self.bits is None and any(name.startswith(TEXT) for name in found.tensors)
-        return (config.get("bits"), config.get("mode", "affine")) == (self.bits, "affine")
+        return (config.get("bits"), config.get("mode", "affine")) == (self.bits, self.mode)
 
     def instead(self, source: Source) -> str:
         return "fp8-channel needs no groups"
@@ -126,4 +132,4 @@ def _is_quantized(weight: Weight) -> bool:
     return weight.role != "vision" and (weight.is_linear or weight.role == "embedding")
 
 
-register(*map(MlxBuild, (2, 3, 4, 5, 6, 8, None)))
+register(*map(MlxBuild, (2, 3, 4, 5, 6, 8, None)), *(MlxBuild(mode=mode) for mode in MODES))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage
+from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, not_finite
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.errors import UnstorableError
 from ornith_moe.quant.source.accounts import bare
@@ -25,6 +25,12 @@ GROUP, WORD = 64, 32
 # and columns of outliers, scales in BF16: 2 bits 6, 3 bits 11, 4 bits 17, 5 bits 22, 6 bits 27, 8 bits 34.
 FLOOR_DB = {2: 2.0, 3: 8.0, 4: 12.0, 5: 18.0, 6: 22.0, 8: 26.0}
 LEAST_SCALE = 1e-7
+MODES = {  # group, bits, floor and range of the scales of small floats; least SQNR: mxfp4 16, nvfp4 19, mxfp8 31
+    "mxfp4": (32, 4, 10.0, Scales(2.0**-127, 6)),
+    "nvfp4": (16, 4, 12.0, Scales(2.0**-9, 6)),
+    "mxfp8": (32, 8, 20.0, Scales(2.0**-127, 448)),
+}
+MOST_E4M3, MOST_NVFP4 = 0x7E, 464.0 * 6  # the byte of 448; what rounds to it
 
 
 class MlxAffine(Storage):
@@ -84,6 +90,75 @@ class MlxAffine(Storage):
                     f"{tensor.path.name}: tensor {bare(name)} needs {suffix[1:]} {list(expected)} in {self.dtype}, got "
                     f"{other.dtype} {list(other.shape)}"
                 )
+
+
+class MlxFloat(Storage):
+    """w = code * scale in small floats, as quant/codecs/mlx_float.py says of each mode."""
+
+    suffixes = ("", ".scales")
+
+    def __init__(self, mode: str):
+        self.mode, self.name = mode, f"MLX {mode}"
+        self.group, self.bits, self.floor_db, self.scales = MODES[mode]
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        rows, columns = shape
+        words = Part("", "U32", (rows, columns * self.bits // WORD), columns * self.bits // 8)
+        return words, Part(self.suffixes[1], "U8", (rows, columns // self.group), columns // self.group)
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.codecs.mlx_float import encode_float  # not at import: planning needs no numba
+
+        rows = slab.raw.view(np.uint16) if slab.dtype == "BF16" else slab.float32
+        codes, scales = encode_float(rows, self.group, self.bits)
+        if self.mode == "nvfp4" and (scales == MOST_E4M3).any():
+            values = slab.float32
+            row, column = map(int, np.unravel_index(np.abs(values).argmax(), values.shape))
+            if abs(value := values[row, column]) > MOST_NVFP4:
+                raise UnstorableError(
+                    f"row {row}, column {column}: {value:.4g} is beyond {MOST_NVFP4:.0f}, which scales in e4m3 reach"
+                )
+        return codes, scales
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        from ornith_moe.quant.codecs.mlx_float import decode_float
+
+        return decode_float(parts[0], parts[1], self.group, self.bits)
+
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return 1, self.group
+
+    @classmethod
+    def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:
+        """Of codes, and of their scales, which are judged with them."""
+        owner = name.removesuffix(".weight").removesuffix(cls.suffixes[1])
+        codes, scales = found.get(f"{owner}.weight"), found.get(owner + cls.suffixes[1])
+        if codes is None or scales is None or (codes.dtype, scales.dtype) != ("U32", "U8") or not codes.shape:
+            return None
+        words = codes.shape[-1] / max(matrix_shape(scales.shape)[1], 1)  # of a group
+        return next((cls(mode) for mode, (group, bits, *_) in MODES.items() if group * bits / WORD == words), None)
+
+    def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:
+        from ornith_moe.quant.codecs.mlx_float import decode_float
+
+        if name.endswith(self.suffixes[1]):
+            return
+        codes, scales = found[name], found[beside(name, self.suffixes[1])]
+        columns = WORD * codes.shape[-1] // self.bits
+        expected = (*codes.shape[:-1], columns // self.group)
+        if scales.shape != expected:
+            yield (
+                f"{codes.path.name}: tensor {bare(name)} needs scales {list(expected)} in U8, got {list(scales.shape)}"
+            )
+            return
+        size = self.group * self.bits // 8
+        for start, some in codes.slabs(size, self.group):
+            steps = scales.read(start // self.group, some.size // size).reshape(-1, 1)
+            bad = ~np.isfinite(decode_float(some.reshape(-1, size), steps, self.group, self.bits))
+            if bad.any():
+                row = (start + int(bad.argmax())) // columns
+                yield not_finite(name, codes, row * codes.shape[-1])
+                return
 
 
 class ChannelsLast(Gguf):

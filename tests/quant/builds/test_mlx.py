@@ -112,21 +112,25 @@ def test_it_is_verified_and_recognized_with_and_without_its_source(made, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("ending", "change", "word"),
+    ("ending", "build", "change", "word"),
     [
-        ("switch_mlp.up_proj.weight", lambda t: t.flip(0), "below the floor"),
-        ("q_proj.scales", lambda t: t * 1.2, "below the floor"),
-        ("q_proj.biases", lambda t: t * float("nan"), "holds a NaN"),
-        ("q_proj.scales", lambda t: t[:, :1].contiguous(), "needs biases [256, 1] in F16"),
-        ("q_proj.biases", lambda t: t.float(), "needs biases [256, 2] in F16"),
-        ("conv1d.weight", lambda t: t.flip(1), "below the floor"),
-        ("q_norm.weight", lambda t: t - 1, "below the floor"),
+        ("switch_mlp.up_proj.weight", "mlx:4", lambda t: t.flip(0), "below the floor"),
+        ("q_proj.scales", "mlx:4", lambda t: t * 1.2, "below the floor"),
+        ("q_proj.biases", "mlx:4", lambda t: t * float("nan"), "holds a NaN"),
+        ("q_proj.scales", "mlx:4", lambda t: t[:, :1].contiguous(), "needs biases [256, 1] in F16"),
+        ("q_proj.biases", "mlx:4", lambda t: t.float(), "needs biases [256, 2] in F16"),
+        ("conv1d.weight", "mlx:4", lambda t: t.flip(1), "below the floor"),
+        ("q_norm.weight", "mlx:4", lambda t: t - 1, "below the floor"),
+        ("q_proj.scales", "mlx:mxfp8", lambda t: t + 1, "below the floor"),
+        ("q_proj.scales", "mlx:mxfp8", lambda t: t * 0 + 255, "holds a NaN"),
+        ("q_proj.scales", "mlx:mxfp8", lambda t: t[1:].contiguous(), "needs scales [256, 4] in U8"),
+        ("q_proj.weight", "mlx:mxfp8", lambda t: t.view(torch.uint8).fill_(0x7F).view(torch.uint32), "holds a NaN"),
     ],
 )
-def test_damage_is_found(made, tmp_path, ending, change, word):
+def test_damage_is_found(made, tmp_path, ending, build, change, word):
     name = "moe" if "switch" in ending else "half"
     folder, paths = made[name, "each"]
-    copy = shutil.copytree(paths["mlx:4"], tmp_path / "copy")
+    copy = shutil.copytree(paths[build], tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     changed = next(key for key in sorted(tensors) if key.endswith(ending))
     save_file(tensors | {changed: change(tensors[changed])}, copy / "model.safetensors")
