@@ -98,6 +98,8 @@ def make(name: str, folder: Path) -> Path:
         if name == "Ornith-2.2-35B-VL":
             text = {"model_type": "qwen3_5_text", "dtype": "bfloat16", **_QWEN, **_DENSE, "rms_norm_eps": 1e-5}
             text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 6}  # three to one, as Qwen3.6-27B has it
+            yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "beta_fast": 32.0}
+            text["rope_parameters"] = text["rope_parameters"] | yarn
             config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
             config |= {"text_config": text, "vision_config": _TOWER, "tie_word_embeddings": False}
             preprocessor = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.3, 0.26862954], "patch_size": 4}

@@ -71,10 +71,18 @@ def test_the_name_of_a_pre_tokenizer_is_given(m, out):
 @follows("convert with the original rope_parameters and give llama.cpp the scaling when it runs")
 def test_the_original_rope_is_converted(m, out):
     rope = CONFIG["rope_parameters"]
-    say(m, rope_parameters=rope | {"rope_type": "yarn", "factor": 4.0})
+    say(m, rope_parameters=rope | {"rope_type": "dynamic", "factor": 4.0})
     refused("convert with the original rope_parameters", made, m, out, ["gguf:BF16"])
     say(m, rope_parameters=rope)
     made(m, out, ["gguf:BF16"])
+
+
+@follows("make a build that is no GGUF")
+def test_a_rotation_that_llama_cpp_does_not_know_is_for_other_builds(m, out):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0}
+    say(m, rope_parameters=CONFIG["rope_parameters"] | yarn)
+    refused("beta_fast is 16.0, llama.cpp takes 32.0 alone", made, m, out, ["gguf:BF16"])
+    made(m, out, ["fp8-channel"])
 
 
 @follows("write them without repeats inside repeats, or fewer of them")

@@ -242,14 +242,14 @@ class Architecture(ABC):
             (Keys.Attention.HEAD_COUNT_KV, *kv_heads),
         ]
 
-    def gguf_rope(self, rope: Settings | None, expected: str) -> Settings:
-        """A section of rotary parameters, of the only kind that is written to a GGUF."""
+    def gguf_rope(self, rope: Settings | None, *kinds: str) -> Settings:
+        """A section of rotary parameters, of one of the kinds that are written to a GGUF; the first goes unsaid."""
         rope = rope or Settings({}, f"{self.text.where}.rope_parameters")
-        kind = rope.values.get("rope_type", rope.values.get("type", expected))  # older configs say `type`
-        if kind != expected and (kind, expected) != ("mrope", "default"):
+        kind = rope.values.get("rope_type", rope.values.get("type", kinds[0]))  # older configs say `type`
+        if kind not in kinds:
             raise PlanError(
-                f"{rope.where}: rope_type {brief(kind)} is not written to a GGUF, only {brief(expected)}; convert with "
-                "the original rope_parameters and give llama.cpp the scaling when it runs"
+                f"{rope.where}: rope_type {brief(kind)} is not written to a GGUF, only {', '.join(kinds)}; convert "
+                "with the original rope_parameters and give llama.cpp the scaling when it runs"
             )
         return rope
 

@@ -25,6 +25,7 @@ from gguf import Keys
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.source.architectures.architecture import Architecture, Cached, Key
 from ornith_moe.quant.source.architectures.qwen35_vision import tower_keys, tower_places, tower_weights
+from ornith_moe.quant.source.architectures.rope import SCALED, rope_of, scaling_keys
 from ornith_moe.quant.source.architectures.weight import Cut, Packed, Place, Settings, Weight
 from ornith_moe.quant.source.transforms import SAME, UNCHANGED, AddOne, HeadSwap, NegativeExp, Transform
 
@@ -269,7 +270,7 @@ class Qwen35(Architecture):
 
     def gguf_keys(self, mtp_layers: int) -> tuple[list[Key], list[Key]]:
         text = self.text
-        rope = self.gguf_rope(text.section("rope_parameters") or text.section("rope_scaling"), "default")
+        rope = self.gguf_rope(rope_of(text), "default", "mrope", *SCALED)
         rotary_factor = rope.fraction("partial_rotary_factor", text.fraction("partial_rotary_factor", 0.25))
         theta = rope.number("rope_theta", text.values.get("rope_theta", 10_000_000))
         if self.key_head_dim != self.value_head_dim:
@@ -281,6 +282,7 @@ class Qwen35(Architecture):
         first: list[Key] = [
             (Keys.LLM.BLOCK_COUNT, self.layers + mtp_layers, Type.UINT32),
             *self.gguf_common_keys((self.kv_heads, Type.UINT32)),
+            *scaling_keys(rope, self.context),
             (Keys.Rope.DIMENSION_SECTIONS, self._mrope_sections(rope), Type.ARRAY, Type.INT32),
             (Keys.Rope.FREQ_BASE, theta, Type.FLOAT32),
             (Keys.Attention.LAYERNORM_RMS_EPS, text.number("rms_norm_eps", 1e-6), Type.FLOAT32),

@@ -180,7 +180,8 @@ def test_rope_sections_are_written_even_when_the_config_has_none():
 @pytest.mark.parametrize(
     ("key", "value", "error"),
     [
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, PlanError),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 4.0}, PlanError),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 2}, PlanError),
         ("rope_parameters", {"mrope_section": "11"}, CheckpointError),
         ("rms_norm_eps", "small", CheckpointError),
         ("rms_norm_eps", float("nan"), CheckpointError),
