@@ -2,7 +2,8 @@
 
 Experts, or the MLP of a dense model, are NVFP4, each stack with a scale for every expert beside it (`.scale`); the rest
 is BF16 and F32. The bytes are those of `convert_hf_to_gguf.py --outtype bf16` on our nvfp4 build. llama-quantize's own
-NVFP4, which has no such scale, is what `--tensor-type` makes of tensors in other files.
+NVFP4, which has no such scale, is what `--tensor-type` makes of tensors in other files. A source that is NVFP4 itself
+decides what is: its codes and scales are repacked, as by that converter.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ class GgufNvfp4(GgufBuild):
     def retype(self, source: Source, places: Sequence[Sequence[Place]], types: dict[str, str], plan: BuildPlan) -> None:
         block = block_shape(NVFP4.name)[0]
         fell: dict[str, Fallback] = {}
-        for weight, each in zip(source.weights, places, strict=True):
-            for place in each if weight.role in MLP else ():
+        held = {
+            index for index in range(len(source.weights)) if (codes := source.codes(index)) and codes.kind == NVFP4.name
+        }
+        for index, (weight, each) in enumerate(zip(source.weights, places, strict=True)):
+            for place in each if (index in held if held else weight.role in MLP) else ():
                 columns = place.shape[-1]
                 if columns % block == 0:
                     types[place.name] = NVFP4.name

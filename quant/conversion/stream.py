@@ -69,8 +69,8 @@ def read_unit(source: Source, unit: Unit) -> Slab:
 
 def unit_bytes(source: Source, unit: Unit) -> int:
     """Bytes of a unit in the source; of codes, without their scales."""
-    item_bytes = 1 if source.codes(unit.weight) else ITEM_BYTES[source.dtype(unit.weight)]
-    return unit.rows * weight_matrix(source.weights[unit.weight])[1] * item_bytes
+    codes, values = source.codes(unit.weight), unit.rows * weight_matrix(source.weights[unit.weight])[1]
+    return values * codes.bits // 8 if codes else values * ITEM_BYTES[source.dtype(unit.weight)]
 
 
 def runs(step: Step, unit: Unit, weight_rows: int) -> Iterator[Run]:

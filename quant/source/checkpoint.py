@@ -34,7 +34,7 @@ from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import OpenFiles, kind, open_file, parse_json, read_json
 from ornith_moe.quant.recipes import BLOCK
 from ornith_moe.quant.source.accounts import LeftOut, bare
-from ornith_moe.quant.source.quantized import READ, block_of, describes_fp8
+from ornith_moe.quant.source.quantized import READ, block_of, describes_fp8, describes_nvfp4
 from ornith_moe.quant.source.shards import INDEX, UNNAMED, ModelFiles, is_adapter_alone, model_files
 from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization, is_spare
@@ -276,7 +276,7 @@ def without_quantization(
     if tensors is not None and odd is None:
         stale = f"config.json has a stale {key} (quant_method {method}): no tensor is quantized, so it is left out"
         return clean, {}, (stale,)
-    if describes_fp8(section):
+    if describes_fp8(section) or (tensors is not None and describes_nvfp4(section)):
         return clean, section, ()
     if tensors is None:
         raise CheckpointError(

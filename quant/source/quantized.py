@@ -45,12 +45,19 @@ ACTIVATIONS = "scales of activations or of the KV cache, of which builds hold no
 class Codes(NamedTuple):
     """How a weight lies as codes with scales: rows and columns that share one (None: all), and the scales' dtype.
 
-    `whole`: whether its scales are its own, and lie row by row of blocks as those of a tensor of its own would.
+    `kind` is F8_E4M3 or NVFP4. `whole`: whether its scales are its own, and lie row by row of blocks as those of a
+    tensor of its own would.
     """
 
+    kind: str
     block: tuple[int | None, int | None]
     scale_dtype: str
     whole: bool
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return 8 if self.kind == E4M3 else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,16 @@ def describes_fp8(section: Any) -> bool:
             isinstance(one, dict) and (one.get("num_bits"), one.get("type")) == (8, "float") for one in weights
         )
     return method == "fp8" or (method == "modelopt" and section.get("quant_algo") == "FP8")
+
+
+def describes_nvfp4(section: Any) -> bool:
+    """Whether a quantization_config may be of NVFP4 in ModelOpt's layout; the tensors tell."""
+    algorithms = ("NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
+    return (
+        isinstance(section, dict)
+        and section.get("quant_method") == "modelopt"
+        and (section.get("quant_algo") in algorithms)
+    )
 
 
 def block_of(section: Mapping[str, Any]) -> tuple[int, int]:

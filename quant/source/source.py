@@ -24,7 +24,8 @@ from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import Checkpoint, TensorInfo
-from ornith_moe.quant.source.quantized import Codes, Scales, read_quantized
+from ornith_moe.quant.source.nvfp4 import GROUP, NVFP4, Nvfp4Scales, read_nvfp4
+from ornith_moe.quant.source.quantized import E4M3, Codes, Scales, read_quantized
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 
 
@@ -135,7 +136,7 @@ class Rows(NamedTuple):
 
     tensor: TensorInfo
     first: int
-    scales: Scales | None = None
+    scales: Scales | Nvfp4Scales | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +157,16 @@ class CheckpointSource(Source):
         tensor, first, scales = self.rows[index]
         if scales is None:
             return None
+        if isinstance(scales, Nvfp4Scales):
+            return Codes(NVFP4, (1, GROUP), scales.groups.dtype, True)
         height = scales.block[0] or matrix_shape(tensor.shape)[0]
         whole = first % height == 0 and tensor.shape[-2] % height == 0
-        return Codes(scales.block, scales.tensor.dtype, whole)
+        return Codes(E4M3, scales.block, scales.tensor.dtype, whole)
 
     def read(self, index: int, start: int, rows: int) -> Slab:
         tensor, first, scales = self.rows[index]
+        if isinstance(scales, Nvfp4Scales):
+            return read_nvfp4(self.checkpoint, tensor, scales, first + start, rows)
         if scales:
             return read_quantized(self.checkpoint, tensor, scales, first + start, rows)
         return Slab(self.checkpoint.read_rows(tensor, first + start, rows), tensor.dtype)
@@ -188,8 +193,14 @@ class CheckpointSource(Source):
         return self.rows[index].tensor.name
 
     def tensor_sizes(self) -> Mapping[str, int]:
-        scales = {held.scales.tensor.name for held in self.rows if held.scales}
-        return {name: math.prod(info.shape) for name, info in self.checkpoint.tensors.items() if name not in scales}
+        sizes = {name: math.prod(info.shape) for name, info in self.checkpoint.tensors.items()}
+        for tensor, _, scales in self.rows:
+            if isinstance(scales, Nvfp4Scales):
+                sizes[tensor.name] = 2 * math.prod(tensor.shape)
+                sizes.pop(scales.groups.name, None), sizes.pop(scales.whole.name, None)
+            elif scales:
+                sizes.pop(scales.tensor.name, None)  # of stacked experts, once
+        return sizes
 
 
 def weight_matrix(weight: Weight) -> tuple[int, int]:

@@ -30,6 +30,7 @@ from ornith_moe.quant.source.checkpoint import (
     open_checkpoint,
     without_quantization,
 )
+from ornith_moe.quant.source.nvfp4 import PACKED, Nvfp4Scales, nvfp4_scales_of
 from ornith_moe.quant.source.preset import preset_names, read_preset
 from ornith_moe.quant.source.quantized import (
     ACTIVATIONS,
@@ -198,7 +199,7 @@ def locate_all(
         CheckpointError: a weight missing, twice, quantized in a way that is not read or of the wrong shape; a tensor
             that is no weight.
     """
-    used: dict[str, Scales | None] = {}
+    used: dict[str, Scales | Nvfp4Scales | None] = {}
     scaled: set[str] = set()
     rows = [_locate(weight, tensors, checkpoint.block, used, scaled) for weight in weights]
     located = [row for row in rows if row is not None]
@@ -213,7 +214,7 @@ def _locate(
     weight: Weight,
     tensors: Mapping[str, TensorInfo],
     block: tuple[int, int],
-    used: dict[str, Scales | None],
+    used: dict[str, Scales | Nvfp4Scales | None],
     scaled: set[str],
 ) -> Rows | None:
     """The rows of a weight; its tensor goes into `used`, with its scales, and these into `scaled`."""
@@ -230,13 +231,14 @@ def _locate(
     else:
         return None
     advice = MTP_ADVICE if weight.role == "mtp" else ""
-    if info.dtype not in ITEM_BYTES and info.dtype != E4M3:
+    packed4 = info.dtype == PACKED and f"{name}_scale_2" in tensors
+    if info.dtype not in ITEM_BYTES and info.dtype != E4M3 and not packed4:
         raise CheckpointError(
             f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16, F32 or {E4M3} "
             + ("(save it as one of them)" if info.dtype == "F64" else QUANTIZED_ADVICE)
             + advice
         )
-    if info.shape != shape:
+    if info.shape != shape and not packed4:
         raise CheckpointError(
             f"{info.path.name}: tensor {bare(info.name)} has shape {list(info.shape)}, config.json means "
             f"{list(shape)}; config and shards are not of one model{advice}"
@@ -246,16 +248,22 @@ def _locate(
         if info.dtype == E4M3:
             key, used[name] = scales_of(name, info, tensors, block)
             scaled.add(key)
+        elif packed4:
+            keys, used[name] = nvfp4_scales_of(name, info, shape, tensors)
+            scaled |= keys
     return Rows(info, row, used[name])
 
 
 def quantized_notes(rows: tuple[Rows, ...]) -> list[str]:
-    """What is to be said of a source whose weights are FP8."""
-    blocks = Counter(held.scales.block for held in rows if held.scales)
-    return [
-        f"{count:,} of {len(rows):,} weights are FP8 {layout_name(block)}: builds are encoded from code * scale in fp32"
-        for block, count in blocks.items()
-    ]
+    """What is to be said of a source whose weights are quantized."""
+    counts = Counter(_layout(held.scales) for held in rows if held.scales)
+    return [f"{count:,} of {len(rows):,} weights are {layout}" for layout, count in counts.items()]
+
+
+def _layout(scales: Scales | Nvfp4Scales) -> str:
+    if isinstance(scales, Nvfp4Scales):
+        return "NVFP4: gguf:NVFP4 has their codes and scales, no other build is made of them"
+    return f"FP8 {layout_name(scales.block)}: builds are encoded from code * scale in fp32"
 
 
 def _mismatch(

@@ -53,7 +53,7 @@ class FP8(Storage):
         codes = source.codes(index)
         if codes is None:
             return self
-        same = codes.whole and codes.block == self.block and codes.scale_dtype in ("BF16", "F32")
+        same = codes.kind == E4M3 and codes.whole and codes.block == self.block and codes.scale_dtype in ("BF16", "F32")
         return Copied(self, codes.scale_dtype) if same else self
 
     def problems(self, name: str, found: Mapping[str, FoundTensor]) -> Iterator[str]:

@@ -8,6 +8,7 @@ them as one matrix and take one of two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,7 +17,10 @@ from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, largest_magnitude
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
+from ornith_moe.quant.source.nvfp4 import NVFP4 as SOURCE_KIND
+from ornith_moe.quant.source.nvfp4 import Nvfp4Slab
 from ornith_moe.quant.source.slab import Slab, matrix_shape
+from ornith_moe.quant.source.source import Source
 
 CODES, BLOCK_SCALE = "U8", "F8_E4M3"
 GROUP = 16  # columns that share a scale
@@ -163,6 +167,10 @@ class NVFP4Blocks(NVFP4):
 
         return decode_nvfp4(*of_gguf_blocks(parts[0]), self.scale_of(parts))
 
+    def taking(self, source: Source, index: int) -> Storage:
+        codes = source.codes(index)
+        return CopiedBlocks(stacked=self.stacked) if codes and codes.kind == SOURCE_KIND else self
+
     def scale_of(self, parts: tuple[np.ndarray, ...]) -> np.float32:
         return parts[1].view(np.float32)[0, 0]
 
@@ -182,6 +190,25 @@ class NVFP4Blocks(NVFP4):
         values = scale.read(0, scale.nbytes).view(np.float32)
         if not ((values > 0) & (values < np.inf)).all():
             yield f"{scale.path.name}: the scale of tensor {bare(name)} is not a number above zero everywhere"
+
+
+class CopiedBlocks(NVFP4Blocks):
+    """The codes and scales of a source in ModelOpt's layout, in blocks."""
+
+    needs, copies = False, True
+    floor_db = math.inf
+
+    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+        from ornith_moe.quant.codecs.nvfp4 import gguf_blocks  # not at import: planning needs no numba
+
+        assert isinstance(slab, Nvfp4Slab)  # or `Source.codes` was wrong
+        return gguf_blocks(slab.codes, slab.scales), slab.scale_2.reshape(1, 1).view(np.uint8)
+
+    def exact(self, dtype: str) -> bool:
+        return True
+
+    def as_stored(self, parts: tuple[np.ndarray, ...]) -> Storage:
+        return self
 
 
 def encoded(slab: Slab, scale_2: np.float32 | None) -> tuple[np.ndarray, np.ndarray, np.float32]:

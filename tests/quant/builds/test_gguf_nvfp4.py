@@ -15,12 +15,13 @@ import pytest
 import torch
 from record_converter import summary
 from record_nvfp4_gguf import NAME, WIDTHS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ornith_moe.clients import LlamaCpp
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert
+from ornith_moe.quant.errors import OrnithError, PlanError
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
@@ -81,3 +82,54 @@ def test_rows_of_no_whole_blocks_are_bf16():
     assert shapes["blk.0.ffn_down_exps.scale"] == ((3,), 12) and shapes["blk.0.ffn_up_shexp.scale"] == ((1,), 4)
     plan = plan_build(modelopt_models.planned(moe_intermediate_size=48), "gguf:NVFP4")
     assert plan.types["blk.0.ffn_down_exps.weight"] == "BF16" and "no blocks of 64" in plan.fallbacks[0]
+
+
+@pytest.fixture(scope="module")
+def nvfp4(source, made):
+    """Our nvfp4 build as a source of the same name."""
+    return open_source(made["nvfp4"], name=source.name)
+
+
+def test_an_nvfp4_source_is_repacked(nvfp4, made, tmp_path):
+    """To the bytes that are made of BF16 at once, which are those of llama.cpp's converter."""
+    (build,) = convert(nvfp4, tmp_path, ["gguf:NVFP4"]).builds
+    assert build.path.read_bytes() == made["gguf:NVFP4"].read_bytes()
+    assert any("keep the codes and scales of the source" in note for note in build.notes)
+    result = verify(build.path, nvfp4)
+    assert result.ok and result.roles["expert"]["exact"], result.problems
+    stored = load_file(made["nvfp4"] / "model.safetensors")
+    index, weight = next((i, w) for i, w in enumerate(nvfp4.weights) if w.expert == 1 and w.leaf == "down_proj")
+    packed = stored[weight.name]
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = table[torch.stack([packed & 15, packed >> 4], -1).flatten(1).long()]
+    scales = stored[f"{weight.name}_scale"].float() * stored[f"{weight.name}_scale_2"]
+    expected = values * scales.repeat_interleave(16, 1)
+    assert np.array_equal(nvfp4.read(index, 0, weight.shape[0]).float32, expected.numpy())
+
+
+def test_no_other_build_is_made_of_nvfp4(nvfp4):
+    for build in ("bf16", "fp8-channel", "gguf:Q4_K_M", "nvfp4"):
+        with pytest.raises(PlanError, match=r"is NVFP4 in the source, .* would lose twice; convert from its BF16"):
+            plan_build(nvfp4, build)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, n: t.pop(n + "_scale"), "with scales none, F32"),
+        (lambda t, n: t.update({n: t[n][:, 1:].contiguous()}), r"NVFP4 of \[\d+, \d+\] has F8_E4M3"),
+        (lambda t, n: t.pop(n + "_scale_2"), "is U8; expected BF16"),
+        (lambda t, n: t.update({n + "_scale_2": torch.tensor(-1.0)}), "_scale_2 is -1; expected a positive number"),
+        (
+            lambda t, n: t[n + "_scale"].view(torch.uint8).fill_(0x7F),
+            "_scale, row 0, column 0 is nan; expected a positive",
+        ),
+    ],
+)
+def test_half_of_it_is_refused(made, tmp_path, change, words):
+    folder = Path(shutil.copytree(made["nvfp4"], tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors, next(name for name in tensors if name.endswith("experts.0.up_proj.weight")))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(OrnithError, match=words):
+        convert(open_source(folder), tmp_path / "out", ["gguf:NVFP4"])

@@ -230,7 +230,7 @@ def test_a_scale_is_a_positive_number(sources, tmp_path, value):
     "section",
     [
         {"quant_method": "awq"}, {"quant_method": "gptq"}, {"quant_method": "bitsandbytes"}, {"quant_method": "mxfp4"},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "fp8", {"quant_method": "compressed-tensors"},
+        {"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}, "fp8", {"quant_method": "compressed-tensors"},
         {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}}},
     ],
 )  # fmt: skip
