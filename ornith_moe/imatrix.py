@@ -2,7 +2,7 @@
 
     for each layer, in order:                        read its weights
         for each batch of chunks:                    x = layer(x), x [chunks, ctx, H] kept in a file
-            every linear layer with input a [T, K]:  sums[k] += sum_t a[t, k]^2, count += T
+            every linear layer with input a [T, K]:  sums[k] += sum_t a[t, k]^2, count += T, largest = max |a|
             every expert e, its tokens a [T_e, .]:   sums[e] += sum a^2 of gate and up, and of down, count[e] += T_e
 
 The layers are transformers' own classes in fp32, the weights come from our checkpoint reader in whatever layout they
@@ -195,8 +195,8 @@ class _Model:
         found = {place.name: place.shape for each in of_layer for place in each}
         return [(name, shape[0] if len(shape) == 3 else 1, shape[-1]) for name, shape in found.items()]
 
-    def run(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Sums [E, K] and counts [E] of every entry, layer by layer."""
+    def run(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Sums [E, K], counts [E] and largest magnitudes [E] of every entry, layer by layer."""
         chunks, ctx = self.ids.shape
         shape = (chunks, ctx, self.source.architecture.hidden)
         total, done = len(self.entries) * chunks, 0
@@ -221,10 +221,10 @@ class _Model:
                     done += len(batch)
                     self.progress("imatrix", done, total)
                 for name, matrices, columns in members:
-                    values, counts = sums.of(name, matrices, columns)
+                    values, counts, largest = sums.of(name, matrices, columns)
                     reached = int((counts > 0).sum())
                     self.coverage.append(Coverage(name, "", matrices, reached, int(counts.min()), int(counts.max())))
-                    yield values, counts
+                    yield values, counts, largest
                 del step
 
     def _embed(self, hidden: np.ndarray) -> None:
@@ -298,34 +298,44 @@ class _Model:
 
 
 class _Sums:
-    """Sums of squares and counts by GGUF name: fp64 [E, K] and [E]."""
+    """Sums of squares, counts and largest magnitudes by GGUF name: fp64 [E, K], [E] and [E]."""
 
     def __init__(self) -> None:
         self.values: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
+        self.largest: dict[str, torch.Tensor] = {}
 
     def add_linear(
         self, places: Sequence[Place], module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]
     ) -> None:
         x = inputs[0].flatten(0, -2)
-        squares = x.square().sum(0, dtype=torch.float64)
         for place in places:
             columns = place.transform.columns
-            index = None if columns is None else torch.from_numpy(columns.source_index(len(squares)))
-            self.add([place.name], 1, 0, squares if index is None else squares[index], len(x))
+            index = None if columns is None else torch.from_numpy(columns.source_index(x.shape[-1]))
+            self.add([place.name], 1, 0, x, index)
 
-    def add(self, names: Sequence[str], matrices: int, matrix: int, squares: torch.Tensor, count: int) -> None:
+    def add(
+        self, names: Sequence[str], matrices: int, matrix: int, x: torch.Tensor, columns: torch.Tensor | None = None
+    ) -> None:
+        """What matrix `matrix` of each of these tensors sees: x [T, K], whose `columns` lie in another order there."""
+        squares = x.square().sum(0, dtype=torch.float64)
+        squares = squares if columns is None else squares[columns]
+        most = x.abs().max().double() if x.numel() else torch.zeros((), dtype=torch.float64)
         for name in names:
             if name not in self.values:
                 self.values[name] = torch.zeros(matrices, len(squares), dtype=torch.float64)
                 self.counts[name] = torch.zeros(matrices, dtype=torch.float64)
+                self.largest[name] = torch.zeros(matrices, dtype=torch.float64)
             self.values[name][matrix] += squares
-            self.counts[name][matrix] += count
+            self.counts[name][matrix] += len(x)
+            self.largest[name][matrix] = torch.maximum(self.largest[name][matrix], most)
 
-    def of(self, name: str, matrices: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, name: str, matrices: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if name not in self.values:
-            return np.zeros((matrices, columns), np.float32), np.zeros(matrices, np.float32)
-        return self.values[name].float().numpy(), self.counts[name].float().numpy()
+            return np.zeros((matrices, columns), np.float32), *np.zeros((2, matrices), np.float32)
+        found = self.values[name], self.counts[name], self.largest[name]
+        values, counts, largest = (of_all.float().numpy() for of_all in found)
+        return values, counts, largest
 
 
 class _Experts(Protocol):
@@ -351,10 +361,10 @@ def _experts(
     for expert in top_k_index.unique().tolist():
         tokens, slots = torch.where(top_k_index == expert)
         x = hidden_states[tokens]
-        sums.add((gate, up), experts, expert, x.square().sum(0, dtype=torch.float64), len(x))
+        sums.add((gate, up), experts, expert, x)
         gates, ups = F.linear(x, module.gate_up_proj[expert].float()).chunk(2, dim=-1)
         inner = module.act_fn(gates) * ups
-        sums.add((down,), experts, expert, inner.square().sum(0, dtype=torch.float64), len(x))
+        sums.add((down,), experts, expert, inner)
         rows = F.linear(inner, module.down_proj[expert].float()) * top_k_weights[tokens, slots, None]
         y.index_add_(0, tokens, rows)
     return y

@@ -60,7 +60,7 @@ def sums_and_counts(imatrix, name):
 
 
 def whole_model(folder, source):
-    """{GGUF name: (sums, counts)} of the linear layers, from hooks in the whole model, experts left out."""
+    """{GGUF name: (sums, counts, largest)} of the linear layers, from hooks in the whole model, experts left out."""
     model = AutoModelForCausalLM.from_pretrained(folder).float().eval()
     places = {
         w.name.replace("language_model.", ""): place
@@ -74,8 +74,8 @@ def whole_model(folder, source):
         if swap := place.transform.columns:  # written out: value heads by key head become tiled
             heads = squares.reshape(swap.groups, swap.ratio, swap.size)
             squares = heads.swapaxes(0, 1).reshape(-1)
-        sums, count = found.get(place.name, (0, 0))
-        found[place.name] = sums + squares, count + x.flatten(0, -2).shape[0]
+        sums, count, largest = found.get(place.name, (0, 0, 0.0))
+        found[place.name] = sums + squares, count + x.flatten(0, -2).shape[0], max(largest, x.abs().max().item())
 
     for name, layer in model.named_modules():
         place = places.get(f"{name}.weight")
@@ -97,6 +97,10 @@ def test_sums_are_those_of_the_whole_model(made):
         sums, counts = sums_and_counts(imatrix, name)
         assert counts.tolist() == [expected[name][1]] == [CHUNKS * CTX]
         assert np.allclose(sums[0], expected[name][0], rtol=1e-3, atol=1e-5 * expected[name][0].mean()), name
+        assert imatrix.entries[name].largest == pytest.approx(expected[name][2], rel=1e-3), name
+    for name in imatrix.entries.keys() - linear:  # of experts: between the largest mean of squares and the largest sum
+        sums, counts = sums_and_counts(imatrix, name)
+        assert (sums / np.maximum(counts, 1)[:, None]).max() < imatrix.entries[name].largest ** 2 <= sums.max(), name
 
 
 @pytest.mark.skipif(llama.INSTALLED != llama.VERSION, reason=f"tests/llama.py knows the structs of {llama.VERSION}")

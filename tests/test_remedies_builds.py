@@ -303,3 +303,17 @@ def test_options_of_nvfp4_go_with_builds_of_it(tmp_path):
     refused("ask for nvfp4, or leave --nvfp4-rest out", made, plain, tmp_path / "3", ["nvfp4-ct"], nvfp4=rest)
     made(plain, tmp_path / "3", ["nvfp4"], nvfp4=rest)
     made(plain, tmp_path / "3", ["nvfp4-ct"])
+
+
+@follows("make it with ornith-moe imatrix, or leave --imatrix out for scales of 1.0")
+def test_input_scales_come_from_an_importance_matrix_that_tells_them(tmp_path):
+    """Both ways out; what llama-imatrix writes tells no largest activations."""
+    m, out, path = tiny(tmp_path / "m"), tmp_path / "out", tmp_path / "im.gguf"
+    (tmp_path / "text").write_text(fixtures.TEXT)
+    make_imatrix(open_source(m, mtp="drop"), tmp_path / "text", path, chunks=2, ctx=16)
+    theirs = tmp_path / "theirs.gguf"
+    theirs.write_bytes(path.read_bytes().replace(b".in_max", b".in_sum"))
+    words = "make it with ornith-moe imatrix, or leave --imatrix out for scales of 1.0"
+    refused(words, made, m, out, ["nvfp4-w4a4"], imatrix=open_imatrix(theirs))
+    made(m, out, ["nvfp4-w4a4"], imatrix=open_imatrix(path))
+    made(m, tmp_path / "2", ["nvfp4-w4a4"])

@@ -93,7 +93,8 @@ TokenizerPre = Annotated[
     str | None, typer.Option(metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it is not recognized.")
 ]
 ImatrixOption = Annotated[
-    Path | None, typer.Option("--imatrix", metavar="FILE", help="Importance of columns, of llama.cpp.")
+    Path | None,
+    typer.Option("--imatrix", metavar="FILE", help="Importance of columns of a GGUF; input scales of nvfp4-w4a4."),
 ]
 TensorType = Annotated[
     list[str] | None,

@@ -9,7 +9,9 @@ in two words and lists what is not quantized, with ModelOpt's wildcards; one of 
 one by one: readers drop the scales of fused ones (vllm#49638).
 
 `input_scale` is 1.0, as in ModelOpt's own recipe without data (`nvfp4_experts_only_input_scale1`): activations of up to
-2688 have room. A projection without one is read as zero (vllm#45212), so the plan has one for each.
+2688 have room. With an importance matrix that tells the largest activations it is amax / 2688 (FP8: / 448), amax of all
+experts of the layer as in ModelOpt's export, so that those which no token reached have one; 0.5 where none was. A
+projection without one is read as zero (vllm#45212), so the plan has one for each.
 
 Source: modelopt 0.47, torch/export: quant_utils.py, convert_hf_config.py, unified_export_hf.py. What it makes of the
 same weights is recorded in tests/quant/builds/modelopt.json.
@@ -17,9 +19,13 @@ same weights is recorded in tests/quant/builds/modelopt.json.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
 from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_groups
@@ -32,6 +38,7 @@ from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import json_bytes
+from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.source import Source
 
@@ -39,6 +46,7 @@ CONFIG_FILE = "hf_quant_config.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is: llama.cpp and vLLM ask for that name
 GROUPED = ("NVFP4", "W4A16_NVFP4")  # algorithms with a scale for every 16 columns
 MLP, MIXERS = ("expert", "shared_expert", "mlp"), ("attention", "linear_attention")  # roles
+INPUT_SCALE, UNREACHED = ".input_scale", 0.5  # the largest activation of a layer that no token reached
 SMALL = ("in_proj_a", "in_proj_b")  # a few rows each; every recipe leaves them alone
 
 
@@ -71,8 +79,24 @@ class ModelOptBuild(SafetensorsBuild):
             storage = NVFP4() if kind in GROUPED else FP8Tensor()
             plan.add(source, index, storage, group=model.scale_group(weight))
             if kind != "W4A16_NVFP4":
-                plan.tensors.append(OutputTensor(f"{weight.owner}.input_scale", "F32", (), 4, (1.0,)))
+                value = input_scale(source, index, kind, options.imatrix)
+                plan.tensors.append(OutputTensor(f"{weight.owner}{INPUT_SCALE}", "F32", (), 4, (value,)))
         plan.config = quantization_config(source, algorithms)
+        if scaled := sum(kind != "W4A16_NVFP4" for kind in algorithms.values()):
+            plan.measured = options.imatrix is not None
+            whence = f"from {options.imatrix.name}" if options.imatrix else "1.0, no data having been asked"
+            plan.notes.append(f"{self}: {scaled} scales of activations are {whence}")
+        return plan
+
+    def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
+        """With the scales of activations that are stored: they come from data that is not here."""
+        plan = super().as_stored(source, found)
+        for number, tensor in enumerate(plan.tensors):
+            stored = found.tensors.get(tensor.name) if tensor.constant else None
+            if stored is not None and (stored.dtype, stored.shape) == (tensor.dtype, tensor.shape):
+                value = float(stored.read(0, stored.nbytes).view("<f4")[0])
+                if 0 < value < math.inf:
+                    plan.tensors[number] = replace(tensor, constant=(value,))
         return plan
 
     def check(self, source: Source, asked: AskedNvfp4) -> None:
@@ -115,6 +139,26 @@ class ModelOptBuild(SafetensorsBuild):
         fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
         head = "lm_head.weight_scale_2" in tensors
         return Options(nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
+
+
+def input_scale(source: Source, index: int, algorithm: str, imatrix: Imatrix | None) -> float:
+    """What activations of weight `index` are divided by.
+
+    Raises:
+        PlanError: the importance matrix does not tell, or is of another model.
+    """
+    if imatrix is None:
+        return 1.0
+    model = source.architecture
+    (place,) = model.gguf_places(source.weights[index])
+    matched = imatrix.match({place.name: (place.shape, algorithm)}, model.gguf_architecture)
+    entry = imatrix.entry_of(place.name)
+    if not matched or entry is None or entry.largest is None:
+        raise PlanError(
+            f"{imatrix.name}: does not tell the largest activations of {place.name}, of which --imatrix would make "
+            "input scales; make it with ornith-moe imatrix, or leave --imatrix out for scales of 1.0"
+        )
+    return float(np.float32(entry.largest or UNREACHED) / np.float32(448 if algorithm == "FP8" else 2688))
 
 
 def quantization_config(source: Source, algorithms: dict[str, str]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class BuildPlan:
     warning: str = ""  # what a user must know before all else
     max_tensor_parallel: int | None = None
     config: dict[str, Any] = field(default_factory=dict)  # quantization_config of a safetensors build
+    measured: bool = False  # scales of activations are those that an importance matrix tells
     coverage: list[Coverage] = field(default_factory=list)  # of the tensors encoded with importance
     metadata: dict[str, str | int] = field(default_factory=dict)  # more keys of a GGUF
     kept: frozenset[int] = frozenset()  # weights that hold a NaN or an infinity and may

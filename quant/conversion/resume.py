@@ -46,7 +46,7 @@ def sample(source: Source) -> str:
 
 def made_from(sampled: str, build: PlacedBuild, imatrix: Imatrix | None = None) -> str:
     """Digest of all that determines the bytes of a build; `sampled` is the source's `sample`."""
-    importance = imatrix.digest if imatrix and build.plan.coverage else ""
+    importance = imatrix.digest if imatrix and (build.plan.coverage or build.plan.measured) else ""
     digest = xxhash.xxh3_128(json.dumps([ENCODING, sampled, importance, build.plan.name]).encode())
     for payload in [*(file.header for file in build.layout.files), *build.sides.values()]:
         digest.update(f"{len(payload)}\0".encode() + payload)

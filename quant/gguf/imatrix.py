@@ -6,7 +6,8 @@ One entry per tensor of a GGUF, by its GGUF name and in the order of its GGUF co
 fits our builds and what we make (ornith_moe/imatrix.py) fits llama-quantize. A stack of experts has one row and one
 count for each expert. Two formats are read:
 
-    GGUF   tensors NAME.in_sum2 [E, K] and NAME.counts [E, 1], F32; keys imatrix.datasets, .chunk_count, .chunk_size
+    GGUF   tensors NAME.in_sum2 [E, K] and NAME.counts [E, 1], F32; keys imatrix.datasets, .chunk_count, .chunk_size;
+           ours also NAME.in_max [E, 1], the largest |x| that each matrix saw, which llama.cpp's reader passes over
     .dat   the older one: entries i32 | per entry: length i32, name, calls i32, values i32, f32 ... | chunks i32 |
            length i32, dataset; sums are stored as mean * calls, one number of calls for all experts
 
@@ -42,7 +43,7 @@ from ornith_moe.quant.gguf import header as gguf_header
 from ornith_moe.quant.gguf.reader import read_gguf_header
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING
 
-SUMS, COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS, LARGEST = ".in_sum2", ".counts", ".in_max"
 MAX_NAME_BYTES = 1 << 10
 MAX_BYTES, MAX_VALUES = 2 << 30, 1 << 24  # of a file, that of the 397B has 1 GB; of an entry, the largest has 2^21
 MAX_OTHER_BYTES = 16 << 20  # names and padding
@@ -60,12 +61,16 @@ _FUSED = re.compile(r"\.ffn_(gate|up)_exps\.weight$")  # share their input, and 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a file says of one tensor: `size` fp32 sums at `offset`, and counts [E], or [1] for all of them."""
+    """What a file says of one tensor: `size` fp32 sums at `offset`, and counts [E], or [1] for all of them.
+
+    `largest`: the largest magnitude that any of its matrices saw; None where the file does not say.
+    """
 
     name: str
     offset: int
     size: int
     counts: np.ndarray
+    largest: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,11 @@ class Imatrix:
             if not _sound(entry.counts):
                 raise CheckpointError(
                     f"{self.name}: entry {brief(entry.name)} has counts that are not numbers from 0 on"
+                )
+            if entry.largest is not None and not 0 <= entry.largest < np.inf:
+                raise CheckpointError(
+                    f"{self.name}: entry {brief(entry.name)} has a largest magnitude of {entry.largest}, expected a "
+                    "number from 0 on"
                 )
             for start in range(0, entry.size, READ_BYTES // 4):
                 values = self._values(entry, start, min(READ_BYTES // 4, entry.size - start))
@@ -236,7 +246,14 @@ def _read_gguf(file: BinaryIO, path: Path) -> tuple[dict[str, Entry], dict[str, 
         if not many or size % many:
             raise CheckpointError(f"{path.name}: entry {brief(name)} has {size} sums for {many} counts; make it again")
         file.seek(counts.offset)
-        entries[name] = Entry(name, tensor.offset, size, np.frombuffer(file.read(counts.nbytes), "<f4"))
+        found = np.frombuffer(file.read(counts.nbytes), "<f4")
+        largest = by_name.get(name + LARGEST)
+        if largest is None or (largest.dtype, largest.nbytes) != ("F32", counts.nbytes):
+            entries[name] = Entry(name, tensor.offset, size, found)
+            continue
+        file.seek(largest.offset)
+        most = float(np.frombuffer(file.read(largest.nbytes), "<f4").max())
+        entries[name] = Entry(name, tensor.offset, size, found, most)
     if not entries:
         raise CheckpointError(f"{path.name}: is a GGUF but no importance matrix: no tensor ends in {SUMS}")
     kinds = {"imatrix.datasets": list, "imatrix.chunk_count": int, "imatrix.chunk_size": int}
@@ -286,19 +303,19 @@ def _read_legacy(file: BinaryIO, name: str) -> tuple[dict[str, Entry], dict[str,
 def write_imatrix(
     file: BinaryIO,
     entries: Iterable[tuple[str, int, int]],
-    values: Iterator[tuple[np.ndarray, np.ndarray]],
+    values: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
     *,
     architecture: str,
     datasets: list[str],
     chunk_count: int,
     chunk_size: int,
 ) -> None:
-    """Write an importance matrix as llama-imatrix does.
+    """Write an importance matrix as llama-imatrix does, and the largest magnitudes.
 
     Args:
         file: open to be written, left open.
         entries: (GGUF name, E, K) of every tensor, in file order.
-        values: sums of squares float32 [E, K] and counts float32 [E] of each, asked for one by one.
+        values: sums of squares float32 [E, K], counts and largest magnitudes float32 [E] of each, asked for one by one.
         architecture: general.architecture, which llama-imatrix leaves out; `match` holds it against the model.
         datasets: names of the texts. chunk_count, chunk_size: how many chunks of how many tokens.
     """
@@ -306,7 +323,7 @@ def write_imatrix(
     tensors = [
         (name + suffix, "F32", (matrices, width), 4 * matrices * width)
         for name, matrices, columns in entries
-        for suffix, width in ((SUMS, columns), (COUNTS, 1))
+        for suffix, width in ((SUMS, columns), (COUNTS, 1), (LARGEST, 1))
     ]
     keys = [
         gguf_header.Entry(gguf.Keys.General.ARCHITECTURE, architecture, Type.STRING),

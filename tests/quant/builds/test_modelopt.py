@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import modelopt_models
+import numpy as np
 import pytest
 import torch
 from record_modelopt import describe
@@ -21,6 +22,7 @@ from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.gguf.imatrix import open_imatrix, write_imatrix
 from ornith_moe.quant.source.weights import open_source, source_from_config
 from ornith_moe.quant.verification.verify import verify
 
@@ -102,7 +104,7 @@ PROJECTION = "model.language_model.layers.1.mlp.experts.2.up_proj."
         ("weight_scale_2", lambda t: t * 0, "is 0.0; expected a number above zero"),
         ("weight_scale_2", lambda t: t * 4, "below the floor"),
         ("weight_scale_2", lambda t: t.reshape(1), "is F32 [1], expected F32 []"),
-        ("input_scale", lambda t: t * 2, "not the constants"),
+        ("input_scale", lambda t: t * 0, "not the constants"),
         ("input_scale", lambda t: None, "is missing from the build"),
     ],
 )  # fmt: skip
@@ -115,6 +117,45 @@ def test_damage_is_found(sources, made, tmp_path, tensor, change, words):
     save_file(tensors, folder / "model.safetensors")
     problems = verify(folder, open_source(sources["fused"])).problems
     assert any(words in problem for problem in problems), problems
+
+
+def importance(path, source, largest):
+    """An importance matrix that tells what every weight of this source has seen: `largest` {GGUF name: [E]}, else 3."""
+    model, entries = source.architecture, {}
+    for weight in source.weights:
+        for place in model.gguf_places(weight) if weight.is_linear and weight.role not in ("mtp", "router") else ():
+            entries[place.name] = (place.name, place.shape[0] if len(place.shape) == 3 else 1, place.shape[-1])
+    with open(path, "wb") as file:
+        write_imatrix(
+            file, list(entries.values()),
+            ((np.ones((e, k)), np.ones(e), np.array(largest.get(name, [3.0] * e))) for name, e, k in entries.values()),
+            architecture=model.gguf_architecture, datasets=[], chunk_count=1, chunk_size=8,
+        )  # fmt: skip
+    return open_imatrix(path)
+
+
+def test_scales_of_activations_can_be_measured(sources, tmp_path):
+    """amax / 2688 of all experts of a layer, amax / 448 for FP8, amax 0.5 where no token came; verify takes them."""
+    source = open_source(sources["fused"])
+    seen = {"blk.0.ffn_up_exps.weight": [1.5, 0.0, 7.25], "blk.1.ffn_down_exps.weight": [0.0] * 3}
+    seen |= {"blk.1.attn_k.weight": [12.5]}
+    made = importance(tmp_path / "im.gguf", source, seen)
+    rest = AskedNvfp4(rest="fp8")
+    (build,) = convert(source, tmp_path / "out", ["nvfp4-w4a4"], imatrix=made, nvfp4=rest).builds
+    assert any("scales of activations are from im.gguf" in note for note in build.notes)
+    stored, layers = load_file(build.path / "model.safetensors"), "model.language_model.layers."
+    for name, value in {
+        "0.mlp.experts.1.up_proj": np.float32(7.25) / np.float32(2688),
+        "0.mlp.experts.2.gate_proj": np.float32(3) / np.float32(2688),
+        "1.mlp.experts.0.down_proj": np.float32(0.5) / np.float32(2688),
+        "1.self_attn.k_proj": np.float32(12.5) / np.float32(448),
+    }.items():
+        assert stored[f"{layers}{name}.input_scale"].item() == value, name
+    assert verify(build.path, source).ok
+    assert convert(source, tmp_path / "out", ["nvfp4-w4a4"], imatrix=made, nvfp4=rest).builds[0].was_finished
+    other = importance(tmp_path / "other.gguf", source, {})
+    with pytest.raises(PlanError, match="exists already"):
+        convert(source, tmp_path / "out", ["nvfp4-w4a4"], imatrix=other, nvfp4=rest)
 
 
 def changed_source(sources, tmp_path, name, change):

@@ -157,7 +157,8 @@ def test_what_is_written_is_read(tmp_path, entries):
     path = tmp_path / "out.gguf"
     with open(path, "wb") as file:
         write_imatrix(
-            file, [(name, *sums.shape) for name, (sums, _) in entries.items()], iter(entries.values()),
+            file, [(name, *sums.shape) for name, (sums, _) in entries.items()],
+            ((sums, counts, 1 + np.arange(len(sums))) for sums, counts in entries.values()),
             architecture="qwen35moe", datasets=["text"], chunk_count=3, chunk_size=64,
         )  # fmt: skip
     found = open_imatrix(path)
@@ -165,6 +166,7 @@ def test_what_is_written_is_read(tmp_path, entries):
     for name, (sums, counts) in entries.items():
         assert np.array_equal(found._values(found.entries[name], 0, sums.size), sums.reshape(-1))
         assert np.array_equal(found.entries[name].counts, counts)
+        assert found.entries[name].largest == len(sums)
 
 
 # Bytes
