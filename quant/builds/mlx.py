@@ -53,6 +53,8 @@ class MlxBuild(SafetensorsBuild):
         dtype = self._dtype(source)
         exceptions: dict[str, dict[str, int]] = {}
         fell: dict[str, Fallback] = {}
+        gate = MlxAffine(GATE_BITS, dtype)  # one object for all weights, of which there are ten thousands
+        others = MlxFloat(self.mode) if self.mode in MODES else MlxAffine(self.bits or GATE_BITS, dtype)
         for index, weight in enumerate(source.weights):
             plain = source.dtype(index) if weight.leaf in model.MLX_OWN_DTYPE else dtype
             for place in places[index]:
@@ -65,10 +67,10 @@ class MlxBuild(SafetensorsBuild):
                         kind = f"{weight.shape[-1]} columns fill no groups of {group}, stored as {plain}"
                         fell[place.name] = Fallback(place.name, kind)
                     elif is_gate:
-                        storage = MlxAffine(GATE_BITS, dtype)
+                        storage = gate
                         exceptions[place.name.removesuffix(".weight")] = {"group_size": GROUP, "bits": GATE_BITS}
                     else:
-                        storage = MlxFloat(self.mode) if self.mode in MODES else MlxAffine(self.bits, dtype)
+                        storage = others
                 plan.add(source, index, storage, place)
         plan.fallbacks = list(fell.values())
         if self.bits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import numpy as np
 
@@ -44,10 +45,7 @@ class MlxAffine(Storage):
         self.floor_db, self.scales = FLOOR_DB[bits], Scales(LEAST_SCALE, 2**bits - 1)
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
-        rows, columns = shape
-        groups, size = columns // GROUP, ITEM_BYTES[self.dtype]
-        words = Part("", "U32", (rows, columns * self.bits // WORD), columns * self.bits // 8)
-        return words, *(Part(suffix, self.dtype, (rows, groups), groups * size) for suffix in self.suffixes[1:])
+        return packed_parts(shape, self.bits, GROUP, self.dtype, self.suffixes[1:])
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
         from ornith_moe.quant.codecs.gguf import quantize_gguf  # not at import: planning needs no numba
@@ -102,9 +100,7 @@ class MlxFloat(Storage):
         self.group, self.bits, self.floor_db, self.scales = MODES[mode]
 
     def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
-        rows, columns = shape
-        words = Part("", "U32", (rows, columns * self.bits // WORD), columns * self.bits // 8)
-        return words, Part(self.suffixes[1], "U8", (rows, columns // self.group), columns // self.group)
+        return packed_parts(shape, self.bits, self.group, "U8", self.suffixes[1:])
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
         from ornith_moe.quant.codecs.mlx_float import encode_float  # not at import: planning needs no numba
@@ -181,6 +177,17 @@ class ChannelsLast(Gguf):
         channels, *window = self.shape[1:]
         moved = super().decode(parts, columns, dtype).reshape(-1, *window, channels)
         return np.ascontiguousarray(np.moveaxis(moved, -1, 1)).reshape(-1, columns)
+
+
+@cache
+def packed_parts(
+    shape: tuple[int, ...], bits: int, group: int, dtype: str, suffixes: tuple[str, ...]
+) -> tuple[Part, ...]:
+    """Words of codes, and what each group has in `dtype`; experts of a shape share them."""
+    rows, columns = shape
+    size = columns // group * (1 if dtype == "U8" else ITEM_BYTES[dtype])
+    words = Part("", "U32", (rows, columns * bits // WORD), columns * bits // 8)
+    return words, *(Part(suffix, dtype, (rows, columns // group), size) for suffix in suffixes)
 
 
 def beside(name: str, suffix: str) -> str:
