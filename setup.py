@@ -45,6 +45,7 @@ setup(
         "numpy>=2.0",
         "safetensors>=0.5",
         "gguf>=0.19",  # NVFP4
+        "pyyaml>=5.1",  # model cards; gguf asks for it too
         "numba>=0.68.1,<1",  # that of 0.62 encodes IQ4_XS to other bytes than ggml; none between was tried
         "regex>=2025.10.22",
         "typer>=0.16",  # 0.15 takes any click, and raises in --help with today's

@@ -61,6 +61,30 @@ _GEMMA = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }  # fmt: skip
+CARD = """---
+license: other
+license_name: a licence
+license_link: https://example.com/LICENSE
+author: Wren, Jay and the Ornith(opter)s
+organization: ornith-ai
+base_model:
+- Qwen/Qwen3.6-27B
+- https://huggingface.co/ornith-ai/Ornith-1.5-9B
+datasets: [a/b-c, https://example.com/data]
+pipeline_tag: image-text-to-text
+tags:
+\t- moe
+\t- "1.5"
+language:
+- en
+- no
+---
+
+# A README
+
+---
+license: not here
+"""
 MODELS = {  # name of the folder -> what the converter is told besides
     "Ornith-2.1-Tiny-MoE": (),
     "tiny-dense": ("--no-mtp",),
@@ -102,6 +126,7 @@ def make(name: str, folder: Path) -> Path:
             text["rope_parameters"] = text["rope_parameters"] | yarn
             config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
             config |= {"text_config": text, "vision_config": _TOWER, "tie_word_embeddings": False}
+            (folder / "README.md").write_text(CARD, encoding="utf-8")
             preprocessor = {"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.3, 0.26862954], "patch_size": 4}
             (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     generation = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}

@@ -77,6 +77,7 @@ class GgufBuild(GgufFile):
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
         _check_encoders(plan)
         entries, notes = options.once("tokenizer of GGUF", lambda: _tokenizer(source, options.tokenizer_pre))
+        card = self.card(source, options)
         metadata = gguf_metadata(
             source.config,
             source.folder,
@@ -85,8 +86,9 @@ class GgufBuild(GgufFile):
             mtp_layers=source.architecture.mtp_layers if source.has_mtp else 0,
             shapes={tensor.name: tensor.shape for tensor in plan.tensors},
             tokenizer=entries,
+            card=card.values,
         ) + [Entry(key, value, _VALUE_TYPES[type(value)]) for key, value in plan.metadata.items()]
-        return gguf_layout(plan, self.file(source), metadata, notes, options.split)
+        return gguf_layout(plan, self.file(source), metadata, notes + card.notes, options.split)
 
     def files(self, plan: BuildPlan, options: Options) -> int:
         return len(gguf_cuts(plan, options.split))

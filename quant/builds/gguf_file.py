@@ -12,6 +12,7 @@ from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import MANIFEST, StoredBuild, manifest_of_file
 from ornith_moe.quant.gguf.mixtures import FileType
+from ornith_moe.quant.source.model_card import Card, read_card
 from ornith_moe.quant.source.source import Source
 
 
@@ -37,6 +38,11 @@ class GgufFile(Build):
         """The manifest before the file, without which it promises nothing, and last what a client is given."""
         files = [(staging / file.name, final.with_name(file.name)) for file in reversed(layout.files)]
         return [(staging / MANIFEST, self.manifest(final)), *files]
+
+    @staticmethod
+    def card(source: Source, options: Options) -> Card:
+        """The model card of the source."""
+        return options.once("model card", lambda: read_card(source.folder))
 
     @staticmethod
     def is_of_type(found: StoredBuild, kind: FileType) -> bool:

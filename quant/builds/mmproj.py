@@ -69,14 +69,16 @@ class MmprojBuild(GgufFile):
         return self.plan(source, Options(stored={name: tensor.dtype for name, tensor in found.tensors.items()}))
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
+        card = self.card(source, options)
         metadata = mmproj_metadata(
             source.architecture,
             source.folder,
             name=source.name,
             file_type=self.kind.id,
             shapes={tensor.name: tensor.shape for tensor in plan.tensors},
+            card=card.values,
         )
-        return gguf_layout(plan, self.file(source), metadata)
+        return gguf_layout(plan, self.file(source), metadata, card.notes)
 
     def recognize(self, found: StoredBuild) -> bool:
         return self.is_of_type(found, self.kind) and found.metadata.get("general.type") == MMPROJ

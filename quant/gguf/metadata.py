@@ -64,6 +64,7 @@ def gguf_metadata(
     mtp_layers: int,
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     tokenizer: Sequence[Entry] = (),
+    card: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Entry]:
     """The key-value section of a GGUF for one checkpoint.
 
@@ -75,6 +76,7 @@ def gguf_metadata(
         mtp_layers: multi-token-prediction blocks that the file holds as tensors, not as the config announces.
         shapes: of the file's tensors, to count the parameters; {} leaves the size out.
         tokenizer: its keys, `tokenizer_entries`; without them a file does not load.
+        card: values of `read_card`.
 
     Returns:
         Entries in file order, ready for `gguf_header`.
@@ -91,7 +93,7 @@ def gguf_metadata(
     model = architecture(config)
     before, after = model.gguf_keys(mtp_layers)
     values = [*before, (Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *after]
-    about = _about(model.gguf_architecture, "model", folder, name, shapes)
+    about = _about(model.gguf_architecture, "model", folder, name, shapes, card)
     return [*about, *_entries(values, model.gguf_architecture), *tokenizer]
 
 
@@ -102,6 +104,7 @@ def mmproj_metadata(
     name: str,
     file_type: int,
     shapes: Mapping[str, tuple[int, ...]],
+    card: Mapping[str, Any],
 ) -> list[Entry]:
     """The key-value section of an mmproj, the GGUF of a vision tower; arguments and errors as `gguf_metadata`.
 
@@ -111,18 +114,23 @@ def mmproj_metadata(
     assert model.vision is not None, "a tower that no config describes has no weights either"
     mean, std = read_normalization(folder)
     values = [(Keys.General.FILE_TYPE, int(file_type), Type.UINT32), *model.mmproj_keys(model.vision, mean, std)]
-    return [*_about("clip", MMPROJ, folder, name, shapes), *_entries(values, "clip")]
+    return [*_about("clip", MMPROJ, folder, name, shapes, card), *_entries(values, "clip")]
 
 
 def _about(
-    architecture: str, kind: str, folder: Path | None, name: str, shapes: Mapping[str, tuple[int, ...]]
+    architecture: str,
+    kind: str,
+    folder: Path | None,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    card: Mapping[str, Any],
 ) -> list[Entry]:
     """What any GGUF says first: what it is, how to sample from it, and whose it is."""
     return [
         Entry(Keys.General.ARCHITECTURE, architecture, Type.STRING),
         Entry(Keys.General.TYPE, kind, Type.STRING),
         *(_sampling(folder) if folder else ()),
-        *_identity(name, shapes),
+        *_identity(name, shapes, card),
     ]
 
 
@@ -132,22 +140,23 @@ def _entries(values: Sequence[Key], architecture: str) -> list[Entry]:
     return [*named, Entry(Keys.General.QUANTIZATION_VERSION, QUANTIZATION_VERSION, Type.UINT32)]
 
 
-def _identity(name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-    """What the gguf package reads out of a name: title, version, fine-tune, base; and the number of parameters."""
+def _identity(name: str, shapes: Mapping[str, tuple[int, ...]], card: Mapping[str, Any]) -> list[Entry]:
+    """What the gguf package reads out of a name and a model card, and the number of parameters."""
     experts = [shape[0] for tensor, shape in shapes.items() if "_exps." in tensor]
     in_experts = sum(math.prod(shape[1:]) for tensor, shape in shapes.items() if "_exps." in tensor)
     total = sum(map(math.prod, shapes.values()))
     shared = sum(math.prod(shape) for tensor, shape in shapes.items() if "_exps." not in tensor)
-    found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), None, None, Path(name), total)
-    size = gguf.size_label(total, shared, in_experts, sum(experts) // max(len(experts), 1)) if shapes else None
-    values = (
-        (Keys.General.NAME, found.name or name),
-        (Keys.General.VERSION, found.version),
-        (Keys.General.FINETUNE, found.finetune),
-        (Keys.General.BASENAME, found.basename),
-        (Keys.General.SIZE_LABEL, found.size_label or size),
-    )
-    return [Entry(key, value, Type.STRING) for key, value in values if value]
+    found = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), dict(card), None, Path(name), total)
+    found.name = found.name or name
+    if shapes and not found.size_label:
+        found.size_label = gguf.size_label(total, shared, in_experts, sum(experts) // max(len(experts), 1))
+    writer = gguf.GGUFWriter(None, "")  # never written: it knows the keys of these fields, and their order
+    found.set_gguf_meta_model(writer)
+    return [
+        Entry(key, value.value, value.type, Type.STRING if value.type == Type.ARRAY else None)
+        for key, value in writer.kv_data[0].items()
+        if key != Keys.General.ARCHITECTURE
+    ]
 
 
 def _sampling(folder: Path) -> list[Entry]:
