@@ -25,11 +25,12 @@ import xxhash
 from ornith_moe.quant.builds.plan import Step
 from ornith_moe.quant.builds.underflow import lost_weights
 from ornith_moe.quant.conversion.groups import Measures, measured
-from ornith_moe.quant.conversion.journal import Failure, Journal, Lost
+from ornith_moe.quant.conversion.journal import Extent, Failure, Journal, Lost
 from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.readback import ReadBack
 from ornith_moe.quant.conversion.stream import Unit, read_unit, runs, unit_bytes
 from ornith_moe.quant.conversion.workers import Encoders, PlacedBuild, Workers
+from ornith_moe.quant.conversion.writer import Piece, Writer
 from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
 from ornith_moe.quant.files import MOST_OPEN, open_output, own_folder
 from ornith_moe.quant.source.architectures.weight import Weight
@@ -43,7 +44,7 @@ SPARE_DESCRIPTORS = 64 + MOST_OPEN  # what a process has open besides the builds
 def reserved(placed: Sequence[PlacedBuild], *, fresh: bool) -> Iterator[list[int]]:
     """File descriptors of all output files, at their final size with header and constants written."""
     files = sum(len(build.layout.files) for build in placed)
-    _allow_descriptors(2 * files + SPARE_DESCRIPTORS)  # each is written by one and read back by another
+    _allow_descriptors(3 * files + SPARE_DESCRIPTORS)  # each is also written and read back past the page cache
     descriptors: list[int] = []
     try:
         for build in placed:
@@ -96,17 +97,6 @@ def one_thread_each(placed: Sequence[PlacedBuild], encoders: Encoders) -> Iterat
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Encoded bytes of a unit on their way into a file."""
-
-    build: str
-    file: int
-    offset: int
-    payload: memoryview
-    digest: str
 
 
 @dataclass
@@ -188,24 +178,31 @@ class Pass:
         sizes = [unit_bytes(self.source, unit) for unit in self.work]
         done, total = sum(sizes[index] for index in self.journal.extents), sum(sizes)
         batches = [batch for batch in self._batches() if not self.journal.extents.keys() >= set(batch)]
-        for batch, encoded in in_order(self._convert, batches, self.workers.jobs):
-            for failure in (failure for one in encoded for failure in one.failures):
-                self.journal.record_failure(failure)
-                self.failed.add(failure.build)
-                self.given_up |= {failure.build} if failure.final else set()
-            if len(self.given_up) == len(self.placed):
-                return
-            for index, one in zip(batch, encoded, strict=True):
-                pieces = [piece for piece in one.pieces if piece.build not in self.failed]
-                for piece in pieces:
-                    _write_all(self.files[piece.file], piece.payload, piece.offset)
-                extents = [(piece.file, piece.offset, len(piece.payload), piece.digest) for piece in pieces]
-                if index not in self.journal.extents:
-                    self.journal.record(index, extents, one.lost)
-                    back.written(index, extents)
+        encoded: dict[int, tuple[list[Extent], list[Lost]]] = {}  # of units whose bytes have not all left
+
+        def left(index: int) -> None:
+            self.journal.record(index, *encoded[index])
+            back.written(index, encoded.pop(index)[0])
+
+        with Writer(self.files, self.sizes, self._owned(), left) as writer:
+            for batch, results in in_order(self._convert, batches, self.workers.jobs):
+                for failure in (failure for result in results for failure in result.failures):
+                    self.journal.record_failure(failure)
+                    self.failed.add(failure.build)
+                    self.given_up |= {failure.build} if failure.final else set()
+                if len(self.given_up) == len(self.placed):
+                    return
+                for index, result in zip(batch, results, strict=True):
+                    self.bytes_read += sizes[index]
+                    if index in self.journal.extents:
+                        continue  # of a batch that was written in part
+                    pieces = [piece for piece in result.pieces if piece.build not in self.failed]
+                    extents = [(piece.file, piece.offset, len(piece.payload), piece.digest) for piece in pieces]
+                    encoded[index] = extents, result.lost
+                    writer.write(index, pieces)
                     done += sizes[index]
-                self.bytes_read += sizes[index]
-            self.workers.progress("convert", done, total)
+                self.workers.progress("convert", done, total)
+            writer.flush()
 
     def lost(self, build: PlacedBuild) -> dict[str, int]:
         """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
@@ -312,9 +309,3 @@ def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:
         f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
         "so mend the checkpoint first, or keep its tensor unquantized with --non-finite keep-bf16"
     )
-
-
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

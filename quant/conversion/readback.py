@@ -26,11 +26,11 @@ from threading import Lock
 import xxhash
 
 from ornith_moe.quant.conversion.journal import Extent
+from ornith_moe.quant.conversion.writer import Range, past_the_cache
 from ornith_moe.quant.errors import ConversionError
 
 CHUNK = 4 << 20  # read at a time
 SPAN = 64 << 20  # whole bytes that a file must have gained to be read on
-Range = tuple[int, int]  # first byte, and the one after the last
 
 
 class _File:
@@ -38,7 +38,7 @@ class _File:
 
     def __init__(self, descriptor: int, size: int, owned: Sequence[Range]):
         self.descriptor, self.size, self.owned = descriptor, size, deque(owned)
-        self.direct = _past_the_cache(descriptor)
+        self.direct = past_the_cache(descriptor, os.O_RDONLY)
         self.waiting: list[tuple[int, int, str, int]] = []  # beyond a hole: (offset, length, digest, unit), a heap
         self.extents: deque[tuple[int, int, str, int]] = deque()  # before it, in order, not read yet
         self.whole = 0  # bytes from the start on without a hole
@@ -124,16 +124,6 @@ class _File:
     def close(self) -> None:
         if self.direct is not None:
             os.close(self.direct)
-
-
-def _past_the_cache(descriptor: int) -> int | None:
-    """A descriptor of the same file that reads from the disk itself; None where there is no such thing."""
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    try:
-        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        return None
 
 
 class ReadBack:

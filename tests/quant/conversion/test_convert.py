@@ -6,6 +6,7 @@ with SIGKILL, a disk that is full, bytes lost after the journal had them. Not co
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
-from ornith_moe.quant.conversion import pipeline
+from ornith_moe.quant.conversion import writer
 from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import BuildsFailed, CheckpointError, ConversionError, PlanError
@@ -180,8 +181,8 @@ def start(moe, out, *options):
     """The command as a process of its own, with small slabs so that it can be interrupted."""
     code = (
         "import sys; import ornith_moe.quant.conversion.convert as c; c.slabs = lambda *limits: (2, 1 << 14);"
-        "import os, time, ornith_moe.quant.conversion.pipeline as p; write = p._write_all;"
-        "p._write_all = lambda *a: (time.sleep(0.002), write(*a));"  # the fixture is small and the disk is fast
+        "import os, time, ornith_moe.quant.conversion.writer as w; write = w.Writer.write; w.CHUNK = 1 << 14;"
+        "w.Writer.write = lambda *a: (time.sleep(0.004), write(*a));"  # the fixture is small and the disk is fast
         "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
     )
     builds = [word for build in BUILDS for word in ("--to", build)]
@@ -238,8 +239,8 @@ def test_bytes_lost_after_the_journal_are_mended(killed, moe, done):
 
 
 def test_a_disk_that_loses_bytes_is_an_error(tmp_path, monkeypatch, moe):
-    write = pipeline._write_all
-    monkeypatch.setattr(pipeline, "_write_all", lambda d, view, o: write(d, memoryview(bytes(len(view))), o))
+    write = writer.write_all
+    monkeypatch.setattr(writer, "write_all", lambda d, view, o: write(d, memoryview(mmap.mmap(-1, len(view))), o))
     with pytest.raises(ConversionError, match="does not give back"):
         convert(open_source(moe), tmp_path / "out", ["bf16"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]

@@ -31,9 +31,9 @@ def small(monkeypatch):
 def way(request, monkeypatch):
     """Past the page cache, through it, and where the system takes back what it has promised."""
     if request.param == "cached":
-        monkeypatch.setattr(readback, "_past_the_cache", lambda descriptor: None)
+        monkeypatch.setattr(readback, "past_the_cache", lambda *file: None)
     if request.param == "refused":
-        preadv, past = os.preadv, readback._past_the_cache
+        preadv, past = os.preadv, readback.past_the_cache
         direct = set()
 
         def refuse(descriptor, *rest):
@@ -42,12 +42,12 @@ def way(request, monkeypatch):
                 raise OSError(errno.EINVAL, "no direct reading here")
             return preadv(descriptor, *rest)
 
-        def noted(descriptor):
-            found = past(descriptor)
+        def noted(*file):
+            found = past(*file)
             direct.add(found)
             return found
 
-        monkeypatch.setattr(readback, "_past_the_cache", noted)
+        monkeypatch.setattr(readback, "past_the_cache", noted)
         monkeypatch.setattr(os, "preadv", refuse)
 
 
