@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,18 +50,32 @@ def group_rows(steps: Iterable[Step]) -> int:
 
 
 def units(source: Source, slab_bytes: int, group: int = SLAB_ROWS) -> list[Unit]:
-    """The work of a conversion in the order in which it lies on disk, at most about `slab_bytes` of source each.
+    """The work of a conversion in the order of its builds, at most about `slab_bytes` of source each.
 
     Args:
         group: rows of a unit are a multiple of it, but for the last of a weight.
     """
     work: list[Unit] = []
-    for index in sorted(range(len(source.weights)), key=source.position):
+    for index in _in_order(source):
         rows, columns = weight_matrix(source.weights[index])
         row_bytes = max(columns * ITEM_BYTES[source.dtype(index)], 1)
         slab = max(slab_bytes // row_bytes // group, 1) * group
         work.extend(Unit(index, start, min(slab, rows - start)) for start in range(0, rows, slab))
     return work
+
+
+def _in_order(source: Source) -> list[int]:
+    """Weights by layers as these lie on disk, and in a layer as an architecture lists them.
+
+    That is how builds list them, so files grow from front to back. Checkpoints sort the experts of a layer by their
+    digits, or hold all gates and ups before all downs: a layer is read in some other order, a few MB at a time.
+    """
+    blocks = [index if weight.layer is None else f"layer {weight.layer}" for index, weight in enumerate(source.weights)]
+    first: dict[int | str, tuple[Any, ...]] = {}
+    for index, block in enumerate(blocks):
+        position = source.position(index)
+        first[block] = min(first.get(block, position), position)
+    return sorted(range(len(blocks)), key=lambda index: (first[blocks[index]], index))
 
 
 def read_unit(source: Source, unit: Unit) -> Slab:

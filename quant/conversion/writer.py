@@ -17,8 +17,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-CHUNK = 1 << 20  # written at a time; a power of two, and whole pages
-MOST_OPEN_CHUNKS = 64  # of all files
+CHUNK = 4 << 20  # written at a time; a power of two, and whole pages
+MOST_OPEN_CHUNKS = 24  # of all files: gate, up, down and their scales of a few builds
 Range = tuple[int, int]  # first byte, and the one after the last
 
 

@@ -21,7 +21,7 @@ FLOAT_BITS = {  # dtype: the integer that carries it, mask of its magnitude, inf
     "F32": (np.uint32, np.uint32(0x7FFFFFFF), 0x7F800000),
 }
 MAGNITUDE, NAN = 0x7F, 0x7F  # of an e4m3 code; the only codes that are no number
-CACHED_VALUES = 1 << 16  # of a slab, at a time: what is made of them stays in a core's cache
+CACHED_VALUES = 1 << 18  # of a slab, at a time: what is made of them stays in a core's cache
 
 
 class Slab:
