@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ornith_moe.command.coverage import print_coverage
-from ornith_moe.command.options import Json, SourceArgument
+from ornith_moe.command.options import Json, Lora, SourceArgument
 from ornith_moe.command.terminal import out, print_json, progress_bar, say
 
 
@@ -21,6 +21,7 @@ def imatrix(
     process_output: Annotated[
         bool, typer.Option("--process-output", help="The output head too, which is better encoded without.")
     ] = False,
+    lora: Lora = None,
     as_json: Json = False,
 ) -> None:
     """Measure how much each column of each weight matters, for `convert --imatrix`, one layer in memory at a time."""
@@ -29,7 +30,7 @@ def imatrix(
     from ornith_moe.imatrix import make_imatrix
     from ornith_moe.quant.opening import open_any
 
-    opened = open_any(source, mtp="drop")
+    opened = open_any(source, mtp="drop", lora=lora)
     with progress_bar(counted=True) as progress:
         report = make_imatrix(
             opened, text, output, chunks=chunks, ctx=ctx, process_output=process_output, progress=progress

@@ -191,6 +191,11 @@ def test_commands_take_it(base, adapters, tmp_path, capsys):
     run("plan", base, "--to", "bf16", *lora)
     (made,) = run("convert", base, tmp_path, "--to", "bf16", "--device", "cpu", *lora)["builds"]
     assert run("verify", made["path"], "--against", base, *lora)["ok"]
+    (tmp_path / "text").write_text("A router reads each token once and names the experts. " * 4)
+    files = [tmp_path / f"{name}.gguf" for name in ("with", "without")]
+    for file, more in zip(files, (lora, ()), strict=True):
+        run("imatrix", base, "--text", tmp_path / "text", "--output", file, "--chunks", "1", "--ctx", "16", *more)
+    assert len({file.read_bytes() for file in files}) == 2
     with pytest.raises(CheckpointError, match="was made with --lora 'rslora'; give the same folder with --lora"):
         run("verify", made["path"], "--against", base)
     with pytest.raises(CheckpointError, match="expected an adapter of PEFT"):
