@@ -93,14 +93,14 @@ def test_commands_take_it(tmp_path, donor, capsys):
         return json.loads(capsys.readouterr().out)
 
     model, out = base(tmp_path / "m", "its own"), tmp_path / "out"
-    (planned,) = run("plan", model, "--to", "gguf:BF16", "--mtp-from", donor)["builds"]
-    command = ("convert", model, out, "--to", "gguf:BF16", "--device", "cpu")
+    (planned,) = run("plan", model, "--to", "bf16", "--mtp-from", donor)["builds"]
+    command = ("convert", model, out, "--to", "bf16", "--device", "cpu")
     (made,) = run(*command, "--mtp-from", donor)["builds"]
     assert made["tensor_bytes"] == planned["tensor_bytes"]
     assert run("verify", made["path"], "--against", model, "--mtp-from", donor)["ok"]
     with pytest.raises(CheckpointError, match="was made with --mtp-from 'donor'; give the same folder"):
         run("verify", made["path"], "--against", model)
-    Path(f"{made['path']}.manifest.json").unlink()
+    (Path(made["path"]) / "ornith_manifest.json").unlink()
     with pytest.raises(Exception, match=r"SQNR|mtp"):  # the base's own head is another
         run("verify", made["path"], "--against", model)
 

@@ -26,8 +26,8 @@ from ornith_moe.quant.verification.verify import verify
 
 BUILDS = {
     "fp8-channel": ("fp8-channel", "fp8-block", "bf16", "gguf:Q4_K_M"),
-    "fp8-block": ("fp8-channel", "gguf:F32"),
-    "tensor": ("fp8-block", "bf16"),
+    "fp8-block": ("gguf:F32",),
+    "tensor": ("fp8-block",),
     "stacked": ("fp8-block", "gguf:Q8_0"),
 }
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt", "version": "0.47.0"}}
