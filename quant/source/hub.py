@@ -28,7 +28,7 @@ from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.weights import checked_name, open_source, source_from_checkpoint, source_from_config
 
 ANSWER_SECONDS = 2.0  # for each of connecting and answering
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
 
 
 @budgeted

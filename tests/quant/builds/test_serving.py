@@ -55,11 +55,15 @@ def test_it_is_what_transformers_keeps(tmp_path, make):
     [("qwen3.5-9b", 32), ("qwen3.6-27b", 64), ("qwen3.5-35b-a3b", 20), ("qwen3.5-397b-a17b", 30)],
 )
 def test_a_thousand_tokens(preset, megabytes):
-    model = open_source(preset)
+    cached = open_source(preset).architecture.cached
+    assert 2 * cached(1024).keys_and_values == megabytes << 20 and cached(1).state == cached(1024).state > 0
+
+
+def test_weights_and_a_sequence_of_as_many_tokens_as_are_asked_for():
+    model = open_source("qwen3.5-9b")
     plans = [plan_build(model, build) for build in ("gguf:Q8_0", "gguf:mmproj")]
     text, tower = (serving(model, plan, 1024) for plan in plans)
-    assert text.kv_bytes == megabytes << 20 and serving(model, plans[0], 4096).kv_bytes == megabytes << 22
+    assert text.kv_bytes == 32 << 20 and serving(model, plans[0], 4096).kv_bytes == 32 << 22
     assert text.total_bytes == plans[0].tensor_bytes + text.kv_bytes + text.state_bytes
     assert (tower.total_bytes, tower.kv_bytes) == (plans[1].tensor_bytes, 0), "a tower keeps nothing"
     assert serving(model, plans[0]).context == 262_144
-    assert serving(model, plans[0], 1).state_bytes == text.state_bytes > 0

@@ -41,8 +41,7 @@ def keys_of(path):
 @pytest.mark.parametrize(
     ("more", "keys"),
     [
-        (YARN, {"type": "yarn", "factor": 8.0, "original_context_length": 16}),
-        (YARN | {"beta_fast": 32, "beta_slow": 1.0}, {"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}),
+        (YARN | {"beta_fast": 32, "beta_slow": 1.0}, {"original_context_length": 16, "yarn_beta_fast": 32.0}),
         (YARN | {"original_max_position_embeddings": 512}, {"original_context_length": 512}),
         ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
     ],

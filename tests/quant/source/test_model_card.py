@@ -52,7 +52,7 @@ def test_a_readme_needs_no_front_matter(tmp_path, text):
     [
         "---\nlicense: [mit\n---\n", "---\n- mit\n---\n", "---\nmit\n---\n", "---\nlicense: mit\n",
         "---\na: 2024-99-99\n---\n", "---\na: !!python/object/apply:os.system [ls]\n---\n",
-        "---\na: " + "[" * 5000 + "\n---\n", "---\n{}: {}\n---\n", "---\na: " + "x" * MAX_FRONT_BYTES + "\n---\n",
+        "---\n" + "? " * 1500 + "\n---\n", "---\n{}: {}\n---\n", "---\na: " + "x" * MAX_FRONT_BYTES + "\n---\n",
         b"---\nlicense: \xff\n---\n", "---\na: \0\n---\n", "---\nlicense: *nothing\n---\n",
     ],
 )  # fmt: skip
