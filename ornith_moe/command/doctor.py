@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "triton", "numpy", "numba", "safetensors", "gguf")
 CLIENTS = {
     "transformers": "experts_implementation='ornith', runs BF16 and FP8 builds",
     "accelerate": "lets transformers read fp8-block builds",
-    "compressed-tensors": "lets transformers read fp8-channel builds",
+    "compressed-tensors": "lets transformers read fp8-channel and int4-ct builds",
     "xllamacpp": "runs GGUF builds",
     "mlx-lm": "runs builds for MLX, on Linux with mlx[cpu]",
     "huggingface_hub": "hf:// sources",
