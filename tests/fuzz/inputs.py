@@ -230,6 +230,8 @@ class Inputs:
         return ["convert", self.m, self.folder / "out", "--to", random.choice(["gguf:BF16", "bf16"]), "--jobs", "1"]
 
     def ggufs(self, random: Random) -> list:
+        if random.random() < 0.4:
+            return self._gguf_source(random)
         path = self.folder / "in" / "x.gguf"
         tensors = [("token_embd.weight", "Q8_0", (8, 64), 544), ("output_norm.weight", "F32", (64,), 256)]
         keys = [
@@ -256,6 +258,23 @@ class Inputs:
             (self.folder / "in" / "x.gguf.manifest.json").write_bytes(written(change(manifest, random), random))
         return random.choice(
             [["inspect", path], ["inspect", path, "--json"], ["plan", self.m, "--to", "gguf:Q4_K_M", "--imatrix", path]]
+        )
+
+    def _gguf_source(self, random: Random) -> list:
+        """A sound GGUF as a source, with its header or the config beside it changed."""
+        path = self.m / "m.gguf"
+        raw = bytearray((self.base / "out" / "m-BF16.gguf").read_bytes())
+        for _ in range(random.choice([0, 1, 1, 3])):
+            place = random.randrange(min(len(raw), 60_000))
+            raw[place : place + 8] = struct.pack("<Q", random.choice([0, 1, 8, 9, 30, 2**31, 2**40, 2**64 - 1]))
+        path.write_bytes(damaged(bytes(raw), random) if random.random() < 0.3 else bytes(raw))
+        if random.random() < 0.3:
+            (self.m / "config.json").write_bytes(written(change(CONFIG, random), random))
+        return random.choice(
+            [
+                ["plan", path, "--to", random.choice(BUILDS)],
+                ["convert", path, self.folder / "out", "--to", "bf16", "--jobs", "1"],
+            ]
         )
 
     def imatrices(self, random: Random) -> list:
