@@ -320,7 +320,8 @@ class _Sums:
         """What matrix `matrix` of each of these tensors sees: x [T, K], whose `columns` lie in another order there."""
         squares = x.square().sum(0, dtype=torch.float64)
         squares = squares if columns is None else squares[columns]
-        most = x.abs().max().double() if x.numel() else torch.zeros((), dtype=torch.float64)
+        low, high = x.aminmax() if x.numel() else torch.zeros(2)
+        most = torch.maximum(high, -low).double()
         for name in names:
             if name not in self.values:
                 self.values[name] = torch.zeros(matrices, len(squares), dtype=torch.float64)
