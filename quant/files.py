@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from ornith_moe.quant.budget import budget
 from ornith_moe.quant.errors import CheckpointError, ConversionError, OrnithError
@@ -79,6 +79,13 @@ def open_file(
     except BaseException:
         os.close(descriptor)
         raise
+
+
+class Payload(Protocol):
+    """Whatever holds the bytes of files, for reading at any place of them and from any thread."""
+
+    def read_into(self, path: Path, view: memoryview, offset: int) -> int:
+        """Fill `view` from byte `offset` of the file on; how many bytes there were, fewer only where the file ends."""
 
 
 class OpenFiles:
@@ -275,6 +282,16 @@ def open_output(path: Path, *, new: bool = False) -> int:
         os.close(descriptor)
         raise ConversionError(f"{path}: expected a file of ours, found another; move it away")
     return descriptor
+
+
+def past_the_cache(descriptor: int, mode: int) -> int | None:
+    """A descriptor of the same file that reaches the disk past the page cache; None where there is no such thing."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", mode | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
 
 
 def write_file(path: Path, payload: bytes) -> None:

@@ -21,13 +21,14 @@ def open_any(
     mtp: str | None = None,
     name: str | None = None,
     config_only: bool = False,
+    ranges: bool = False,
     mtp_from: str | Path | None = None,
     lora: str | Path | None = None,
 ) -> Source:
     """`open_source`, `hf://org/name[@revision]` and a .gguf file too.
 
     Args:
-        mtp, name, config_only: as `hub.open_any`.
+        mtp, name, config_only, ranges: as `hub.open_any`.
         mtp_from: folder of another checkpoint, whose multi-token prediction it gets instead of its own.
         lora: folder of an adapter of PEFT, merged into it.
     Raises:
@@ -41,7 +42,7 @@ def open_any(
     if str(source).endswith(".gguf") and Path(source).is_file():
         found: Source = open_gguf(Path(source), mtp=own, name=name)
     else:
-        found = hub.open_any(source, mtp=own, name=name, config_only=config_only)
+        found = hub.open_any(source, mtp=own, name=name, config_only=config_only, ranges=ranges)
     if mtp_from is not None:
         found = with_mtp_from(found, open_checkpoint(mtp_from))
     return found if lora is None else with_adapter(found, Path(lora))

@@ -22,6 +22,8 @@ ELSEWHERE = {  # a part of a message, {} where a value stands -> the test that f
         "tests/quant/conversion/test_convert.py::test_a_build_that_cannot_hold_a_weight_costs_the_others_nothing",
     "A.from_pretrained(d).save_pretrained(d)":
         "tests/quant/source/test_tokenizer_files.py::test_how_to_get_tokenizer_json_is_told_and_works",
+    "whose weights are read from the Hub; give its name, hf://":
+        "tests/quant/source/test_ranges.py::test_a_hub_that_drops_connections_gives_the_same_builds",
     "--mtp keep takes the {}* tensors of":
         "tests/quant/source/test_weights.py::test_mtp_in_a_file_that_the_index_leaves_out",
 }  # fmt: skip

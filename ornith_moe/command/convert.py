@@ -53,6 +53,9 @@ def convert(
     source: SourceArgument,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the builds.")],
     to: To,
+    download: Annotated[
+        bool, typer.Option("--download", help="Store the weights of an hf:// source in the Hub's cache before.")
+    ] = False,
     jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default all cores.")] = None,
     max_memory: Annotated[
         int, typer.Option(metavar="SIZE", parser=parse_size, help="Memory the process may hold.")
@@ -78,8 +81,6 @@ def convert(
     nvfp4_rest: Nvfp4Rest = Rest.bf16,
     non_finite: Annotated[
         NonFinite,
-        Nvfp4Head,
-        Nvfp4Rest,
         typer.Option(help="Stop at a NaN or an infinity, or read once more and leave such tensors unquantized."),
     ] = NonFinite.error,
     device: Annotated[
@@ -96,7 +97,7 @@ def convert(
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     split = split_of(split_max_size, split_max_tensors)
-    opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from, lora=lora)
+    opened = open_any(source, mtp=mtp, name=name, ranges=not download, mtp_from=mtp_from, lora=lora)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
     where, _ = choose_device(device)

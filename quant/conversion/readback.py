@@ -26,8 +26,9 @@ from threading import Lock
 import xxhash
 
 from ornith_moe.quant.conversion.journal import Extent
-from ornith_moe.quant.conversion.writer import Range, past_the_cache
+from ornith_moe.quant.conversion.writer import Range
 from ornith_moe.quant.errors import ConversionError
+from ornith_moe.quant.files import past_the_cache
 
 CHUNK = 4 << 20  # read at a time
 SPAN = 64 << 20  # whole bytes that a file must have gained to be read on

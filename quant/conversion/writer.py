@@ -17,6 +17,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ornith_moe.quant.files import past_the_cache
+
 CHUNK = 4 << 20  # written at a time; a power of two, and whole pages
 MOST_OPEN_CHUNKS = 24  # of all files: gate, up, down and their scales of a few builds
 Range = tuple[int, int]  # first byte, and the one after the last
@@ -158,16 +160,6 @@ class Writer:
         for direct in self._direct:
             if direct is not None:
                 os.close(direct)
-
-
-def past_the_cache(descriptor: int, mode: int) -> int | None:
-    """A descriptor of the same file that reaches the disk past the page cache; None where there is no such thing."""
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    try:
-        return os.open(f"/proc/self/fd/{descriptor}", mode | os.O_CLOEXEC | os.O_DIRECT)
-    except OSError:
-        return None
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:

@@ -31,7 +31,7 @@ import xxhash
 
 from ornith_moe.quant.budget import budget, budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
-from ornith_moe.quant.files import OpenFiles, kind, open_file, parse_json, read_json
+from ornith_moe.quant.files import OpenFiles, Payload, kind, open_file, parse_json, read_json
 from ornith_moe.quant.recipes import BLOCK
 from ornith_moe.quant.source.accounts import LeftOut, bare
 from ornith_moe.quant.source.quantized import READ, block_of, describes_fp8, describes_nvfp4
@@ -46,6 +46,8 @@ OTHER_DTYPES = {  # known to the format, but not weights we convert
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8,
 }  # fmt: skip
+A_SHARD = "a shard of the checkpoint"
+RANGES_MARK = "ornith-ranges.json"  # in a folder whose shards are headers (quant/source/ranges.py)
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 MOST_OTHERS, MOST_OTHER_TENSORS = 16, 1 << 18  # files beside the model whose headers are read, and what they may hold
 INFO_MEMORY = 600  # the most that a TensorInfo with its name takes
@@ -81,7 +83,7 @@ class Checkpoint:
     left_out: tuple[LeftOut, ...] = ()  # files
     block: tuple[int, int] = BLOCK  # rows and columns that share a scale in FP8 tensors of that layout
     config_name: str = CONFIG
-    opened: OpenFiles = field(default_factory=lambda: OpenFiles("a shard of the checkpoint"), compare=False, repr=False)
+    opened: Payload = field(default_factory=lambda: OpenFiles(A_SHARD), compare=False, repr=False)
 
     def read_rows(self, tensor: TensorInfo, start: int, rows: int) -> np.ndarray:
         """Bytes of rows [start, start + rows) of `tensor` as uint8 [rows, row_bytes]; one positioned read, no mapping.
@@ -124,12 +126,13 @@ class Checkpoint:
 
 
 @budgeted
-def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False, payload: Payload | None = None) -> Checkpoint:
     """Read config and headers of the checkpoint in `folder` and check them.
 
     Args:
         folder: a directory with `config.json` and `*.safetensors`, with `model.safetensors.index.json` when sharded.
         drop_mtp: shards of multi-token prediction that the index names need not be there.
+        payload: where the bytes of shards are, if the folder holds only their headers (quant/source/ranges.py).
     Returns:
         Checkpoint: its table of tensors; no payload has been read.
     Raises:
@@ -142,6 +145,10 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
         raise CheckpointError(_adapter_sentence(folder))
     if (folder / "snapshots").is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: is a repository of a Hub cache; give one of the folders in its snapshots/")
+    if (folder / RANGES_MARK).exists() and payload is None:
+        raise CheckpointError(
+            f"{folder}: holds the headers of a repository whose weights are read from the Hub; give its name, hf://org/name"
+        )
     config = read_json(folder / "config.json", what="a checkpoint folder with a config.json")
     found = model_files(folder, lambda: _weight_map(folder), drop_mtp=drop_mtp)
     files, tensors = _read_tables(folder, found)
@@ -157,6 +164,7 @@ def open_checkpoint(folder: str | Path, *, drop_mtp: bool = False) -> Checkpoint
         others,
         left_out,
         block_of(section),
+        opened=payload or OpenFiles(A_SHARD),
     )
 
 

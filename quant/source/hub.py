@@ -1,4 +1,5 @@
-"""Sources on the Hugging Face Hub: `hf://org/name[@revision]` becomes a local folder, or only its config for a plan.
+"""Sources on the Hugging Face Hub: `hf://org/name[@revision]` becomes a local folder, only its config for a plan, or
+headers and side files for weights that are read by ranges (quant/source/ranges.py).
 
 Downloads are huggingface_hub's own: resumable, hashed, in its cache. Only weights in safetensors, JSON and tokenizer
 files are fetched; code and pickles of a repository never reach the disk.
@@ -20,8 +21,9 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.architectures import architecture
-from ornith_moe.quant.source.checkpoint import TensorInfo, open_checkpoint, without_quantization
+from ornith_moe.quant.source.checkpoint import Checkpoint, TensorInfo, open_checkpoint, without_quantization
 from ornith_moe.quant.source.quantized import planned_as_bf16
+from ornith_moe.quant.source.ranges import SIDES, Ranges, Shard, fetch, stand_in
 from ornith_moe.quant.source.reconcile import HEAD
 from ornith_moe.quant.source.shards import INDEX
 from ornith_moe.quant.source.source import Source
@@ -33,13 +35,19 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md",
 
 @budgeted
 def open_any(
-    source: str | Path, *, mtp: str | None = None, name: str | None = None, config_only: bool = False
+    source: str | Path,
+    *,
+    mtp: str | None = None,
+    name: str | None = None,
+    config_only: bool = False,
+    ranges: bool = False,
 ) -> Source:
     """`open_source`, and `hf://org/name[@revision]` too.
 
     Args:
         name: as `open_source`; default the repository's.
         config_only: for a Hub source, fetch config and index instead of the weights: enough for a plan.
+        ranges: for a Hub source that is not in the cache, read weights as they are wanted and store none.
     Raises:
         CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository.
     """
@@ -55,6 +63,13 @@ def open_any(
     unreachable = _unreachable(repository)
     found = {"revision": revision, "local_files_only": bool(unreachable)}
     try:
+        if (
+            ranges
+            and not config_only
+            and not unreachable
+            and (checkpoint := _by_ranges(str(source), *_parse(str(source))))
+        ):
+            return source_from_checkpoint(checkpoint, name=name, mtp=mtp)
         if not config_only:
             with _offline(bool(unreachable)):
                 folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
@@ -80,6 +95,26 @@ def open_any(
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
+
+
+def _by_ranges(source: str, repository: str, revision: str | None) -> Checkpoint | None:
+    """The checkpoint of a repository whose weights stay there; None if the cache has them all."""
+    from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    shards = {
+        found.rfilename: Shard(hf_hub_url(repository, found.rfilename, revision=info.sha), found.size)
+        for found in info.siblings or ()
+        if found.rfilename.endswith(".safetensors") and "/" not in found.rfilename and found.size is not None
+    }
+    if shards and all(
+        isinstance(try_to_load_from_cache(repository, shard, revision=info.sha), str) for shard in shards
+    ):
+        return None
+    folder = Path(constants.HF_HOME) / "ornith-moe" / f"models--{repository.replace('/', '--')}" / str(info.sha)
+    snapshot_download(repository, revision=info.sha, allow_patterns=list(SIDES), local_dir=folder)
+    stand_in(folder, source, shards, fetch)
+    return open_checkpoint(folder, payload=Ranges(shards, fetch))
 
 
 @contextmanager

@@ -103,11 +103,12 @@ def open_against(
                 f"{build}: was made with {option} {brief(manifest[key])}; give the same folder with {option}"
             )
     if mtp_from is not None:
-        return open_any(against, mtp_from=mtp_from, lora=lora)
+        return open_any(against, ranges=True, mtp_from=mtp_from, lora=lora)
     if not build_has_mtp(build) and manifest.get("mtp") is not True:
-        return open_any(against, mtp="drop", lora=lora)
-    opened = open_any(against, lora=lora)
-    return open_any(against, mtp="keep", lora=lora) if opened.offers_mtp and not opened.has_mtp else opened
+        return open_any(against, mtp="drop", ranges=True, lora=lora)
+    opened = open_any(against, ranges=True, lora=lora)
+    keep = opened.offers_mtp and not opened.has_mtp
+    return open_any(against, mtp="keep", ranges=True, lora=lora) if keep else opened
 
 
 def _manifest(stored: StoredBuild) -> dict[str, Any] | None:

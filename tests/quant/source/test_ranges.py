@@ -1,0 +1,181 @@
+"""Weights read from a Hub by ranges: a server on this machine speaks its protocol, badly where it is told to.
+
+Reference: the builds of the same folder on the disk, byte for byte. Not covered: the Hub itself and its redirects.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fixtures
+import pytest
+
+from ornith_moe.quant.conversion.convert import PARTIAL, convert
+from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.source import ranges
+from ornith_moe.quant.source.checkpoint import open_checkpoint
+from ornith_moe.quant.source.ranges import Ranges, Shard
+from ornith_moe.quant.source.weights import open_source
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BUILDS = ("fp8-channel", "gguf:Q8_0")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repository org/moe of `folder`; every third range of a shard is answered with one of `faults`."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    requests: list[tuple[str, str]]
+    faults = ("dropped", "short", "whole", "busy")
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # a client that has enough hangs up
+            super().handle()
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/moe"):
+            names = sorted(file.name for file in self.folder.iterdir())
+            if "/tree/" in path:
+                answer = [self.entry(name) for name in names]
+            else:
+                siblings = [{"rfilename": name, "size": self.entry(name)["size"]} for name in names]
+                answer = {"id": "org/moe", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+            return self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+        file = self.folder / Path(path).name
+        if "/resolve/" not in path or not file.is_file():
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        content, wanted = file.read_bytes(), self.headers.get("Range")
+        headers = {"ETag": f'"{len(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if not wanted:
+            return self.answer(200, content, headers)
+        start, stop = map(int, wanted.removeprefix("bytes=").split("-"))
+        headers["Content-Range"] = f"bytes {start}-{stop}/{len(content)}"
+        self.requests.append((file.name, wanted))
+        count = len(self.requests)
+        fault = self.faults[count // 3 % len(self.faults)] if count % 3 == 0 else ""
+        part = content[start : stop + 1]
+        if fault == "busy":
+            self.answer(503, b"", {})
+        elif fault == "whole":
+            self.answer(200, content, headers)
+        else:
+            self.answer(206, part[: len(part) // 2] if fault == "short" else part, headers, cut=fault == "dropped")
+
+    def entry(self, name):
+        size = (self.folder / name).stat().st_size
+        return {"type": "file", "path": name, "size": size, "oid": f"{size:040x}"}
+
+    def answer(self, status, content, headers, cut=False):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 3] if cut else content)
+        self.close_connection = cut
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    return fixtures.qwen35moe(tmp_path_factory.mktemp("src") / "moe", experts=3, top_k=2, mtp=True, shards=2)
+
+
+@pytest.fixture
+def hub(moe):
+    handler = type("OfOneTest", (Hub,), {"folder": moe, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    server.server_close()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
+    """Without a stored source; blocks small, so that there are many of them."""
+    endpoint, handler = hub
+    code = (
+        "import sys, ornith_moe.quant.source.ranges as r; r.BLOCK = 1 << 20; r.WAIT_SECONDS = 0.01;"
+        "from ornith_moe.cli import main; sys.argv[0] = 'ornith-moe'; main()"
+    )
+    options = [word for build in BUILDS for word in ("--to", build)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "convert",
+            "hf://org/moe",
+            tmp_path / "out",
+            *options,
+            "--device",
+            "cpu",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    convert(open_source(moe), tmp_path / "local", BUILDS)
+    mine, local = contents(tmp_path / "out"), contents(tmp_path / "local")
+    assert mine.keys() == local.keys() and not (tmp_path / "out" / PARTIAL).exists()
+    differing = {name for name in mine if mine[name] != local[name]}
+    assert all("manifest" in name for name in differing), differing
+    weights = sum(path.stat().st_size for path in moe.glob("*.safetensors"))
+    stored = [path for path in (tmp_path / "home").rglob("*.safetensors") if path.is_file()]
+    assert len(stored) == 2 and sum(path.stat().st_blocks * 512 for path in stored) < weights / 10
+    assert len(handler.requests) > 3 * weights >> 21, "too few for the faults to count"
+    with pytest.raises(CheckpointError, match=r"headers of a repository .* give its name, hf://org/name"):
+        open_checkpoint(stored[0].parent)
+
+
+def test_blocks_are_fetched_ahead_and_few_are_kept(monkeypatch):
+    monkeypatch.setattr(ranges, "BLOCK", 100)
+    monkeypatch.setattr(ranges, "MOST_BLOCKS", 4)
+    content, fetched = bytes(range(250)) * 8, []
+
+    def fetch(url, start, stop):
+        fetched.append(start)
+        return content[start:stop]
+
+    files = Ranges({"a": Shard("url", len(content))}, fetch)
+    for start in range(0, 2000, 30):
+        view = memoryview(bytearray(50))
+        count = files.read_into(Path("a"), view, start)
+        assert count == min(50, 2000 - start) and view[:count] == content[start : start + 50]
+        assert len(files._blocks) <= 4
+    assert sorted(fetched) == list(range(0, 2000, 100)), "each once"
+
+
+def test_a_block_that_never_comes_is_one_sentence_and_can_come_later(monkeypatch):
+    monkeypatch.setattr(ranges, "WAIT_SECONDS", 0.001)
+    answers = [OSError("no route")] * ranges.ATTEMPTS
+
+    def once(url, start, stop):
+        if answers:
+            raise answers.pop()
+        return bytes(stop - start)
+
+    monkeypatch.setattr(ranges, "_once", once)
+    files = Ranges({"a": Shard("http://x/a", 500)}, ranges.fetch)
+    with pytest.raises(CheckpointError, match=r"http://x/a: bytes 0 to 500 did not come in 6 attempts \('no route'\)"):
+        files.read_into(Path("a"), memoryview(bytearray(50)), 0)
+    assert files.read_into(Path("a"), memoryview(bytearray(50)), 460) == 40
