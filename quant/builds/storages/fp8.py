@@ -194,7 +194,7 @@ class FP8Tensor(FP8):
         return FP8Tensor(parts[1].view(np.float32)[0, 0])
 
     def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return 1, 16
+        return 1, math.gcd(shape[1], 16)
 
     @classmethod
     def of(cls, name: str, found: Mapping[str, FoundTensor]) -> Storage | None:

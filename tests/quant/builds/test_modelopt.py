@@ -19,10 +19,13 @@ import ornith_moe.quant.conversion.convert as convert_module
 from ornith_moe.quant.builds.build import AskedNvfp4
 from ornith_moe.quant.builds.modelopt import with_wildcards
 from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.builds.storages.fp8 import FP8Tensor
+from ornith_moe.quant.builds.underflow import lost_weights, small_blocks
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.gguf.imatrix import open_imatrix, write_imatrix
+from ornith_moe.quant.source.slab import Slab
 from ornith_moe.quant.source.weights import open_source, source_from_config
 from ornith_moe.quant.verification.verify import verify
 
@@ -226,6 +229,17 @@ def test_rows_of_no_whole_groups_are_kept():
     assert len(plan.fallbacks) == 32 and "rows of no whole 16" in plan.fallbacks[0]
     assert plan.types["model.language_model.layers.0.mlp.down_proj.weight"] == "BF16"
     assert plan.types["model.language_model.layers.0.mlp.up_proj.weight"] == "U8"
+
+
+def test_fp8_of_a_matrix_takes_rows_of_any_width():
+    """72 columns are no whole runs of 16, in which what is too small for the scale is looked for."""
+    storage = FP8Tensor().given(1.0)
+    weights = np.full((3, 72), 1e-6, np.float32)
+    weights[0, 0], weights[1] = 1, 0
+    small = small_blocks(weights, storage)
+    assert small[2].all() and small[0, 8:].all() and not small[0, :8].any() and not small[1].any()
+    slab = Slab(weights.view(np.uint8), "F32")
+    assert lost_weights(storage, slab, storage.encode(slab)) == 72 + 64
 
 
 @pytest.mark.parametrize(
