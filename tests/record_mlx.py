@@ -8,6 +8,7 @@ Needs mlx, mlx-lm and mlx-vlm beside requirements.txt; recorded with mlx 0.32.4 
     moe     experts (fused, or mlx-lm would refuse it), a tower, an MTP layer, BF16
     dense   F32, embedding and head tied, an MLP of 96 columns, which fill no groups of 64
     half    F16
+    gemma   Gemma 4 without a tower, BF16, embedding and head tied
 
 Numbers come from integers of a fixed generator, as in tests/converter_models.py.
 """
@@ -43,7 +44,16 @@ _TOWER = {
     "depth": 1, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 128, "patch_size": 4,
     "num_position_embeddings": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3,
 }  # fmt: skip
+_GEMMA = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "num_global_key_value_heads": 1, "head_dim": 64, "global_head_dim": 128,
+    "attention_k_eq_v": True, "sliding_window": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False, "enable_moe_block": False, "max_position_embeddings": 4096,
+    "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True,
+}  # fmt: skip
 MODELS = {
+    "gemma": {"model_type": "gemma4", "vocab_size": 320,
+              "text_config": {"model_type": "gemma4_text", "dtype": "bfloat16", **_GEMMA}},
     "moe": {"model_type": "qwen3_5_moe", "vision_config": {"model_type": "qwen3_5_moe", **_TOWER},
             "text_config": {"model_type": "qwen3_5_moe_text", "dtype": "bfloat16", **_TEXT, **_MOE}},
     "dense": {"model_type": "qwen3_5", "dtype": "float32", "tie_word_embeddings": True,
@@ -60,7 +70,12 @@ BUILDS = {  # ours -> options of mlx_lm.convert
     "mlx:mxfp8": {"q_bits": 8, "q_mode": "mxfp8"},
 }  # fmt: skip
 
-RECORDED = {"moe": tuple(BUILDS), "dense": ("mlx:4", "mlx:bf16", "mlx:nvfp4"), "half": ("mlx:4", "mlx:6", "mlx:mxfp8")}
+RECORDED = {
+    "gemma": ("mlx:4",),
+    "moe": tuple(BUILDS),
+    "dense": ("mlx:4", "mlx:bf16", "mlx:nvfp4"),
+    "half": ("mlx:4", "mlx:6", "mlx:mxfp8"),
+}
 
 
 def make(name: str, folder: Path, layout: str = "fused") -> Path:

@@ -29,7 +29,10 @@ from ornith_moe.quant.source.source import Source
 
 MTP = "multi-token prediction has no place in a folder for MLX, whose loaders drop it"
 TEXT, TOWER, HEAD = "language_model.", "vision_tower.", "language_model.lm_head.weight"
-TOP_LEVEL = ("architectures", "dtype", "eos_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version")
+TOP_LEVEL = (  # keys of a config without sections that belong above its text
+    "architectures", "dtype", "eos_token_id", "tie_word_embeddings", "torch_dtype", "transformers_version",
+    "vocab_size",
+)  # fmt: skip
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as configs name them
 GATE_BITS = 8  # of routers and of gates of shared experts
 

@@ -255,6 +255,11 @@ class Architecture(ABC):
 
     # MLX
 
+    def mlx_name(self, weight: Weight) -> str:
+        """The name of a weight of the text in mlx-lm and mlx-vlm."""
+        inner = weight.name.removeprefix(self.WRAPPED_PREFIX).removeprefix(self.TEXT_PREFIX)
+        return f"language_model.{inner}" if weight.role == "head" else f"language_model.model.{inner}"
+
     def mlx_places(self, weight: Weight) -> tuple[Place, ...]:
         """Where `weight` goes in a folder that mlx-lm and mlx-vlm load.
 

@@ -18,7 +18,7 @@ from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.source.architectures.architecture import Architecture, Cached, FallbackTokenizer, Key
-from ornith_moe.quant.source.architectures.weight import Cut, Settings, Weight
+from ornith_moe.quant.source.architectures.weight import Cut, Place, Settings, Weight
 
 _SHOWN = frozenset(  # control tokens that a chat parser must see in the text
     ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
@@ -205,6 +205,13 @@ class Gemma4(Architecture):
             (Keys.Rope.DIMENSION_COUNT_SWA, self.head_dim, Type.UINT32),
         ]
         return first, after
+
+    # MLX
+
+    def mlx_places(self, weight: Weight) -> tuple[Place, ...]:
+        """As mlx-lm's `gemma4.py` and mlx-vlm's tower name them; norms are plain in all of them."""
+        vision = weight.role == "vision"
+        return (Place(weight.name.removeprefix("model.") if vision else self.mlx_name(weight), weight.shape),)
 
 
 def _full_attention(text: Settings, attentions: list[str]) -> Settings:

@@ -348,8 +348,7 @@ class Qwen35(Architecture):
         shape = (weight.shape[0], *weight.shape[2:], weight.shape[1]) if convolution else weight.shape
         if weight.role == "vision":
             return (Place(f"vision_tower.{weight.name.removeprefix(self.VISION_PREFIX)}", shape),)
-        inner = weight.name.removeprefix(self.WRAPPED_PREFIX).removeprefix(self.TEXT_PREFIX)
-        name = f"language_model.{inner}" if weight.role == "head" else f"language_model.model.{inner}"
+        name = self.mlx_name(weight)
         if weight.expert is not None:
             name = name.replace(f".experts.{weight.expert}.", ".switch_mlp.")
             return (Place(name, (self.experts, *weight.shape), weight.expert * weight.shape[0]),)

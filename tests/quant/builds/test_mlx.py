@@ -1,7 +1,8 @@
 """Folders for MLX: every tensor as mlx-lm and mlx-vlm write it, and what else their loaders need.
 
 mlx.json was recorded by tests/record_mlx.py, which says how: an MoE with a tower in BF16, a dense model in F32 with a
-tied head and columns that fill no groups, one in F16. Not covered: the loaders themselves, which `make demo` runs.
+tied head and columns that fill no groups, one in F16, a Gemma 4. Not covered: the loaders themselves, which `make demo`
+and, where mlx-lm is installed, tests/test_compare.py run.
 """
 
 import json
@@ -21,6 +22,7 @@ from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.weights import open_source, source_from_config
 from ornith_moe.quant.verification.inspect import inspect
 from ornith_moe.quant.verification.verify import verify
@@ -43,7 +45,7 @@ def made(tmp_path_factory):
         report = convert(open_source(folder), root / f"{name}-{layout}-out", RECORDED[name])
         return folder, {build.build: build.path for build in report.builds}
 
-    pairs = [("moe", layout) for layout in LAYOUTS] + [("dense", "each"), ("half", "each")]
+    pairs = [("moe", layout) for layout in LAYOUTS] + [("dense", "each"), ("half", "each"), ("gemma", "each")]
     return {pair: once(*pair) for pair in pairs}
 
 
@@ -173,13 +175,24 @@ def test_sizes_of_the_published_builds():
             assert sum(math.prod(tensor.shape) for tensor in text) == 9_749_130_368
 
 
-def test_what_mlx_cannot_hold_is_refused(made):
+def test_what_mlx_cannot_hold_is_refused(made, monkeypatch):
     config = read(made["moe", "each"][0] / "config.json")
     config["text_config"] |= {"layer_types": ["full_attention", "linear_attention"]}
     with pytest.raises(PlanError, match="follows no full_attention_interval"):
         plan_build(source_from_config(config, name="m"), "mlx:4")
+    source = open_source("ornith-1.0-9b")
+    monkeypatch.setattr(type(source.architecture), "mlx_places", Architecture.mlx_places)
     with pytest.raises(PlanError, match="no names for MLX"):
-        plan_build(open_source("gemma-4-31b"), "mlx:4")
+        plan_build(source, "mlx:4")
+
+
+def test_the_tower_of_gemma_has_the_names_of_mlx_vlm():
+    """Of the 31B; with six layers and two blocks, names and shapes are those of mlx-vlm 0.7.10's model, all 116."""
+    names = [tensor.name for tensor in plan_build(open_source("gemma-4-31b"), "mlx:bf16").tensors]
+    assert len(names) == 1188
+    assert {name.split(".")[0] for name in names} == {"language_model", "vision_tower", "embed_vision"}
+    assert "vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight" in names
+    assert "embed_vision.embedding_projection.weight" in names
 
 
 def test_columns_that_fill_no_groups_are_told(made):
