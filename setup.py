@@ -62,6 +62,7 @@ setup(
         "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "jinja2>=3.1", "transformers>=5.7,<6"],
         "llama": ["xllamacpp>=2026.10.11549"],
         "mlx": ["mlx-lm[cpu]>=0.32.2"],
+        "ray": ["ray>=2.40"],
         "hub": ["huggingface_hub>=1.5"],
     },
     entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},

@@ -99,6 +99,9 @@ class OpenFiles:
         self._files: dict[Path, BufferedReader] = {}
         self._lock = Lock()
 
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[str]]:
+        return OpenFiles, (self.what,)  # in another process they are opened anew
+
     def read_into(self, path: Path, view: memoryview, offset: int) -> int:
         """Fill `view` from byte `offset` of the file on; how many bytes there were, fewer only where the file ends.
 

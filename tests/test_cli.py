@@ -191,7 +191,7 @@ def test_a_reader_that_has_gone_is_no_failure(converted, options):
 
 SLOW_CONVERSION = """
 import time
-import ornith_moe.quant.conversion.pipeline as module
+import ornith_moe.quant.conversion.encode as module
 from ornith_moe.cli import main
 read, units = module.read_unit, []
 def slow(*arguments):

@@ -224,7 +224,7 @@ def test_another_conversion_is_waited_for(m, out):
 @follows("the disk is full; free space and run the same command again")
 def test_space_is_freed(m, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Pass, "write", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+        patch.setattr(pipeline.Pass, "run", lambda self: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
         refused("free space and run the same command again", made, m, out)
     made(m, out)
 
@@ -242,7 +242,7 @@ def test_a_build_is_left_out(m, out, monkeypatch):
 @follows("or pass a larger --max-shard-size")
 def test_a_larger_shard_is_passed(m, out, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(pipeline.resource, "getrlimit", lambda _: (pipeline.SPARE_DESCRIPTORS + 2,) * 2)
+    monkeypatch.setattr(pipeline.resource, "getrlimit", lambda _: (pipeline.SPARE_DESCRIPTORS + 5,) * 2)
     refused("pass a larger --max-shard-size", made, m, out, max_shard_bytes=10_000)
     made(m, out, max_shard_bytes=1 << 30, restart=True)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) or limits
@@ -262,7 +262,7 @@ def test_begin_anew(m, out, monkeypatch, how):
             refused("again with --restart", made, m, out)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline.Pass, "check", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(pipeline.ReadBack, "finish", lambda *files: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 made(m, out)
         path = out / PARTIAL / "journal"

@@ -17,6 +17,7 @@ from ornith_moe.command.options import (
     DEFAULT_SHARD,
     Device,
     EmbeddingType,
+    Executor,
     ImatrixOption,
     Json,
     Lora,
@@ -86,6 +87,9 @@ def convert(
     device: Annotated[
         Device, typer.Option(help="Encode FP8, Q8_0, Q4_K, Q5_K and Q6_K on a GPU, CUDA or ROCm, where there is one.")
     ] = Device.auto,
+    executor: Annotated[
+        Executor, typer.Option(help="Encode on threads here, or on a Ray cluster that shares the file system.")
+    ] = Executor.local,
     as_json: Json = False,
 ) -> None:
     """Write every build in one pass over the checkpoint; the same command again goes on where it was."""
@@ -119,6 +123,7 @@ def convert(
                 nvfp4=nvfp4,
                 non_finite=non_finite,
                 encoders=gpu_encoders(where) if where == "cuda" else None,
+                executor=executor,
                 progress=progress,
             )
         except BuildsFailed as error:

@@ -39,6 +39,13 @@ class Mtp(StrEnum):
     drop = "drop"
 
 
+class Executor(StrEnum):
+    """On what a conversion encodes; the bytes are the same."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Device(StrEnum):
     """Where a conversion encodes; the bytes are the same."""
 

@@ -36,7 +36,7 @@ from ornith_moe.quant.conversion.remedies import why_failed
 from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
 from ornith_moe.quant.conversion.scan import give_what_is_needed, non_finite_weights
 from ornith_moe.quant.conversion.stream import group_rows, units
-from ornith_moe.quant.conversion.workers import Encoders, PlacedBuild, Progress, Workers, silent
+from ornith_moe.quant.conversion.workers import EXECUTORS, Encoders, PlacedBuild, Progress, Workers, silent
 from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
@@ -92,6 +92,7 @@ def convert(  # every option of the command line, by name: users need no object 
     nvfp4: AskedNvfp4 | None = None,
     non_finite: str = "error",
     encoders: Encoders | None = None,
+    executor: str = "local",
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `builds` of `source` into the folder `out`.
@@ -113,6 +114,7 @@ def convert(  # every option of the command line, by name: users need no object 
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
+        executor: "local", or "ray" for the machines of a Ray cluster that share the file system.
         progress: called with phase ("scan", "measure", "convert", "check"), bytes done and bytes in all; with
             ("compile", 0, 0) whenever machine code of a codec is made, which costs seconds once on a machine.
     Returns:
@@ -127,11 +129,13 @@ def convert(  # every option of the command line, by name: users need no object 
     source.require("a conversion")
     if len(set(names)) != len(names) or not names:
         raise PlanError(f"builds: expected each build once and at least one, got {', '.join(builds) or 'none'}")
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor: expected one of {', '.join(EXECUTORS)}, got {brief(executor)}")
     if non_finite not in NON_FINITE:
         raise ValueError(f"non_finite: expected one of {', '.join(NON_FINITE)}, got {brief(non_finite)}")
     jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
     together = group_bytes(source, len(names), max_memory, jobs)
-    workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent)
+    workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent, executor)
     options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), split)
     refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)

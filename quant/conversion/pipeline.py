@@ -14,28 +14,21 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 import numpy as np
-import xxhash
 
-from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.builds.underflow import lost_weights
-from ornith_moe.quant.conversion.groups import Measures, measured
+from ornith_moe.quant.conversion.encode import Encoded, Encoder
 from ornith_moe.quant.conversion.journal import Extent, Failure, Journal, Lost
 from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.readback import ReadBack
-from ornith_moe.quant.conversion.stream import Unit, read_unit, runs, unit_bytes
+from ornith_moe.quant.conversion.stream import Unit, unit_bytes
 from ornith_moe.quant.conversion.workers import Encoders, PlacedBuild, Workers
-from ornith_moe.quant.conversion.writer import Piece, Writer
-from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
+from ornith_moe.quant.conversion.writer import Writer
+from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.files import MOST_OPEN, open_output, own_folder
-from ornith_moe.quant.source.architectures.weight import Weight
-from ornith_moe.quant.source.slab import Slab
-from ornith_moe.quant.source.source import Source, weight_matrix
+from ornith_moe.quant.source.source import Source
 
 SPARE_DESCRIPTORS = 64 + MOST_OPEN  # what a process has open besides the builds: libraries, journal, source shards
 
@@ -99,20 +92,8 @@ def one_thread_each(placed: Sequence[PlacedBuild], encoders: Encoders) -> Iterat
         torch.set_num_threads(before)
 
 
-@dataclass
-class Encoded:
-    """What became of a unit: bytes for files, weights that became zero, and builds that cannot hold it."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    lost: list[Lost] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-
-
 class Pass:
-    """One pass over the source: units are read and encoded by a few threads, and written by this one, in their order.
-
-    Batches of units are read together, where a storage must know the weights of all.
-    """
+    """One pass over the source: units are read and encoded by a few threads, and written by this one in their order."""
 
     def __init__(
         self,
@@ -125,18 +106,14 @@ class Pass:
         groups: Sequence[Collection[int]] = (),
     ):
         self.source, self.placed, self.work, self.files = source, placed, work, files
-        self.groups = {weight: number for number, group in enumerate(groups) for weight in group}
         self.journal, self.workers = journal, workers
+        self.encoder = Encoder(source, placed, work, groups, workers.encoders)
         self.bytes_read = 0
-        self.kept = frozenset().union(*(build.plan.kept for build in placed))  # by the user's leave
-        self.steps: list[list[tuple[PlacedBuild, Step]]] = [[] for _ in source.weights]
-        for build in placed:
-            for step in build.plan.steps:
-                self.steps[step.weight].append((build, step))
         self.sizes = [file.size for build in placed for file in build.layout.files]
         journal.forget_all_beyond(len(work), self.sizes)
-        self.failed = {failure.build for failure in journal.failures}
-        self.given_up = {failure.build for failure in journal.failures if failure.final}
+        self.failed, self.given_up = self.encoder.failed, self.encoder.given_up
+        self.failed.update(failure.build for failure in journal.failures)
+        self.given_up.update(failure.build for failure in journal.failures if failure.final)
 
     @property
     def alive(self) -> list[PlacedBuild]:
@@ -177,19 +154,16 @@ class Pass:
     def _write(self, back: ReadBack) -> None:
         sizes = [unit_bytes(self.source, unit) for unit in self.work]
         done, total = sum(sizes[index] for index in self.journal.extents), sum(sizes)
-        batches = [batch for batch in self._batches() if not self.journal.extents.keys() >= set(batch)]
+        batches = [batch for batch in self.encoder.batches() if not self.journal.extents.keys() >= set(batch)]
         encoded: dict[int, tuple[list[Extent], list[Lost]]] = {}  # of units whose bytes have not all left
 
         def left(index: int) -> None:
             self.journal.record(index, *encoded[index])
             back.written(index, encoded.pop(index)[0])
 
-        with Writer(self.files, self.sizes, self._owned(), left) as writer:
-            for batch, results in in_order(self._convert, batches, self.workers.jobs):
-                for failure in (failure for result in results for failure in result.failures):
-                    self.journal.record_failure(failure)
-                    self.failed.add(failure.build)
-                    self.given_up |= {failure.build} if failure.final else set()
+        with self._results(batches) as results_of, Writer(self.files, self.sizes, self._owned(), left) as writer:
+            for batch, results in results_of:
+                self._take_failures(failure for result in results for failure in result.failures)
                 if len(self.given_up) == len(self.placed):
                     return
                 for index, result in zip(batch, results, strict=True):
@@ -197,12 +171,26 @@ class Pass:
                     if index in self.journal.extents:
                         continue  # of a batch that was written in part
                     pieces = [piece for piece in result.pieces if piece.build not in self.failed]
-                    extents = [(piece.file, piece.offset, len(piece.payload), piece.digest) for piece in pieces]
+                    extents = [(piece.file, piece.offset, piece.length, piece.digest) for piece in pieces]
                     encoded[index] = extents, result.lost
-                    writer.write(index, pieces)
+                    writer.write(index, pieces if self.workers.executor == "local" else ())
                     done += sizes[index]
                 self.workers.progress("convert", done, total)
-            writer.flush()
+
+    def _results(self, batches: list[list[int]]) -> closing[Generator[tuple[list[int], list[Encoded]]]]:
+        """(batch, what became of its units) in order; with Ray their bytes are in the files already."""
+        if self.workers.executor == "local":
+            return closing(in_order(self.encoder.encode, batches, self.workers.jobs))
+        from ornith_moe.quant.conversion.cluster import encode_with_ray
+
+        paths = [build.staging / file.name for build in self.placed for file in build.layout.files]
+        return closing(encode_with_ray(self.encoder, paths, batches))
+
+    def _take_failures(self, failures: Iterable[Failure]) -> None:
+        for failure in failures:
+            self.journal.record_failure(failure)
+            self.failed.add(failure.build)
+            self.given_up.update({failure.build} if failure.final else ())
 
     def lost(self, build: PlacedBuild) -> dict[str, int]:
         """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
@@ -221,91 +209,3 @@ class Pass:
                 if tensor.nbytes and not tensor.constant:
                     owned[build.first_file + file].append((offset, offset + tensor.nbytes))
         return [sorted(ranges) for ranges in owned]
-
-    def _batches(self) -> list[list[int]]:
-        """Units by their numbers, in order; those of a group are together, where its first is."""
-        batches: list[list[int]] = []
-        found: dict[int, list[int]] = {}
-        for index, unit in enumerate(self.work):
-            group = self.groups.get(unit.weight)
-            if group is None:
-                batches.append([index])
-            elif group in found:
-                found[group].append(index)
-            else:
-                batches.append(found.setdefault(group, [index]))
-        return batches
-
-    def _convert(self, batch: list[int]) -> list[Encoded]:
-        units = [self.work[index] for index in batch]
-        slabs = [read_unit(self.source, unit) for unit in units]
-        found = Measures()
-        for unit, slab in zip(units, slabs, strict=True):
-            if unit.weight in self.groups:
-                for build, step in self.steps[unit.weight]:
-                    found.add(build, step, measured(self.source, step, unit, copy(slab)))
-        return [  # copies: a slab keeps what was made of it, and all of a group are here at once
-            self._unit(unit, copy(slab), [(build, found.given(build, step)) for build, step in self.steps[unit.weight]])
-            for unit, slab in zip(units, slabs, strict=True)
-        ]
-
-    def _unit(self, unit: Unit, slab: Slab, steps: list[tuple[PlacedBuild, Step]]) -> Encoded:
-        weight = self.source.weights[unit.weight]
-        result = Encoded()
-        bad = None if unit.weight in self.kept else _non_finite(weight, unit, slab)
-        rows = weight_matrix(weight)[0]
-        for build, step in steps:
-            name = build.plan.name
-            if name in self.given_up:
-                continue
-            if bad:
-                result.failures.append(Failure(name, unit.weight, bad, final=True))
-                continue
-            taken = step.transform.taken(slab, unit.start, rows)
-            try:
-                changed = step.transform.forward(taken)
-                encoded = self._encode(step, changed)
-            except UnstorableError as error:
-                reason = f"{weight.name}, from row {unit.start}: {error}"
-                result.failures.append(Failure(name, unit.weight, reason, final=False))
-                continue
-            if name not in self.failed:
-                result.pieces += self._pieces(build, step, unit, encoded)
-                if lost := lost_weights(step.storage, changed, encoded):
-                    result.lost.append((self.placed.index(build), step.tensors[0], lost))
-        return result
-
-    def _encode(self, step: Step, slab: Slab) -> tuple[np.ndarray, ...]:
-        encoded = self.workers.encoders.get(step.storage.name, type(step.storage).encode)(step.storage, slab)
-        stored = step.storage.float_type
-        changed = not step.transform.exact
-        rounded = changed or not step.storage.exact(slab.dtype)
-        if stored and rounded and step.weight not in self.kept:
-            found = Slab(encoded[0], stored).first_non_finite()
-            if found:
-                row, column, _ = found
-                value = "what becomes of it here" if changed else f"{slab.float32[row, column]:.4g}"
-                raise UnstorableError(f"row {row}, column {column}: {value} is beyond {stored}")
-        return encoded
-
-    def _pieces(self, build: PlacedBuild, step: Step, unit: Unit, encoded: tuple[np.ndarray, ...]) -> Iterator[Piece]:
-        for run in runs(step, unit, weight_matrix(self.source.weights[unit.weight])[0]):
-            part = step.parts[run.part]
-            if part.rows is None and unit.start:
-                continue  # of the whole weight, written with its first rows
-            file, offset = build.layout.places[step.tensors[run.part]]
-            view = np.ascontiguousarray(encoded[run.part][run.rows]).data.cast("B")
-            assert len(view) == run.count * part.row_bytes
-            place = build.first_file + file, offset + run.target * part.row_bytes
-            yield Piece(build.plan.name, *place, view, xxhash.xxh3_128_hexdigest(view))
-
-
-def _non_finite(weight: Weight, unit: Unit, slab: Slab) -> str | None:
-    found = slab.first_non_finite()
-    if not found:
-        return None
-    row, column, value = found
-    return (
-        f"{weight.name}: row {unit.start + row}, column {column} is {value}; expected finite weights, "
-        "so mend the checkpoint first, or keep its tensor unquantized with --non-finite keep-bf16"
-    )

@@ -15,6 +15,7 @@ from ornith_moe.quant.source.slab import Slab
 
 # phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time and
 # beside "convert"
+EXECUTORS = ("local", "ray")  # threads of this process, or the machines of a cluster
 Progress = Callable[[str, int, int], None]
 Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name
 
@@ -33,6 +34,7 @@ class Workers:
     group_bytes: int = 0
     encoders: Encoders = field(default_factory=dict)
     progress: Progress = silent
+    executor: str = "local"
 
 
 @dataclass(frozen=True)

