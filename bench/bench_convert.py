@@ -26,6 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ornith_moe.bench import whole_commands
 from ornith_moe.bench.limits import best_seconds
 from ornith_moe.bench.peers import Unable
 from ornith_moe.bench.shapes import CHECKPOINT, experts_of
@@ -43,7 +44,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 
 
 def tasks(settings: Settings) -> list[Task]:
-    """Four builds in one pass, and one GGUF build; none for a GPU, whose encoders are in the suite of codecs."""
+    """Four builds in one pass, one GGUF, whole commands; none for a GPU, whose encoders are in the suite of codecs."""
     if settings.device == "cuda":
         return []
     changes = CHECKPOINT | (SMALL if settings.quick else {})
@@ -57,6 +58,7 @@ def tasks(settings: Settings) -> list[Task]:
              partial(_prepare_all, settings.quick)),
         Task("convert", f"convert {sizes}, to gguf:Q8_0", case | {"build": "gguf:Q8_0"}, single,
              partial(_prepare_one, settings.quick)),
+        *whole_commands.tasks(settings.quick, scratch, put_tokenizer),
     ]  # fmt: skip
 
 
@@ -72,8 +74,7 @@ def scratch() -> Path:
 def checkpoint(quick: bool) -> Any:
     """A source of random weights with a tokenizer that was trained on a sentence."""
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
     folder = scratch() / "source"
     text = open_source(PRESET).config["text_config"]
@@ -82,6 +83,15 @@ def checkpoint(quick: bool) -> Any:
     changes = CHECKPOINT | (SMALL if quick else {})
     model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**text | changes)).bfloat16()
     model.save_pretrained(folder)
+    put_tokenizer(folder)
+    return open_source(folder)
+
+
+def put_tokenizer(folder: Path) -> None:
+    """A tokenizer that was trained on a sentence."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     pattern = next(pattern for pattern, name in PRE_BY_PATTERN.items() if name == "qwen35")
     split = pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False)
@@ -92,7 +102,6 @@ def checkpoint(quick: bool) -> Any:
     tokenizer.train_from_iterator(["A router reads each token once and names the experts that work on it."], trainer)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    return open_source(folder)
 
 
 def files(folder: Path) -> list[Path]:
