@@ -154,6 +154,20 @@ def losses(*runs: Run) -> str:
     return _table(header, lines)
 
 
+def commands(*runs: Run) -> str:
+    """Whole commands on one checkpoint, from start to exit, beside copying it."""
+    lines = []
+    for row in (row for run in runs for row in run.rows if row.case.get("whole") == "command"):
+        if row.status != "ok" or not row.median_s:
+            lines.append([row.case["build"], f"`{row.name}`", row.status, "", _prose(row.why)])
+            continue
+        copy = next(r for run in runs for r in run.rows if r.group == row.group and r.name.startswith("cp"))
+        name = "ours" if row.name == "ours" else f"`{row.name}`"
+        rate = f"{copy.median_s / row.median_s:.2f}x" if copy.median_s else "-"
+        lines.append([row.case["build"], name, f"{row.median_s:.1f}", rate, row.note])
+    return _table(["build", "command", "seconds", "rate over that of `cp -r`", "of the last round"], lines)
+
+
 def growth(axis: str) -> Callable[..., str]:
     """How the time of ours grows along an axis of a case: a line per other case, a column per value."""
 
@@ -281,6 +295,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "growth-experts": growth("experts"),
     "growth-tokens": growth("tokens"),
     "losses": losses,
+    "commands": commands,
     "machine": machine,
     "modelled": modelled,
     "modelled-launches": modelled_launches,

@@ -1,4 +1,4 @@
-"""`ornith-moe`: plan, convert, imatrix, verify, inspect, compare, kernels, bench, doctor.
+"""`ornith-moe`: plan, convert, imatrix, verify, inspect, compare, card, kernels, bench, doctor.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
 it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ornith_moe.command.bench import bench
+from ornith_moe.command.card import card
 from ornith_moe.command.compare import compare
 from ornith_moe.command.convert import convert
 from ornith_moe.command.doctor import doctor
@@ -65,7 +66,7 @@ app = typer.Typer(
 )
 
 
-for command in (plan, convert, imatrix, verify, inspect, compare, kernels, bench, doctor):
+for command in (plan, convert, imatrix, verify, inspect, compare, card, kernels, bench, doctor):
     app.command()(command)
 
 

@@ -71,6 +71,8 @@ class Build(ABC):
     """
 
     name: str
+    library = "vllm"  # of those that the Hub knows: whose format it is
+    engines: tuple[str, ...] = ()  # of ENGINES (card.py): what serves it
     storages: tuple[type[Storage], ...]  # that its weights may have, the more particular first
     hears: frozenset[str] = frozenset()  # fields of `Options` that not every build heeds
 

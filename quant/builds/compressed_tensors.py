@@ -82,6 +82,7 @@ class PackedBuild(SafetensorsBuild):
 
 class NVFP4PackedBuild(PackedBuild):
     name, kind = "nvfp4-ct", "nvfp4-pack-quantized"
+    engines = ("vLLM",)
     storages = (NVFP4Packed,)
     unread = "reads packed experts without their weight_global_scale, as of 5.23, and computes something else"
     hears = frozenset({"nvfp4"})

@@ -35,6 +35,7 @@ class SafetensorsBuild(Build):
     dequantizer: str | None = None  # class of transformers whose `dequantize=True` reads it as dense weights
     unread: str = ""  # why transformers cannot run it
     header_format = "pt"  # as headers name it
+    engines: tuple[str, ...] = ("vLLM", "SGLang")
     client = "transformers"  # the program that runs it
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:

@@ -19,6 +19,8 @@ from ornith_moe.quant.source.source import Source
 class GgufFile(Build):
     """What they have in common; one of them says `decide`, `lay_out` and `file`."""
 
+    library = "gguf"
+    engines: tuple[str, ...] = ("llama.cpp", "Ollama")
     storages: tuple[type[Storage], ...] = (Gguf,)
 
     @abstractmethod

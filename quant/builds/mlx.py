@@ -42,6 +42,7 @@ class MlxBuild(SafetensorsBuild):
 
     storages = (MlxAffine, MlxFloat)
     header_format = "mlx"
+    library, engines = "mlx", ("mlx-lm", "mlx-vlm")
     client = "mlx-lm"
 
     def __init__(self, bits: int | None = None, mode: str = "affine"):

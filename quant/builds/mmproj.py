@@ -33,6 +33,8 @@ TEXT = "only the vision tower has a place in an mmproj; a text GGUF holds the re
 class MmprojBuild(GgufFile):
     """The vision tower in matrices of one type."""
 
+    engines = ("llama.cpp, beside a text GGUF",)
+
     def __init__(self, file_type: str):
         self.name = f"gguf:{MMPROJ}" if file_type == DEFAULT else f"gguf:{MMPROJ}-{file_type}"
         self.kind = FILE_TYPES[file_type]

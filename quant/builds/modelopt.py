@@ -55,6 +55,7 @@ class ModelOptBuild(SafetensorsBuild):
 
     storages = (NVFP4, FP8Tensor)
     quant_method = "modelopt"
+    engines = ("vLLM", "SGLang", "TensorRT-LLM")
     unread = "has no reader of ModelOpt's layout"
     hears = frozenset({"nvfp4"})
 
