@@ -99,6 +99,10 @@ class OpenFiles:
         self._files: dict[Path, BufferedReader] = {}
         self._lock = Lock()
 
+    def __del__(self) -> None:
+        for file in self._files.values():
+            file.close()
+
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[str]]:
         return OpenFiles, (self.what,)  # in another process they are opened anew
 

@@ -16,6 +16,7 @@ from ornith_moe.quant.builds.build import BUILDS, Build, recognize
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
+from ornith_moe.quant.source.accounts import bare
 from ornith_moe.quant.source.model_card import read_card
 
 ENGINES = {  # how each starts with Qwen3.5 and its kin, whose tool calls are XML and whose thoughts are tagged
@@ -64,7 +65,7 @@ def model_card(
     front |= {"library_name": build.library, "tags": [build.library, *build.name.split(":"), "ornith-moe"]}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {brief(name)[1:-1]}, {build.name}",
+        f"# {bare(name)}, {build.name}",
         _contents(build, manifest, base_model or name),
         _checks(verified, compared),
         _serving(build, path),

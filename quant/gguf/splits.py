@@ -21,6 +21,7 @@ from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, PlanError, brief
 from ornith_moe.quant.gguf.header import Entry
+from ornith_moe.quant.source.accounts import bare
 
 NUMBER, COUNT = Keys.Split.LLM_KV_SPLIT_NO, Keys.Split.LLM_KV_SPLIT_COUNT
 TENSORS = Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT
@@ -103,7 +104,7 @@ def parts_of(path: Path, keys: dict[str, Any]) -> list[Path]:
     if not found or (int(found[2]), int(found[3])) != (number + 1, count):
         raise CheckpointError(
             f"{path.name}: is part {number + 1} of {count} of a GGUF, which its name must say; rename it to "
-            f"{brief(part_name(found[1] if found else path.name, number, count))[1:-1]}"
+            f"{bare(part_name(found[1] if found else path.name, number, count))}"
         )
     parts = [path.with_name(part_name(found[1], part, count)) for part in range(count)]
     missing = [part for part in parts if not part.exists()]
