@@ -24,10 +24,16 @@ ELSEWHERE = {  # a part of a message, {} where a value stands -> the test that f
         "tests/quant/source/test_tokenizer_files.py::test_how_to_get_tokenizer_json_is_told_and_works",
     "whose weights are read from the Hub; give its name, hf://":
         "tests/quant/source/test_ranges.py::test_a_hub_that_drops_connections_gives_the_same_builds",
+    "--verify: is of build {}, the card is of {}; give its own":
+        "tests/quant/builds/test_card.py::test_figures_of_something_else_are_one_sentence",
     "--mtp keep takes the {}* tensors of":
         "tests/quant/source/test_weights.py::test_mtp_in_a_file_that_the_index_leaves_out",
 }  # fmt: skip
 NOT_FOLLOWED = {  # -> why
+    "--reasoning-parser qwen3": "an option of an engine, in a model card",
+    "--model {path}": "a command of an engine, in a model card",
+    "--model-path {path}": "a command of an engine, in a model card",
+    "llama-server -m": "a command of an engine, in a model card",
     "pip install": "of the user's machine; test_extras_are_those_of_the_package",
     "check the disk": "a broken one",
     "check the network and HF_ENDPOINT": "tests/quant/source/test_hub.py has a hub of its own",

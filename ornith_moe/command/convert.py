@@ -122,7 +122,7 @@ def convert(
                 imatrix=importance,
                 nvfp4=nvfp4,
                 non_finite=non_finite,
-                encoders=gpu_encoders(where) if where == "cuda" else None,
+                encoders=gpu_encoders(where) if where == "cuda" and executor == Executor.local else None,
                 executor=executor,
                 progress=progress,
             )

@@ -6,6 +6,7 @@ and is given: the JSON of `verify` and `compare`. What it cannot know it leaves 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,16 @@ from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import read_json
 from ornith_moe.quant.source.accounts import bare
+from ornith_moe.quant.source.architectures import architecture
 from ornith_moe.quant.source.model_card import read_card
 
-ENGINES = {  # how each starts with Qwen3.5 and its kin, whose tool calls are XML and whose thoughts are tagged
-    "vLLM": "vllm serve {path} --reasoning-parser qwen3 --enable-auto-tool-choice --tool-call-parser qwen3_xml",
-    "SGLang": (
-        "python -m sglang.launch_server --model-path {path} --reasoning-parser qwen3 --tool-call-parser qwen3_coder"
-    ),
+ENGINES = {  # how each starts; `Architecture.PARSERS` adds what its chats need
+    "vLLM": "vllm serve {path}",
+    "SGLang": "python -m sglang.launch_server --model-path {path}",
     "TensorRT-LLM": "trtllm-serve {path}",
     "llama.cpp": "llama-server -m {path} --jinja",
     "llama.cpp, beside a text GGUF": "llama-server -m TEXT.gguf --mmproj {path} --jinja",
-    "Ollama": 'printf "FROM ./{path}\\n" > Modelfile && ollama create {name} -f Modelfile',
+    "Ollama": "echo FROM ./{path} > Modelfile && ollama create {name} -f Modelfile",
     "mlx-lm": "mlx_lm.server --model {path}",
     "mlx-vlm": "mlx_vlm.server --model {path}",
 }
@@ -50,7 +50,7 @@ def model_card(
         source: folder of the source, whose README says whose it is.
         verified, compared: what `verify --json` and `compare --json` have said of it.
     Raises:
-        CheckpointError: no build with a manifest lies there.
+        CheckpointError: no build with a manifest lies there; the JSON is not what those commands say of such a build.
     """
     stored = StoredBuild(path)
     build = BUILDS.get(recognize(stored))
@@ -67,42 +67,68 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {bare(name)}, {build.name}",
         _contents(build, manifest, base_model or name),
-        _checks(verified, compared),
-        _serving(build, path),
+        _checks(build, verified, compared),
+        _serving(build, stored),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _contents(build: Build, manifest: Mapping[str, Any], source: str) -> str:
-    lines = [f"Made from {source} in one pass: `ornith-moe convert {source} OUT --to {build.name}`."]
+    lines = [f"Made from {bare(source)} by `ornith-moe convert`, build `{build.name}`."]
     added = {"mtp_from": "Multi-token prediction of", "lora": "Merged with the adapter", "copied": "Copied untouched:"}
     lines += [f"{words} {brief(manifest[key])}." for key, words in added.items() if manifest.get(key)]
     lines.append(f"Multi-token prediction is {'in it' if manifest.get('mtp') else 'not in it'}.")
     files = manifest.get("files")
-    rows = files.items() if isinstance(files, dict) else ()
     table = ["| file | bytes | sha256 |", "|---|---|---|"]
-    table += [f"| `{name}` | {entry['bytes']:,} | `{entry['sha256']}` |" for name, entry in rows]
-    total = f"{manifest.get('tensors', 0):,} tensors, {manifest.get('tensor_bytes', 0) / 1e9:.3f} GB of them."
-    return "\n\n".join([" ".join(lines), total, "\n".join(table)])
+    for name, entry in files.items() if isinstance(files, dict) else ():
+        size, digest = _taken(entry, "the manifest", bytes=int, sha256=str)
+        table.append(f"| `{bare(name)}` | {size:,} | `{bare(digest)}` |")
+    tensors, size = _taken(manifest, "the manifest", tensors=int, tensor_bytes=int)
+    return "\n\n".join([" ".join(lines), f"{tensors:,} tensors, {size / 1e9:.3f} GB of them.", "\n".join(table)])
 
 
-def _checks(verified: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
+def _checks(build: Build, verified: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for found in verified:
-        what = "passes" if found.get("ok") else "fails"
-        lines.append(f"It {what} `ornith-moe verify`: {found.get('tensors', 0):,} tensors against the source.")
+        name, ok, tensors, roles = _taken(found, "the JSON of verify", build=str, ok=bool, tensors=int, roles=dict)
+        if name != build.name:
+            raise CheckpointError(f"--verify: is of build {brief(name)}, the card is of {build.name}; give its own")
+        what, against = "passes" if ok else "fails", " against the source" if roles else ", without the source"
+        lines.append(f"It {what} `ornith-moe verify`: {tensors:,} tensors{against}.")
     if compared:
-        head = "| client | positions | KL, nats | top-1 | perplexity | of the source |\n|---|---|---|---|---|---|"
-        rows = (
-            f"\n| {found['client_b']} | {found['positions']:,} | {found['kl_mean']:.5f} | {found['top1']:.1%} | "
-            f"{found['perplexity_b']:.2f} | {found['perplexity_a']:.2f} |"
-            for found in compared
-        )
-        lines.append(head + "".join(rows))
+        head = "| client | positions | KL, nats | top-1 | perplexity | of the source |"
+        lines.append(f"{head}\n|---|---|---|---|---|---|")
+    for found in compared:
+        client, positions, *figures = _taken(
+            found, "the JSON of compare", client_b=str, positions=int, kl_mean=float, top1=float,
+            perplexity_b=float, perplexity_a=float,
+        )  # fmt: skip
+        kl, top1, perplexity, its = figures
+        lines[-1] += f"\n| {bare(client)} | {positions:,} | {kl:.5f} | {top1:.1%} | {perplexity:.2f} | {its:.2f} |"
     return "\n\n".join(["## Checked", *lines]) if lines else ""
 
 
-def _serving(build: Build, path: Path) -> str:
-    names = {"path": path.name, "name": path.stem.lower()}
-    commands = [f"{engine}:\n\n```\n{ENGINES[engine].format(**names)}\n```" for engine in build.engines]
-    return "\n\n".join(["## Serve", *commands]) if commands else ""
+def _serving(build: Build, stored: StoredBuild) -> str:
+    path, parsers = (
+        stored.path,
+        architecture(read_json(stored.path / "config.json")).PARSERS if stored.is_folder else {},
+    )
+    names = {"path": shlex.quote(path.name), "name": shlex.quote(path.stem.lower())}
+    parts = ["## Serve"] if build.engines else []
+    for engine in build.engines:
+        command = " ".join(filter(None, [ENGINES[engine].format(**names), parsers.get(engine)]))
+        parts.append(f"{engine}:\n\n```\n{command}\n```")
+    return "\n\n".join(parts)
+
+
+def _taken(found: Any, what: str, **kinds: type) -> list[Any]:
+    """The values of these keys, each of its kind; a whole number serves as a float.
+
+    Raises:
+        CheckpointError: one is absent or of another kind.
+    """
+    for key, kind in kinds.items():
+        value = found.get(key) if isinstance(found, dict) else None
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise CheckpointError(f"model card: expected {what} with {key} {kind.__name__}, got {brief(value)}")
+    return [found[key] for key in kinds]

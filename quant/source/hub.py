@@ -63,12 +63,8 @@ def open_any(
     unreachable = _unreachable(repository)
     found = {"revision": revision, "local_files_only": bool(unreachable)}
     try:
-        if (
-            ranges
-            and not config_only
-            and not unreachable
-            and (checkpoint := _by_ranges(str(source), *_parse(str(source))))
-        ):
+        by_ranges = ranges and not config_only and not unreachable
+        if by_ranges and (checkpoint := _by_ranges(str(source), repository, revision)):
             return source_from_checkpoint(checkpoint, name=name, mtp=mtp)
         if not config_only:
             with _offline(bool(unreachable)):

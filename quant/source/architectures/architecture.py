@@ -83,6 +83,10 @@ class Architecture(ABC):
     CHANNEL_IGNORE_MTP: ClassVar[tuple[str, ...]] = ()  # besides, where the checkpoint has MTP
     BLOCK_SKIP: ClassVar[tuple[str, ...]] = ("lm_head", "embed_tokens")  # last segments of modules
 
+    PARSERS: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {}
+    )  # engine -> options that its chats need (builds/card.py)
+
     # GGUF
     GGUF_NAMES: ClassVar[Mapping[str, str]] = MappingProxyType({})  # module below a layer -> name below a block
     MLX_OWN_DTYPE: ClassVar[tuple[str, ...]] = ()  # last segments of weights that mlx-lm leaves in their own dtype

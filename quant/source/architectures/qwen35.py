@@ -77,6 +77,10 @@ class Qwen35(Architecture):
     MODEL_TYPES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
     TOP_LEVEL: ClassVar[Mapping[str, str | None]] = {**Architecture.TOP_LEVEL, "mtp": "", "visual": "model."}
     VISION_PREFIX = "model.visual."
+    PARSERS: ClassVar[Mapping[str, str]] = {  # thoughts are tagged, tool calls are XML
+        "vLLM": "--reasoning-parser qwen3 --enable-auto-tool-choice --tool-call-parser qwen3_xml",
+        "SGLang": "--reasoning-parser qwen3 --tool-call-parser qwen3_coder",
+    }
     HAS_MMPROJ = True
     FUSED: ClassVar[Mapping[str, str]] = {**Architecture.FUSED, "in_proj_qkv": "qkvz", "in_proj_z": "qkvz"}
     # Skip lists of the official builds. Channel: Ornith-1.0-*-FP8; MTP stays BF16 there and must be named (vllm#41994).

@@ -48,7 +48,10 @@ def test_what_the_hub_reads(made):
 def test_what_people_read(made, tmp_path, capsys):
     _, (folder, file) = made
     compared = {"client_b": "llama.cpp", "positions": 256, "kl_mean": 0.00231, "top1": 0.945, "perplexity_a": 124.05}
-    said = {"verified": {"ok": True, "tensors": 76}, "compared": compared | {"perplexity_b": 124.9}}
+    said = {
+        "verified": {"build": "gguf:Q8_0", "ok": True, "tensors": 76, "roles": {"norm": {}}},
+        "compared": compared | {"perplexity_b": 124.9},
+    }
     for name, found in said.items():
         (tmp_path / name).write_text(json.dumps(found))
     options = ["--verify", str(tmp_path / "verified"), "--compare", str(tmp_path / "compared"), "--json"]
@@ -56,10 +59,31 @@ def test_what_people_read(made, tmp_path, capsys):
     cli.app(["card", str(file), *options, "--output", str(output)], standalone_mode=False)
     text = json.loads(capsys.readouterr().out)["card"]
     assert output.read_text() == text and f"| `{hashlib.sha256(file.read_bytes()).hexdigest()}` |" in text
-    assert "It passes `ornith-moe verify`: 76 tensors" in text
+    assert "It passes `ornith-moe verify`: 76 tensors against the source." in text
     assert "| llama.cpp | 256 | 0.00231 | 94.5% | 124.90 | 124.05 |" in text
     assert f"llama-server -m {file.name} --jinja" in text and "Multi-token prediction is not in it." in text
-    assert "vllm serve fp8-channel" in model_card(folder)
+    assert "vllm serve fp8-channel --reasoning-parser qwen3" in model_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"verified": [{}]}, "expected the JSON of verify with build str, got None"),
+        ({"compared": [{"client_b": 3}]}, "expected the JSON of compare with client_b str, got 3"),
+        (
+            {"verified": [{"build": "bf16", "ok": True, "tensors": 1, "roles": {}}]},
+            "is of build 'bf16', the card is of",
+        ),
+    ],
+)
+def test_figures_of_something_else_are_one_sentence(made, given, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        model_card(made[1][0], **given)
+
+
+def test_a_verification_without_its_source_says_so(made):
+    said = {"build": "fp8-channel", "ok": True, "tensors": 9, "roles": {}}
+    assert "9 tensors, without the source." in model_card(made[1][0], verified=[said])
 
 
 def test_every_build_names_engines_that_are_known(made, tmp_path):
