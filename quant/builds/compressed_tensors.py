@@ -1,11 +1,12 @@
-"""nvfp4-ct and int4-ct: weight-only builds of four bits in compressed-tensors' layouts, as llm-compressor makes them.
+"""nvfp4-ct, mxfp4 and int4-ct: weight-only builds of four bits in compressed-tensors' layouts, as of llm-compressor.
 
     nvfp4-ct       nvfp4-pack-quantized: the codes and scales of nvfp4, the scale of all inverted
+    mxfp4          mxfp4-pack-quantized: the same codes, a power of two for 32 columns
     int4-ct        pack-quantized: int4, symmetric, one scale for 128 columns; for 32 where rows are of no whole 128
     int4-ct-g32    the same with one scale for 32
 
 Routed and shared experts, or the MLP of a dense model; everything else is as in the source and on the ignore list.
-int4 needs no data and runs where NVFP4 does not: Ampere, and AMD.
+int4 needs no data and runs where NVFP4 does not: Ampere, and AMD, whose MI355 multiplies MXFP4.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ornith_moe.quant.builds.fp8_channel import compressed_tensors_config
 from ornith_moe.quant.builds.modelopt import MLP
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.int4 import Int4
+from ornith_moe.quant.builds.storages.mxfp4 import GROUP as MXFP4_GROUP
+from ornith_moe.quant.builds.storages.mxfp4 import MXFP4
 from ornith_moe.quant.builds.storages.nvfp4 import GROUP, NVFP4Packed
 from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.storages.storage import Storage
@@ -111,6 +114,22 @@ class NVFP4PackedBuild(PackedBuild):
         return Options(nvfp4=AskedNvfp4(head="lm_head.weight_packed" in found.tensors))
 
 
+class MXFP4Build(PackedBuild):
+    name, kind = "mxfp4", "mxfp4-pack-quantized"
+    engines = ("vLLM",)
+    storages = (MXFP4,)
+
+    def group(self, source: Source, wanted: list[int]) -> int:
+        return MXFP4_GROUP
+
+    def storage(self, group: int, shape: tuple[int, ...]) -> Storage:
+        return MXFP4()
+
+    def numbers(self, group: int) -> dict[str, Any]:
+        numbers = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": group}
+        return numbers | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+
+
 class Int4Build(PackedBuild):
     kind = "pack-quantized"
     storages = (Int4,)
@@ -138,4 +157,4 @@ class Int4Build(PackedBuild):
         return self.columns in sizes
 
 
-register(NVFP4PackedBuild(), Int4Build("int4-ct", WIDE), Int4Build("int4-ct-g32", NARROW))
+register(NVFP4PackedBuild(), MXFP4Build(), Int4Build("int4-ct", WIDE), Int4Build("int4-ct-g32", NARROW))

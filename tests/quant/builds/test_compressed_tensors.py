@@ -1,4 +1,4 @@
-"""nvfp4-ct and int4-ct: compressed-tensors reads what we write, and writes the same int4.
+"""nvfp4-ct, mxfp4, int4-ct: compressed-tensors reads what we write, and writes the same int4 and MXFP4.
 
 Reference: compressed-tensors' own compressors and dequantizer, and nvfp4's codes. Not covered: an engine that serves.
 """
@@ -19,13 +19,16 @@ from ornith_moe.clients import open_client
 from ornith_moe.quant.builds.build import AskedNvfp4, storage_of
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.builds.stored import read_safetensors_build
+from ornith_moe.quant.codecs.mxfp4 import encode_mxfp4
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.publish import MANIFEST
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
-BUILDS = ("nvfp4-ct", "int4-ct", "int4-ct-g32")
+BUILDS = ("nvfp4-ct", "mxfp4", "int4-ct", "int4-ct-g32")
+PARTS = {"nvfp4-ct": ("_packed", "_scale", "_global_scale"), "mxfp4": ("_packed", "_scale")}
+INT4_PARTS = ("_packed", "_scale", "_shape")
 MORE = {"hidden_size": 128, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 64}
 
 
@@ -55,15 +58,11 @@ def test_its_own_dequantizer_gives_our_numbers(made, build):
     dense = CompressedTensorsDequantizer(made[build], dtype=torch.float32).validate(dict(stored))
     assert len(owners) == 24 and dense.keys() == {*owners, *(n for n in stored if ".weight_" not in n)}
     for owner in owners:
-        parts = [stored[owner + suffix].contiguous() for suffix in parts_of(build)]
+        parts = [stored[owner + suffix].contiguous() for suffix in PARTS.get(build, INT4_PARTS)]
         raw = [part.view(-1).view(torch.uint8).reshape(max(part.shape[0], 1) if part.dim() > 1 else 1, -1).numpy()
                for part in parts]  # fmt: skip
         ours = torch.from_numpy(storage_of(f"{owner}_packed", found).decode(tuple(raw), 0, "BF16"))
         assert dense[owner].equal(ours.bfloat16().float()), owner
-
-
-def parts_of(build):
-    return ("_packed", "_scale", "_global_scale") if build == "nvfp4-ct" else ("_packed", "_scale", "_shape")
 
 
 def test_nvfp4_has_the_codes_of_nvfp4(made):
@@ -75,17 +74,37 @@ def test_nvfp4_has_the_codes_of_nvfp4(made):
         assert ours[f"{owner}_global_scale"].equal((1 / theirs[name]).reshape(1))
 
 
-@pytest.mark.parametrize("build", ["int4-ct", "int4-ct-g32"])
-def test_int4_is_what_its_own_compressor_writes(source, made, build):
+@pytest.mark.parametrize("build", ["mxfp4", "int4-ct", "int4-ct-g32"])
+def test_its_own_compressor_writes_the_same(source, made, build):
     stored, dense = load_file(made[build] / "model.safetensors"), load_file(source / "model.safetensors")
-    arguments = scheme(made[build])
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     for name in [name for name in dense if ".1.mlp.shared_expert." in name or ".1.mlp.experts.2." in name]:
-        groups = dense[name].unflatten(1, (-1, arguments.weights.group_size))
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments.weights)
-        state = {"weight": dense[name], "weight_scale": scale, "weight_zero_point": zero}
-        for key, tensor in compressor.compress(state, arguments).items():
+        for key, tensor in compressed(dense[name], scheme(made[build]), build).items():
             assert stored[name.removesuffix("weight") + key].equal(tensor), (name, key)
+
+
+def compressed(weight, arguments, build):
+    """What compressed-tensors makes of a weight."""
+    groups = weight.unflatten(1, (-1, arguments.weights.group_size))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments.weights)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    compressor = BaseCompressor.get_value_from_registry(
+        "mxfp4-pack-quantized" if build == "mxfp4" else "pack-quantized"
+    )
+    return compressor.compress(state, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp4_at_the_edges(made, dtype):
+    """Scales that round up, ties, zeros and their signs, groups of zeros, the smallest and the largest numbers."""
+    around = torch.tensor([1.7421875, 1.75, 1.7578125, 1.0, 1.9921875, 0.25, 2.5, 5.0, 3.5, -0.0, 0.0, -0.05])
+    rows = [around.repeat(3)[:32] * 2.0**power for power in (-126, -120, -3, 0, 1, 125)]
+    rows += [torch.zeros(32), torch.full((32,), 2.0**-133), torch.randn(32, generator=torch.Generator().manual_seed(0))]
+    weight = torch.stack(rows).to(dtype)
+    raw = weight.view(torch.uint16) if dtype == torch.bfloat16 else weight
+    codes, scales = encode_mxfp4(raw.numpy())
+    expected = compressed(weight, scheme(made["mxfp4"]), "mxfp4")
+    assert torch.from_numpy(scales).equal(expected["weight_scale"])
+    assert torch.from_numpy(codes).equal(expected["weight_packed"])
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -112,6 +131,9 @@ PROJECTION = "model.language_model.layers.1.mlp.experts.2.up_proj.weight"
         ("nvfp4-ct", "_global_scale", lambda t: t * 0, "expected a number above zero"),
         ("nvfp4-ct", "_global_scale", lambda t: 1 / t, "below the floor"),
         ("nvfp4-ct", "_scale", lambda t: t[:1].contiguous(), "needs scales"),
+        ("mxfp4", "_scale", lambda t: t[:1].contiguous(), "needs scales [96, 4] in U8"),
+        ("mxfp4", "_scale", lambda t: t * 0 + 255, "is no number"),
+        ("mxfp4", "_packed", lambda t: t.flip(0), "below the floor"),
         ("int4-ct", "_scale", lambda t: -t, "not positive everywhere"),
         ("int4-ct", "_scale", lambda t: t[:1].contiguous(), "needs scales of 96 rows in BF16"),
         ("int4-ct", "_shape", lambda t: t.flip(0), "its weight_shape says [128, 96]"),
