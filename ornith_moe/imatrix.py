@@ -1,13 +1,10 @@
-"""Measure an importance matrix: run a checkpoint on text, one layer in memory at a time, and watch what weights see.
+"""Measure an importance matrix: run a checkpoint on text, one layer at a time, and watch what its weights see.
 
-    for each layer, in order:                        read its weights
-        for each batch of chunks:                    x = layer(x), x [chunks, ctx, H] kept in a file
-            every linear layer with input a [T, K]:  sums[k] += sum_t a[t, k]^2, count += T, largest = max |a|
-            every expert e, its tokens a [T_e, .]:   sums[e] += sum a^2 of gate and up, and of down, count[e] += T_e
+    every linear layer with input a [T, K]:  sums[k] += sum_t a[t, k]^2, count += T, largest = max |a|
+    every expert e, its tokens a [T_e, .]:   sums[e] += sum a^2 of gate and up, and of down, count[e] += T_e
 
-The layers are transformers' own classes in fp32, the weights come from our checkpoint reader in whatever layout they
-lie, so the model is never in memory: one layer is (its experts in the dtype of the checkpoint, widened one by one), and
-x lies on disk. Layers run layer by layer over all text, so each weight is read once.
+ornith_moe/layerwise.py runs it: transformers' own layers in fp32, a layer and an expert in memory at a time, what they
+compute on disk, each weight read once.
 
 The file is llama-imatrix's (quant/gguf/imatrix.py): GGUF names, columns in GGUF order, so the input of DeltaNet's
 output projection is reordered as its columns are. As there, chunks of `ctx` tokens are independent, begin with the
@@ -21,31 +18,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ornith_moe.clients import encode, failures_told, one_line, quiet_transformers, require
+from ornith_moe.clients import encode, quiet_transformers, require
 from ornith_moe.compare import read_text
+from ornith_moe.layerwise import Layerwise, SourceWeights, Watch, batches, files_of_zeros
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
-from ornith_moe.quant.conversion.stream import Unit, read_unit
-from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
-from ornith_moe.quant.files import published, refuse_stray_links, scratch_file
+from ornith_moe.quant.errors import CheckpointError, PlanError
+from ornith_moe.quant.files import published, refuse_stray_links
 from ornith_moe.quant.gguf.imatrix import Coverage, write_imatrix
 from ornith_moe.quant.gguf.mixtures import FILE_TYPES, tensor_types
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD
 from ornith_moe.quant.source.architectures.weight import Place
-from ornith_moe.quant.source.source import Source, weight_matrix
+from ornith_moe.quant.source.source import Source
 
-BATCH_TOKENS = 2048  # run at once
-SLAB_ROWS = 4096  # of the embedding, read at once
 Progress = Callable[[str, int, int], None]  # phase, layers times chunks done, and in all
 
 
@@ -97,13 +89,13 @@ def make_imatrix(
     ids = _chunks(source, Path(text), chunks, ctx)
     with quiet_transformers(), torch.inference_mode():
         refuse_stray_links(source.folder)
-        model = _Model(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
+        model = _Run(source, ids, output.absolute().parent, process_output, progress or (lambda *_: None))
         entries = [(name, matrices, columns) for members in model.entries for name, matrices, columns in members]
         with published(output) as file:
             write_imatrix(
                 file,
                 entries,
-                model.run(),
+                model.sums(),
                 architecture=source.architecture.gguf_architecture,
                 datasets=[os.fsencode(Path(text).name).decode(errors="replace")],
                 chunk_count=len(ids),
@@ -139,180 +131,80 @@ def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndar
     return windows
 
 
-class _Recorder(torch.nn.Module):
-    """Stands in for a decoder layer and keeps what it is called with besides the hidden states."""
+def _quantized_places(source: Source) -> dict[str, list[Place]]:
+    """Hugging Face name -> places of every weight that a quantized GGUF quantizes."""
+    model = source.architecture
+    places = {weight.name: model.gguf_places(weight) for weight in source.weights}
+    shapes = {place.name: place.shape for each in places.values() for place in each}
+    types, _ = tensor_types(shapes.items(), FILE_TYPES["Q8_0"], layers=source.layers, experts=model.experts)
+    wanted = {name for name, kind in types.items() if kind != "F32"} - {EMBEDDING, HEAD}
+    quantized = {name: [place for place in each if place.name in wanted] for name, each in places.items()}
+    return {name: each for name, each in quantized.items() if each}
 
-    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        self.call = arguments, keywords
-        return hidden_states
 
-
-class _Model:
-    """A checkpoint that runs layer by layer; `entries` are those of each layer, in the order in which `run` sums."""
+class _Run:
+    """A checkpoint that runs layer by layer; `entries` are those of each layer, in the order in which `sums` gives."""
 
     def __init__(self, source: Source, ids: np.ndarray, folder: Path, process_output: bool, progress: Progress):
-        import transformers
-
-        self.source, self.ids, self.folder, self.progress = source, ids, folder, progress
-        self.index = {weight.name: number for number, weight in enumerate(source.weights)}
-        self.prefix = source.weights[0].name.removesuffix("embed_tokens.weight")
+        self.weights, self.ids, self.folder, self.progress = SourceWeights(source), ids, folder, progress
+        self.model, self.hidden = Layerwise(source), source.architecture.hidden
+        self.places = _quantized_places(source)
         self.coverage: list[Coverage] = []
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                source.folder, local_files_only=True, trust_remote_code=False
-            )
-            with torch.device("meta"):
-                whole = transformers.AutoModelForCausalLM.from_config(
-                    config.get_text_config(decoder=True), dtype=torch.float32, trust_remote_code=False
-                )
-        except Exception as error:  # whatever its reader of configs raises
-            raise CheckpointError(f"{source.folder}: transformers refuses it: {one_line(error)}") from None
-        self.text = whole.get_decoder()
-        self.text.rotary_emb = type(self.text.rotary_emb)(self.text.config)  # its frequencies are computed, not stored
-        self.layers = list(self.text.layers)
-        self.norm, self.text.norm = self.text.norm, torch.nn.Identity()
-        self.text.layers = torch.nn.ModuleList(_Recorder() for _ in self.layers)
-        self.places = self._quantized_places()
-        self.entries = [self._entries_of(layer) for layer in range(len(self.layers))]
-        self.head = process_output and "lm_head.weight" in self.index
-        if self.head:
-            self.entries.append([(HEAD, 1, source.architecture.hidden)])
-
-    def _quantized_places(self) -> dict[str, list[Place]]:
-        """Hugging Face name -> places of every weight that a quantized GGUF quantizes."""
-        model = self.source.architecture
-        places = {weight.name: model.gguf_places(weight) for weight in self.source.weights}
-        shapes = {place.name: place.shape for each in places.values() for place in each}
-        types, _ = tensor_types(shapes.items(), FILE_TYPES["Q8_0"], layers=self.source.layers, experts=model.experts)
-        wanted = {name for name, kind in types.items() if kind != "F32"} - {EMBEDDING, HEAD}
-        quantized = {name: [place for place in each if place.name in wanted] for name, each in places.items()}
-        return {name: each for name, each in quantized.items() if each}
+        self.entries = [self._entries_of(number) for number in range(len(self.model.layers))]
+        if process_output and "lm_head.weight" in self.model.shapes:
+            self.entries.append([(HEAD, 1, self.hidden)])
+            self.places["lm_head.weight"] = [Place(HEAD, self.model.shapes["lm_head.weight"])]
 
     def _entries_of(self, layer: int) -> list[tuple[str, int, int]]:
         """(GGUF name, E, K) of a layer's entries, each once."""
-        start = f"{self.prefix}layers.{layer}."
-        of_layer = (each for name, each in self.places.items() if name.startswith(start))
+        of_layer = (self.places.get(name, ()) for name in self.model.of_layer(layer))
         found = {place.name: place.shape for each in of_layer for place in each}
         return [(name, shape[0] if len(shape) == 3 else 1, shape[-1]) for name, shape in found.items()]
 
-    def run(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def sums(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Sums [E, K], counts [E] and largest magnitudes [E] of every entry, layer by layer."""
-        chunks, ctx = self.ids.shape
-        shape = (chunks, ctx, self.source.architecture.hidden)
-        total, done = len(self.entries) * chunks, 0
-        with scratch_file(self.folder) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))  # a full disk fails here
-            hidden = np.memmap(file, np.float32, "r+", shape=shape)
-            self._embed(hidden)
+        self.total, self.done = len(self.entries) * len(self.ids), 0
+        with files_of_zeros(self.folder, (*self.ids.shape, self.hidden), 1) as (x,):
+            self.model.embed(self.weights, self.ids, x)
             for number, members in enumerate(self.entries):
-                sums = _Sums()
-                step = self._load_layer(number, sums) if number < len(self.layers) else self._load_head(sums)
-                for start in range(0, chunks, size := max(1, BATCH_TOKENS // ctx)):
-                    batch = hidden[start : start + size]
-                    with failures_told(self.source.folder):
-                        x = step(torch.from_numpy(np.array(batch)))
-                    if not torch.isfinite(x).all():
-                        raise ConversionError(
-                            f"{self.source.folder}: layer {number} makes activations that are not finite on chunks "
-                            f"{start} to {start + len(batch) - 1}; verify the checkpoint"
-                        )
-                    batch[:] = x.numpy()
-                    done += len(batch)
-                    self.progress("imatrix", done, total)
+                sums = _Sums(self.places, self.model.experts)
+                if number < len(self.model.layers):
+                    self.model.advance(number, self.weights, x, x, self.folder, watch=sums, done=self._done)
+                else:
+                    norm = self.model.norm(self.weights)
+                    for batch in batches(x):
+                        sums.linear("lm_head.weight", norm(torch.from_numpy(np.array(x[batch]))))
+                        self._done(batch.stop - batch.start)
                 for name, matrices, columns in members:
                     values, counts, largest = sums.of(name, matrices, columns)
                     reached = int((counts > 0).sum())
                     self.coverage.append(Coverage(name, "", matrices, reached, int(counts.min()), int(counts.max())))
                     yield values, counts, largest
-                del step
 
-    def _embed(self, hidden: np.ndarray) -> None:
-        """hidden[c, t] = embedding of ids[c, t], the embedding read in slabs of rows."""
-        rows, index = self.source.architecture.vocabulary, self.index[f"{self.prefix}embed_tokens.weight"]
-        scale = np.float32(getattr(self.text.embed_tokens, "scalar_embed_scale", 1.0))
-        flat, ids = hidden.reshape(-1, hidden.shape[-1]), self.ids.reshape(-1)
-        order = np.argsort(ids, kind="stable")
-        for start in range(0, rows, SLAB_ROWS):
-            first, last = np.searchsorted(ids[order], (start, start + SLAB_ROWS))
-            if first < last:
-                slab = read_unit(self.source, Unit(index, start, min(SLAB_ROWS, rows - start))).float32
-                chosen = order[first:last]
-                flat[chosen] = slab[ids[chosen] - start] * scale
-
-    def _load_layer(self, number: int, sums: _Sums) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The layer with its weights, its hooks set to add to `sums`."""
-        layer, start = self.layers[number], f"{self.prefix}layers.{number}."
-        tensors = {name: self._tensor(start + name, tuple(of.shape)) for name, of in layer.state_dict().items()}
-        layer.load_state_dict(tensors, assign=True)
-        self.layers[number] = None  # the last reference but the caller's: its weights go with it
-        layer.eval()
-        for name, module in layer.named_modules():
-            places = self.places.get(f"{start}{name}.weight", ())
-            if isinstance(module, torch.nn.Linear) and places:
-                module.register_forward_pre_hook(partial(sums.add_linear, places))
-            elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-                names = [self.places[f"{start}{name}.0.{kind}_proj.weight"][0].name for kind in ("gate", "up", "down")]
-                module.forward = partial(_experts, module, sums, names)
-        return lambda x: layer(x, *self._call(number, x)[0], **self._call(number, x)[1])
-
-    def _load_head(self, sums: _Sums) -> Callable[[torch.Tensor], torch.Tensor]:
-        name = f"{self.prefix}norm.weight"
-        self.norm.load_state_dict({"weight": self._tensor(name, tuple(self.norm.weight.shape))}, assign=True)
-        place = Place(HEAD, self.source.weights[self.index["lm_head.weight"]].shape)
-
-        def head(x: torch.Tensor) -> torch.Tensor:
-            sums.add_linear([place], None, (self.norm(x),))
-            return x
-
-        return head
-
-    def _call(self, number: int, x: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
-        """What the text model passes to layer `number` besides x: masks, rotations, positions."""
-        if getattr(self, "_called", None) != x.shape:
-            self.text(inputs_embeds=torch.zeros_like(x), use_cache=False)
-            self._called = x.shape
-        return self.text.layers[number].call
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of the model, fp32; packed experts from their parts, in the dtype of the checkpoint."""
-        if name in self.index:
-            return self._weight(self.index[name], torch.float32).reshape(shape)
-        parent, _, kind = name.rpartition(".")
-        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind, ())
-        names = [[f"{parent}.{e}.{part}.weight" for part in parts] for e in range(shape[0])]
-        if not parts or any(part not in self.index for members in names for part in members):
-            raise CheckpointError(f"{self.source.folder}: transformers' model has {name}, the checkpoint does not")
-        stored = self.source.dtype(self.index[names[0][0]])
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored, torch.float32)
-        packed = torch.empty(shape, dtype=dtype)
-        for expert, members in zip(packed, names, strict=True):
-            for rows, part in zip(expert.chunk(len(members)), members, strict=True):
-                rows.copy_(self._weight(self.index[part], dtype))
-        return packed
-
-    def _weight(self, number: int, dtype: torch.dtype) -> torch.Tensor:
-        weight = self.source.weights[number]
-        slab = read_unit(self.source, Unit(number, 0, weight_matrix(weight)[0]))
-        return slab.tensor.to(dtype).reshape(weight.shape)
+    def _done(self, chunks: int) -> None:
+        self.done += chunks
+        self.progress("imatrix", self.done, self.total)
 
 
-class _Sums:
+class _Sums(Watch):
     """Sums of squares, counts and largest magnitudes by GGUF name: fp64 [E, K], [E] and [E]."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Mapping[str, Sequence[Place]], experts: int) -> None:
+        self.places, self.experts = places, experts
         self.values: dict[str, torch.Tensor] = {}
         self.counts: dict[str, torch.Tensor] = {}
         self.largest: dict[str, torch.Tensor] = {}
 
-    def add_linear(
-        self, places: Sequence[Place], module: torch.nn.Module | None, inputs: tuple[torch.Tensor, ...]
-    ) -> None:
-        x = inputs[0].flatten(0, -2)
-        for place in places:
+    def linear(self, name: str, x: torch.Tensor) -> None:
+        for place in self.places.get(name, ()):
             columns = place.transform.columns
             index = None if columns is None else torch.from_numpy(columns.source_index(x.shape[-1]))
-            self.add([place.name], 1, 0, x, index)
+            self.add([place.name], 1, 0, x.flatten(0, -2), index)
+
+    def expert(self, owner: str, expert: int, x: torch.Tensor, inner: torch.Tensor) -> None:
+        gate, up, down = (self.places[f"{owner}.0.{kind}_proj.weight"][0].name for kind in ("gate", "up", "down"))
+        self.add((gate, up), self.experts, expert, x)
+        self.add((down,), self.experts, expert, inner)
 
     def add(
         self, names: Sequence[str], matrices: int, matrix: int, x: torch.Tensor, columns: torch.Tensor | None = None
@@ -337,35 +229,3 @@ class _Sums:
         found = self.values[name], self.counts[name], self.largest[name]
         values, counts, largest = (of_all.float().numpy() for of_all in found)
         return values, counts, largest
-
-
-class _Experts(Protocol):
-    """What transformers' modules of packed experts have."""
-
-    gate_up_proj: torch.Tensor
-    down_proj: torch.Tensor
-    act_fn: Callable[[torch.Tensor], torch.Tensor]
-
-
-def _experts(
-    module: _Experts,
-    sums: _Sums,
-    names: Sequence[str],
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """y[t] = sum over k of weights[t, k] * expert(x[t]), an expert at a time; `names`: of gate, up and down."""
-    gate, up, down = names
-    y = torch.zeros_like(hidden_states)
-    experts = len(module.gate_up_proj)
-    for expert in top_k_index.unique().tolist():
-        tokens, slots = torch.where(top_k_index == expert)
-        x = hidden_states[tokens]
-        sums.add((gate, up), experts, expert, x)
-        gates, ups = F.linear(x, module.gate_up_proj[expert].float()).chunk(2, dim=-1)
-        inner = module.act_fn(gates) * ups
-        sums.add((down,), experts, expert, inner)
-        rows = F.linear(inner, module.down_proj[expert].float()) * top_k_weights[tokens, slots, None]
-        y.index_add_(0, tokens, rows)
-    return y

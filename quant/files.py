@@ -336,6 +336,13 @@ def scratch_file(folder: Path) -> BinaryIO:
     return tempfile.TemporaryFile(dir=folder)
 
 
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Make an open file `nbytes` long, of zeros where it was shorter; a full disk fails here, not later."""
+    if hasattr(os, "posix_fallocate") and nbytes:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    os.truncate(descriptor, nbytes)
+
+
 def json_bytes(value: object) -> bytes:
     """`value` as a JSON file that people read."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -17,7 +17,7 @@ import torch
 from command import fresh, ornith_moe
 from transformers import AutoModelForCausalLM
 
-from ornith_moe import imatrix as module
+from ornith_moe import layerwise
 from ornith_moe.clients import encode
 from ornith_moe.imatrix import make_imatrix
 from ornith_moe.quant.conversion.convert import convert
@@ -139,15 +139,16 @@ def test_every_quantized_weight_has_an_entry(made, tmp_path):
 def test_one_layer_at_a_time_and_the_same_bytes(made, tmp_path, monkeypatch):
     """When a layer is loaded, the one before is gone; batches of another size give the same file but for rounding."""
     _, folder, _, imatrix = made
-    loaded, load = [], module._Model._load_layer
+    loaded, load = [], layerwise.Layerwise._load
 
-    def watched(self, number, sums):
+    def watched(self, number, weights, watch):
         assert all(reference() is None for reference in loaded)
-        loaded.append(weakref.ref(self.layers[number]))
-        return load(self, number, sums)
+        found = load(self, number, weights, watch)
+        loaded.append(weakref.ref(next(found[0].parameters())))
+        return found
 
-    monkeypatch.setattr(module._Model, "_load_layer", watched)
-    monkeypatch.setattr(module, "BATCH_TOKENS", CTX)
+    monkeypatch.setattr(layerwise.Layerwise, "_load", watched)
+    monkeypatch.setattr(layerwise, "BATCH_TOKENS", CTX)
     (tmp_path / "text.txt").write_text(fixtures.TEXT)
     head = "output.weight" in imatrix.entries
     source = open_source(folder, mtp="drop")
@@ -199,13 +200,13 @@ def test_what_cannot_be_run_is_told(moe, tmp_path):
 
 def test_activations_that_are_not_finite_are_told(moe, tmp_path, monkeypatch):
     folder, text = moe
-    weight = module._Model._weight
+    rows = layerwise.SourceWeights.rows
 
-    def huge(self, number, dtype):
-        found = weight(self, number, dtype)
-        return found * float("inf") if "layers.2.linear_attn.out_proj" in self.source.weights[number].name else found
+    def huge(self, name, start, count):
+        found = rows(self, name, start, count)
+        return found * np.float32("inf") if "layers.2.linear_attn.out_proj" in name else found
 
-    monkeypatch.setattr(module._Model, "_weight", huge)
+    monkeypatch.setattr(layerwise.SourceWeights, "rows", huge)
     with pytest.raises(ConversionError, match="layer 2 makes activations that are not finite on chunks 0 to"):
         make_imatrix(open_source(folder, mtp="drop"), text, tmp_path / "im.gguf", ctx=16, chunks=2)
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,12 @@ import numpy as np
 from ornith_moe.quant.builds.build import find_build
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.stored import SLAB_BYTES, FoundTensor, StoredBuild
-from ornith_moe.quant.conversion.stream import Unit, group_rows, read_unit, runs, units
+from ornith_moe.quant.conversion.stream import Unit, group_rows, read_unit, units
 from ornith_moe.quant.errors import OrnithError
 from ornith_moe.quant.source.accounts import bare, some
 from ornith_moe.quant.source.source import Source, weight_matrix
 from ornith_moe.quant.verification.accounts import account
+from ornith_moe.quant.verification.decoded import read_parts
 from ornith_moe.quant.verification.measure import Error, unit_error
 from ornith_moe.quant.verification.result import Progress, Verification
 
@@ -89,9 +90,4 @@ def _compare_tables(plan: BuildPlan, found: dict[str, FoundTensor], result: Veri
 def _unit_error(source: Source, plan: BuildPlan, step: Step, unit: Unit, found: dict[str, FoundTensor]) -> Error:
     rows = weight_matrix(source.weights[unit.weight])[0]
     slab = step.transform.taken(read_unit(source, unit), unit.start, rows)
-    parts = [np.empty((part.rows_of(slab.rows), part.row_bytes), np.uint8) for part in step.parts]
-    for run in runs(step, unit, rows):
-        part, tensor = step.parts[run.part], found[plan.tensors[step.tensors[run.part]].name]
-        stored = tensor.read(run.target * part.row_bytes, run.count * part.row_bytes)
-        parts[run.part][run.rows] = stored.reshape(run.count, part.row_bytes)
-    return unit_error(step, slab, tuple(parts))
+    return unit_error(step, slab, read_parts(plan, step, unit, rows, found))
