@@ -8,7 +8,6 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.gguf_source import open_gguf
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.source import hub
-from ornith_moe.quant.source.checkpoint import open_checkpoint
 from ornith_moe.quant.source.lora import with_adapter
 from ornith_moe.quant.source.mtp_from import with_mtp_from
 from ornith_moe.quant.source.source import Source
@@ -29,12 +28,12 @@ def open_any(
 
     Args:
         mtp, name, config_only, ranges: as `hub.open_any`.
-        mtp_from: folder of another checkpoint, whose multi-token prediction it gets instead of its own.
-        lora: folder of an adapter of PEFT, merged into it.
+        mtp_from: another checkpoint, a folder or hf://, whose multi-token prediction it gets instead of its own.
+        lora: an adapter of PEFT, a folder or hf://, merged into it.
     Raises:
         CheckpointError: as `hub.open_any`, `open_gguf`, `with_mtp_from` and `with_adapter`.
     Example:
-        open_any("hf://Qwen/Qwen3.6-35B-A3B-FP8", mtp_from="qwen3.6-35b")
+        open_any("hf://Qwen/Qwen3.6-35B-A3B-FP8", mtp_from="hf://Qwen/Qwen3.6-35B-A3B")
     """
     if mtp_from is not None and mtp == "drop":
         raise CheckpointError("--mtp drop leaves out what --mtp-from would add; leave one of them out")
@@ -44,5 +43,5 @@ def open_any(
     else:
         found = hub.open_any(source, mtp=own, name=name, config_only=config_only, ranges=ranges)
     if mtp_from is not None:
-        found = with_mtp_from(found, open_checkpoint(mtp_from))
-    return found if lora is None else with_adapter(found, Path(lora))
+        found = with_mtp_from(found, hub.open_weights(mtp_from))
+    return found if lora is None else with_adapter(found, hub.folder_of(lora))

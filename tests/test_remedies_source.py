@@ -315,7 +315,7 @@ def test_layers_that_a_config_announces_are_counted(with_mtp):
     "leave one of them out",
     "give a checkpoint that has multi-token prediction",
     "; give a checkpoint of the same architecture and size",
-    "give the same folder with {}",
+    "give the same with {}",
 )
 def test_another_donor_is_given(m, out, tmp_path):
     donor = tiny(tmp_path / "donor", mtp="keep", mtp_num_hidden_layers=1)
@@ -324,7 +324,7 @@ def test_another_donor_is_given(m, out, tmp_path):
     refused("give a checkpoint that has multi-token prediction", open_any, m, mtp_from=m)
     refused("give a checkpoint of the same architecture and size", open_any, m, mtp_from=larger)
     path = convert(open_any(m, mtp_from=donor), out, ["bf16"]).builds[0].path
-    refused("give the same folder with --mtp-from", open_against, path, m)
+    refused("give the same with --mtp-from", open_against, path, m)
     assert verify(path, open_against(path, m, mtp_from=donor)).ok
 
 

@@ -74,9 +74,11 @@ To = Annotated[
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
 MtpFrom = Annotated[
     str | None,
-    typer.Option("--mtp-from", metavar="FOLDER", help="Take the MTP tensors of this checkpoint, not SRC's own."),
+    typer.Option("--mtp-from", metavar="SRC", help="Take the MTP tensors of this folder or hf://, not SRC's own."),
 ]
-Lora = Annotated[str | None, typer.Option("--lora", metavar="FOLDER", help="Merge this adapter of PEFT, in fp32.")]
+Lora = Annotated[
+    str | None, typer.Option("--lora", metavar="ADAPTER", help="Merge this adapter of PEFT, folder or hf://, in fp32.")
+]
 Name = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="Of the model, in file names and metadata. Default: SRC's.")
 ]

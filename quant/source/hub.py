@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.errors import CheckpointError, brief
@@ -51,36 +51,67 @@ def open_any(
     Raises:
         CheckpointError: as `open_source`; the Hub cannot be reached or has no such repository.
     """
-    if not str(source).startswith("hf://"):
+    if not is_remote(source):
         return open_source(source, mtp=mtp, name=name)
-    repository, revision = _parse(str(source))
-    name = repository.split("/")[1] if name is None else checked_name(name)
+    with _asked(str(source)) as place:
+        name = place.repository.split("/")[1] if name is None else checked_name(name)
+        if config_only:
+            return _planned(place, name, mtp)
+        return source_from_checkpoint(_checkpoint(place, ranges), name=name, mtp=mtp)
+
+
+def is_remote(source: str | Path) -> bool:
+    return str(source).startswith("hf://")
+
+
+def open_weights(source: str | Path) -> Checkpoint:
+    """`open_checkpoint`; of hf://org/name[@revision] by ranges where it is not in the cache.
+
+    Raises:
+        CheckpointError: as either.
+    """
+    if not is_remote(source):
+        return open_checkpoint(source)
+    with _asked(str(source)) as place:
+        return _checkpoint(place, ranges=True)
+
+
+def folder_of(source: str | Path) -> Path:
+    """A folder, as it is; what hf://org/name[@revision] holds, stored in the Hub's cache.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached or has no such repository.
+    """
+    if not is_remote(source):
+        return Path(source)
+    with _asked(str(source)) as place:
+        return _stored(place)
+
+
+class _Place(NamedTuple):
+    """What a user named, and why the Hub cannot be asked for it now, "" if it can."""
+
+    source: str
+    repository: str
+    revision: str | None
+    unreachable: str
+
+    @property
+    def found(self) -> dict[str, Any]:
+        return {"revision": self.revision, "local_files_only": bool(self.unreachable)}
+
+
+@contextmanager
+def _asked(source: str) -> Iterator[_Place]:
+    """The Hub is asked for `source` within: what it and its library raise becomes one sentence."""
+    repository, revision = _parse(source)
     try:
-        from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
         raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
     unreachable = _unreachable(repository)
-    found = {"revision": revision, "local_files_only": bool(unreachable)}
     try:
-        by_ranges = ranges and not config_only and not unreachable
-        if by_ranges and (checkpoint := _by_ranges(str(source), repository, revision)):
-            return source_from_checkpoint(checkpoint, name=name, mtp=mtp)
-        if not config_only:
-            with _offline(bool(unreachable)):
-                folder = snapshot_download(repository, allow_patterns=list(WANTED), **found)
-            return source_from_checkpoint(open_checkpoint(folder), name=name, mtp=mtp)
-        with _offline(bool(unreachable)):
-            path = Path(hf_hub_download(repository, "config.json", **found))
-        config, names = read_json(path), None
-        try:
-            names = read_json(Path(hf_hub_download(repository, INDEX, **found))).get("weight_map")
-        except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
-            if not (path.parent / "model.safetensors").exists():
-                raise
-        except EntryNotFoundError:  # one file, no index
-            pass
-        return _from_names(path, config, names if isinstance(names, dict) else None, name, mtp)
+        yield _Place(source, repository, revision, unreachable)
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{source}: expected the Hub to answer or a copy in its cache, got neither "
@@ -93,11 +124,42 @@ def open_any(
         raise CheckpointError(f"{source}: could not be fetched from the Hub ({reason[:200]})") from None
 
 
-def _by_ranges(source: str, repository: str, revision: str | None) -> Checkpoint | None:
+def _checkpoint(place: _Place, ranges: bool) -> Checkpoint:
+    by_ranges = _by_ranges(place) if ranges and not place.unreachable else None
+    return by_ranges or open_checkpoint(_stored(place))
+
+
+def _stored(place: _Place) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _offline(bool(place.unreachable)):
+        return Path(snapshot_download(place.repository, allow_patterns=list(WANTED), **place.found))
+
+
+def _planned(place: _Place, name: str, mtp: str | None) -> Source:
+    """The source of a config, and of the names in the index where there is one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _offline(bool(place.unreachable)):
+        path = Path(hf_hub_download(place.repository, "config.json", **place.found))
+    config, names = read_json(path), None
+    try:
+        names = read_json(Path(hf_hub_download(place.repository, INDEX, **place.found))).get("weight_map")
+    except LocalEntryNotFoundError:  # not reached, which says nothing about the repository
+        if not (path.parent / "model.safetensors").exists():
+            raise
+    except EntryNotFoundError:  # one file, no index
+        pass
+    return _from_names(path, config, names if isinstance(names, dict) else None, name, mtp)
+
+
+def _by_ranges(place: _Place) -> Checkpoint | None:
     """The checkpoint of a repository whose weights stay there; None if the cache has them all."""
     from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 
-    info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    repository = place.repository
+    info = HfApi().model_info(repository, revision=place.revision, files_metadata=True)
     shards = {
         found.rfilename: Shard(hf_hub_url(repository, found.rfilename, revision=info.sha), found.size)
         for found in info.siblings or ()
@@ -107,9 +169,10 @@ def _by_ranges(source: str, repository: str, revision: str | None) -> Checkpoint
         isinstance(try_to_load_from_cache(repository, shard, revision=info.sha), str) for shard in shards
     ):
         return None
-    folder = Path(constants.HF_HOME) / "ornith-moe" / f"models--{repository.replace('/', '--')}" / str(info.sha)
+    cache = Path(constants.HF_HOME) / "ornith-moe" / f"models--{repository.replace('/', '--')}"
+    folder = cache / "snapshots" / str(info.sha)  # as in the Hub's own, so that it says whose it is
     snapshot_download(repository, revision=info.sha, allow_patterns=list(SIDES), local_dir=folder)
-    stand_in(folder, source, shards, fetch)
+    stand_in(folder, place.source, shards, fetch)
     return open_checkpoint(folder, payload=Ranges(shards, fetch))
 
 

@@ -100,7 +100,7 @@ def open_against(
         if manifest.get(key) and given is None:
             option = f"--{key.replace('_', '-')}"
             raise CheckpointError(
-                f"{build}: was made with {option} {brief(manifest[key])}; give the same folder with {option}"
+                f"{build}: was made with {option} {brief(manifest[key])}; give the same with {option}"
             )
     if mtp_from is not None:
         return open_any(against, ranges=True, mtp_from=mtp_from, lora=lora)

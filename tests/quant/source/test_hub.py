@@ -66,6 +66,12 @@ def test_weights_are_fetched_without_code(hub):
     assert source.weights == open_source(snapshot).weights
 
 
+def test_an_adapter_is_stored_whole(hub, tmp_path):
+    snapshot, calls = hub
+    assert module.folder_of("hf://org/moe@v1") == snapshot and calls == [("org/moe", "v1", WANTED)]
+    assert module.folder_of(tmp_path) == tmp_path
+
+
 def test_a_plan_needs_config_and_index_only(hub):
     snapshot, calls = hub
     source = open_any("hf://org/moe", config_only=True)

@@ -196,7 +196,7 @@ def test_commands_take_it(base, adapters, tmp_path, capsys):
     for file, more in zip(files, (lora, ()), strict=True):
         run("imatrix", base, "--text", tmp_path / "text", "--output", file, "--chunks", "1", "--ctx", "16", *more)
     assert len({file.read_bytes() for file in files}) == 2
-    with pytest.raises(CheckpointError, match="was made with --lora 'rslora'; give the same folder with --lora"):
+    with pytest.raises(CheckpointError, match="was made with --lora 'rslora'; give the same with --lora"):
         run("verify", made["path"], "--against", base)
     with pytest.raises(CheckpointError, match="expected an adapter of PEFT"):
         run("plan", base, "--to", "bf16", "--lora", base)

@@ -98,7 +98,7 @@ def test_commands_take_it(tmp_path, donor, capsys):
     (made,) = run(*command, "--mtp-from", donor)["builds"]
     assert made["tensor_bytes"] == planned["tensor_bytes"]
     assert run("verify", made["path"], "--against", model, "--mtp-from", donor)["ok"]
-    with pytest.raises(CheckpointError, match="was made with --mtp-from 'donor'; give the same folder"):
+    with pytest.raises(CheckpointError, match="was made with --mtp-from 'donor'; give the same with"):
         run("verify", made["path"], "--against", model)
     (Path(made["path"]) / "ornith_manifest.json").unlink()
     with pytest.raises(Exception, match=r"SQNR|mtp"):  # the base's own head is another

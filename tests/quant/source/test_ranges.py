@@ -17,10 +17,10 @@ import pytest
 
 from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source import ranges
 from ornith_moe.quant.source.checkpoint import open_checkpoint
 from ornith_moe.quant.source.ranges import Ranges, Shard
-from ornith_moe.quant.source.weights import open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BUILDS = ("fp8-channel", "gguf:Q8_0")
@@ -109,7 +109,7 @@ def contents(folder):
 
 
 def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
-    """Without a stored source; blocks small, so that there are many of them."""
+    """Without a stored source, of which the MTP comes from there too; blocks small, so that there are many of them."""
     endpoint, handler = hub
     code = (
         "import sys, ornith_moe.quant.source.ranges as r; r.BLOCK = 1 << 20; r.WAIT_SECONDS = 0.01;"
@@ -125,6 +125,8 @@ def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
             "hf://org/moe",
             tmp_path / "out",
             *options,
+            "--mtp-from",
+            "hf://org/moe",
             "--device",
             "cpu",
             "--json",
@@ -134,7 +136,7 @@ def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
         env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
     )
     assert done.returncode == 0, done.stderr
-    convert(open_source(moe), tmp_path / "local", BUILDS)
+    convert(open_any(moe, mtp_from=moe), tmp_path / "local", BUILDS)
     mine, local = contents(tmp_path / "out"), contents(tmp_path / "local")
     assert mine.keys() == local.keys() and not (tmp_path / "out" / PARTIAL).exists()
     differing = {name for name in mine if mine[name] != local[name]}
