@@ -4,7 +4,8 @@
 
 `ornith_moe` forks it from a process that has imported what commands import and done nothing else: exit code, signals,
 streams and memory are its own, as if a user had started it. `fresh` starts Python anew, for what an import, the
-environment or a signal decides. Both check the exit code, and that a failure is one sentence.
+environment or a signal decides. Both check the exit code, and that a failure is one sentence. `python` runs a script of
+a document in such a fork, as its `__main__`.
 """
 
 import atexit
@@ -28,17 +29,27 @@ _server: subprocess.Popen | None = None
 
 
 def ornith_moe(*arguments, code=0, timeout=600):
+    return _checked(_forked(list(map(str, arguments)), os.getcwd(), timeout), code)
+
+
+def python(script, cwd):
+    done = _forked(script, str(cwd), 600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def _forked(what, cwd, timeout):
     global _server
     if _server is None:
         command = [sys.executable, "-c", f"import sys; sys.path = {sys.path!r}; import command; command.serve()"]
         _server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         atexit.register(_server.communicate)  # the end of its input ends it
     with tempfile.TemporaryDirectory(prefix="ornith-command-") as folder:
-        json.dump([folder, os.getcwd(), timeout, list(map(str, arguments))], _server.stdin)
+        json.dump([folder, cwd, timeout, what], _server.stdin)
         print(file=_server.stdin, flush=True)
         returncode = int(_server.stdout.readline())
         stdout, stderr = (Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr"))
-    return _checked(SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr), code)
+    return SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
 
 
 def fresh(*arguments, code=0, **options):
@@ -65,17 +76,21 @@ def serve():
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
-def _run(folder, cwd, timeout, arguments):
-    """In the fork: the command, to the end of the process."""
+def _run(folder, cwd, timeout, what):
+    """In the fork: the command with these arguments, or the script, to the end of the process."""
     for number, name in enumerate(("null", "stdout", "stderr")):
         path = os.devnull if name == "null" else f"{folder}/{name}"
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     os.chdir(cwd)
     signal.alarm(timeout)
-    sys.argv = ["ornith-moe", *arguments]
     code = 1
     try:
-        sys.modules["ornith_moe.cli"].main()
+        if isinstance(what, str):
+            exec(compile(what, "<script>", "exec"), vars(sys.modules["__main__"]))
+            code = 0
+        else:
+            sys.argv = ["ornith-moe", *what]
+            sys.modules["ornith_moe.cli"].main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:

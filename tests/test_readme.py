@@ -3,13 +3,15 @@
 The reference is the checkout. Not covered: figures in tables, and what the shell commands do (see test_cli).
 """
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import python
+from typer.testing import CliRunner
+
+from ornith_moe.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +30,7 @@ def test_it_has_what_the_other_tests_read():
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda code: code.splitlines()[0])
 def test_snippet_runs(code, tmp_path):
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(code, tmp_path)
 
 
 def tree_paths(tree):
@@ -61,10 +62,8 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in COMMANDS}))
 def test_command_and_its_options_exist(name):
-    env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-    command = [sys.executable, "-m", "ornith_moe", name, "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert done.exit_code == 0, done.output
     for _, arguments in (command for command in COMMANDS if command[0] == name):
         for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", arguments):
             assert option in done.stdout, option
