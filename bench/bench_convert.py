@@ -8,8 +8,7 @@ everything back and hashes it twice.
 The note says where the time goes: `convert` reads, encodes and writes, `check` flushes, reads back and hashes. All
 builds are verified against the source before anything is timed.
 
-`convert_hf_to_gguf.py` of llama.cpp is the peer of a single GGUF build; it is a script of a checkout, no package, and
-stands here where it is on PATH.
+`convert_hf_to_gguf.py` of llama.cpp is the peer of a single GGUF build; real_tools.py says where it is looked for.
 """
 
 import atexit
@@ -17,8 +16,6 @@ import filecmp
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from ornith_moe.bench import whole_commands
+from ornith_moe.bench.command import digests
 from ornith_moe.bench.limits import best_seconds
-from ornith_moe.bench.peers import Unable
+from ornith_moe.bench.process_tree import run
+from ornith_moe.bench.real_tools import find_llama_cpp, to_gguf
 from ornith_moe.bench.shapes import CHECKPOINT, experts_of
 from ornith_moe.bench.tasks import Settings, Side, Task, Work
 from ornith_moe.bench.timing import Times
@@ -58,7 +57,7 @@ def tasks(settings: Settings) -> list[Task]:
              partial(_prepare_all, settings.quick)),
         Task("convert", f"convert {sizes}, to gguf:Q8_0", case | {"build": "gguf:Q8_0"}, single,
              partial(_prepare_one, settings.quick)),
-        *whole_commands.tasks(settings.quick, scratch, put_tokenizer),
+        *whole_commands.tasks(settings, scratch, put_tokenizer),
     ]  # fmt: skip
 
 
@@ -196,21 +195,15 @@ def _prepare_one(quick: bool) -> Work:
 
 
 def _converter(folder: Path, out: Path) -> Side:
-    script = shutil.which(CONVERTER)
-    if script is None:
-        raise Unable("missing", f"llama.cpp's {CONVERTER} is not on PATH; clone llama.cpp and add its folder")
-    command = [sys.executable, script, str(folder), "--outtype", "q8_0", "--outfile", str(out)]
+    step = to_gguf(find_llama_cpp(), folder, "q8_0", out)
 
     def call() -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, " ".join(done.stderr.split())[-200:]
+        ended = run(step.command)
+        assert ended.code == 0, " ".join(ended.errors.split())[-200:]
 
     def check(_: None) -> float:
-        import gguf
-
         ours = next(path for path in files(scratch() / "one") if path.suffix == ".gguf")
-        sums = [{t.name: t.data.tobytes() for t in gguf.GGUFReader(path).tensors} for path in (out, ours)]
-        assert sums[0] == sums[1], "its tensors are not those of ours"
+        assert digests(out) == digests(ours), "its tensors are not those of ours"
         return 0.0
 
     return Side(call, check, setup=lambda: out.unlink(missing_ok=True))

@@ -26,6 +26,12 @@ LAYERS = {  # what a table calls a model; the last is of older files
 }
 CODECS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0", "IQ4_XS", "IQ3_S", "IQ2_S")
 DECODED = ("Q8_0", "Q6_K", "Q4_K")
+USED = {  # what a table of whole commands calls what process_tree.py counts
+    "peak RSS, GB": "peak_rss_bytes",
+    "of it no mapped files": "peak_own_bytes",
+    "read from the disk": "read_bytes",
+    "written": "write_bytes",
+}
 
 
 def experts(*runs: Run) -> str:
@@ -155,17 +161,22 @@ def losses(*runs: Run) -> str:
 
 
 def commands(*runs: Run) -> str:
-    """Whole commands on one checkpoint, from start to exit, beside copying it."""
+    """Whole commands on one checkpoint, from start to exit, beside copying it, and what each used."""
+    rows = [row for run in runs for row in rated(run.rows) if row.case.get("whole") == "command"]
+    columns = {title: name for title, name in USED.items() if any(name in row.used for row in rows)}
     lines = []
-    for row in (row for run in runs for row in run.rows if row.case.get("whole") == "command"):
-        if row.status != "ok" or not row.median_s:
-            lines.append([row.case["build"], f"`{row.name}`", row.status, "", _prose(row.why)])
-            continue
-        copy = next(r for run in runs for r in run.rows if r.group == row.group and r.name.startswith("cp"))
+    for row in rows:
         name = "ours" if row.name == "ours" else f"`{row.name}`"
-        rate = f"{copy.median_s / row.median_s:.2f}x" if copy.median_s else "-"
-        lines.append([row.case["build"], name, f"{row.median_s:.1f}", rate, row.note])
-    return _table(["build", "command", "seconds", "rate over that of `cp -r`", "of the last round"], lines)
+        used = [f"{row.used[key] / 1e9:.2f}" if key in row.used else "-" for key in columns.values()]
+        if row.status != "ok" or not row.median_s:
+            lines.append([row.case["build"], name, row.status, "", *("" for _ in used), row.why])
+            continue
+        copied = next((r.median_s for r in rows if r.group == row.group and r.name.startswith("cp")), None)
+        rate = f"{copied / row.median_s:.2f}x" if copied else "-"
+        seconds = f"{row.median_s:.1f} ({row.rounds})" if columns else f"{row.median_s:.1f}"
+        lines.append([row.case["build"], name, seconds, rate, *used, row.note])
+    seconds = "seconds (rounds)" if columns else "seconds"
+    return _table(["build", "command", seconds, "rate over that of `cp -r`", *columns, "of the last round"], lines)
 
 
 def growth(axis: str) -> Callable[..., str]:

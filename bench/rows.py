@@ -38,7 +38,8 @@ class Row:
         median_s, p20_s, p80_s: seconds of a call over `rounds` rounds; None unless "ok".
         bytes, flops: least traffic, every input read once and every output written once; useful arithmetic.
         limit_s: seconds at the device's measured limit. `limit`: which bound it, "copy" or "matrix".
-        peak_bytes: how far one call raised the memory in use.
+        peak_bytes: how far one call raised the memory in use; of a whole command, all that its processes had.
+        used: of a whole command, seconds and bytes by the names of process_tree.py.
         error: relative RMS against the reference, 0.0 where equal bits are asserted.
         seconds, control: each round, and torch.mm beside it in the same round; what `--compare` reads.
     """
@@ -64,6 +65,7 @@ class Row:
     peak_bytes: int | None = None
     error: float | None = None
     note: str = ""
+    used: dict[str, float] = field(default_factory=dict)
     seconds: tuple[float, ...] = ()
     control: tuple[float, ...] = ()
 

@@ -21,6 +21,7 @@ from ornith_moe.quant.errors import OrnithError
 
 SUITES = ("moe", "codecs", "convert", "rl")
 BUDGET_S, QUICK_BUDGET_S = 2.0, 0.5  # of the rounds of a task
+SLOWEST_S = 150.0  # of a whole command that takes longer, the call that is checked is the only one and its time
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation, ready: what is timed, its error (or AssertionError), and what precedes each call, untimed."""
+    """One implementation, ready.
+
+    Attributes:
+        call: what is timed. check: of what it gives the error, or AssertionError. setup: precedes each call, untimed.
+        used: of a call that runs in processes of its own, what those used so far; see process_tree.py.
+    """
 
     call: Call
     check: Callable[[Any], float]
     setup: Call | None = None
+    used: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,24 +138,37 @@ class Bench:
         told = {name: self._checked(name, work, sides, estimates) for name in names}
         calls = {name: side.call for name, side in sides.items()}
         setups = {name: side.setup for name, side in sides.items() if side.setup}
+        once = {name: side for name, side in sides.items() if side.used and estimates[name] > SLOWEST_S}
+        for name in once:
+            del calls[name]
         times = interleave(
             calls, self.clock, budget_s=self.budget_s * task.budget, control=self.control, setups=setups,
             estimates=estimates,
         )  # fmt: skip
+        times |= {name: Times((estimates[name],), (self.clock.seconds(self.control),)) for name in once}
         for name, found in times.items():
             told[name] |= self._timed(name, work, found)
+            if used := sides[name].used:
+                told[name] |= {"used": used(), "peak_bytes": used().get("peak_rss_bytes")}
         return [Row(name=name, peer=task.names[name], **shared, **told[name]) for name in names]
 
     def _checked(self, name: str, work: Work, sides: dict[str, Side], estimates: dict[str, float]) -> dict[str, Any]:
-        """Make an implementation and call it twice: its error and peak memory, or why it has no time."""
+        """Make an implementation and call it: its error and peak memory, or why it has no time.
+
+        Once where it says itself what it used, else again, for the memory.
+        """
+        peak: int | None = None
         try:
             side = work.sides[name]()
             if side.setup:
                 side.setup()
-            error = side.check(side.call())
-            if side.setup:
-                side.setup()
-            peak = peak_bytes(lambda: estimates.update({name: self.clock.seconds(side.call)}), self.settings.device)
+            given: list[Any] = []
+            estimates[name] = self.clock.seconds(lambda: given.append(side.call()))
+            error = side.check(given[0])
+            if side.used is None:
+                if side.setup:
+                    side.setup()
+                peak = peak_bytes(lambda: estimates.update({name: self.clock.seconds(side.call)}), self.settings.device)
         except Unable as unable:
             return {"status": unable.status, "why": unable.why}
         except AssertionError as error:

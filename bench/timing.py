@@ -32,6 +32,7 @@ WARM_S = 0.02  # a shorter call gets an untimed one before it
 SHORT_S = 2e-4  # calls are repeated until they take as long
 LEAST, MOST = 5, 100  # rounds
 LONG_S, LEAST_LONG = 0.3, 3  # least rounds of calls that take longer
+SLOW_S, LEAST_SLOW = 45.0, 2
 
 
 class Clock(Protocol):
@@ -192,7 +193,7 @@ class _Plan:
             warm, repeat = False, 1
         else:
             warm, repeat = once < WARM_S, max(1, min(1000, round(SHORT_S / once)))
-        least = LEAST_LONG if once > LONG_S else LEAST
+        least = LEAST_SLOW if once > SLOW_S else LEAST_LONG if once > LONG_S else LEAST
         fitting = int(budget_s / (once * (repeat + warm)))
         return cls(call, setup, warm, repeat, max(least, min(MOST, fitting)))
 

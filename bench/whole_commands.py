@@ -1,40 +1,44 @@
 """Whole commands, from their start to their exit, on a checkpoint that is no toy: beside `cp` and what one would use.
 
-Source: layers of the 35B with all 256 experts, random BF16, 8.8 GB in two shards, in the page cache where that has room
-(`SMALL` of them where a run is to be quick). `cp -r` copies as many bytes; it does not encode, hash, flush or read
-back. Each command runs before it is timed, and what ours has made passes `verify` against the source. The note says the
-CPU seconds of the last round, user and system.
+Source: layers of the 35B with all 256 experts, random BF16, 8.8 GB in two shards, read before each call so that it is
+in the page cache where that has room (`SMALL` of them where a run is to be quick). `cp -r` copies as many bytes; it
+does not encode, hash, flush or read back. The tools that make the same are in real_tools.py.
+
+Each command first runs with nothing in the page cache, untimed: so its bytes read are counted, and what it made is
+checked. Ours passes `verify` against the source; a tool's tensors have the bytes of ours, or pass `verify` too.
+The note says the CPU seconds of the last round, user and system.
 """
 
 import json
-import resource
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ornith_moe.bench.peers import Unable
-from ornith_moe.bench.tasks import Side, Task, Work
+from ornith_moe.bench.command import Command, Step, digests
+from ornith_moe.bench.real_tools import TOOLS, Place, Tool
+from ornith_moe.bench.tasks import Settings, Side, Task, Work
 from ornith_moe.bench.timing import Times
 from ornith_moe.quant.source.preset import read_preset
 from ornith_moe.quant.source.weights import open_source, source_from_config
 from ornith_moe.quant.verification.verify import verify
 
 PRESET, LAYERS = "ornith-1.0-35b", 4
-BUILDS = ("fp8-channel",), ("gguf:Q8_0",), ("gguf:Q4_K_M",), ("fp8-channel", "gguf:Q8_0", "gguf:Q4_K_M"), ("mlx:4",)
+THREE = "fp8-channel", "gguf:Q8_0", "gguf:Q4_K_M"
+BUILDS = *((name,) for name in THREE), THREE, ("mlx:4",), ("nvfp4",)
 SMALL = {"num_experts": 8, "vocab_size": 4096}
-COPY, MLX = "cp -r", "mlx_lm.convert"
+COPY = "cp -r"
 
 
-def tasks(quick: bool, scratch: Callable[[], Path], tokenizer: Callable[[Path], None]) -> list[Task]:
-    """One for each of BUILDS; `tokenizer` puts a tokenizer into a folder."""
-    found = []
-    for builds in BUILDS[:1] if quick else BUILDS:
-        names = {"ours": False, COPY: False} | ({MLX: True} if builds == ("mlx:4",) else {})
+def tasks(settings: Settings, scratch: Callable[[], Path], tokenizer: Callable[[Path], None]) -> list[Task]:
+    """One for each of BUILDS, for the first alone in a quick run of everything; `tokenizer` puts one into a folder."""
+    found, quick = [], settings.quick
+    for builds in BUILDS[:1] if quick and not settings.keyword else BUILDS:
+        names = {"ours": False, COPY: False} | {tool.name: True for tool in TOOLS if (tool.build,) == builds}
         case = {"model": "ornith-35b", "layers": LAYERS, "build": " + ".join(builds), "whole": "command"}
         group = f"the command, {LAYERS} layers of {PRESET}, to {case['build']}"
         prepare = partial(_prepare, builds, quick, scratch, tokenizer)
@@ -94,44 +98,64 @@ def _write(path: Path, shapes: dict[str, tuple[int, ...]], values: np.ndarray) -
 def _prepare(
     builds: tuple[str, ...], quick: bool, scratch: Callable[[], Path], tokenizer: Callable[[Path], None]
 ) -> Work:
-    folder, out = checkpoint(scratch() / "whole", quick, tokenizer), scratch() / "out"
+    folder = checkpoint(scratch() / "whole", quick, tokenizer)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    used: dict[str, str] = {}
+    place, made = Place(folder, scratch() / "out"), Made(builds, folder, scratch() / "ours")
+    commands: dict[str, Command] = {}
+
+    def side(name: str, steps: list[Step], check: Callable[[str], float], **more: Any) -> Side:
+        command = commands[name] = Command(steps, folder, place.out, **more)
+        return Side(command, check, setup=command.prepare, used=lambda: command.used)
+
+    def copied(told: str) -> float:
+        sizes = [sorted((p.name, p.stat().st_size) for p in where.iterdir()) for where in (folder, place.out)]
+        assert sizes[0] == sizes[1], "what it copied has other sizes"
+        return 0.0
+
+    def theirs(tool: Tool) -> Side:
+        found = tool.find()
+        more = {"versions": found.version, "into": tool.into}
+        return side(tool.name, tool.steps(found, place), lambda told: tool.check(place, made.digests), **more)
+
+    sides: dict[str, Callable[[], Side]] = {
+        "ours": lambda: side("ours", [Step(_convert(folder, place.out, builds))], made.check),
+        COPY: lambda: side(COPY, [Step(["cp", "-r", str(folder), str(place.out)])], copied),
+    }
+    sides |= {tool.name: partial(theirs, tool) for tool in TOOLS if (tool.build,) == builds}
+
+    def note(name: str, times: Times) -> str:
+        return f"{size / times.median_s / 1e9:.2f} GB/s of source, {commands[name].told}"
+
+    return Work(sides, 2 * size, note=note)
+
+
+def _convert(folder: Path, out: Path, builds: tuple[str, ...]) -> list[str]:
     options = [word for build in builds for word in ("--to", build)]
-    ours = [sys.executable, "-m", "ornith_moe", "convert", str(folder), str(out), *options, "--device", "cpu", "--json"]
-    theirs = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(folder), "--mlx-path", str(out), "-q"]
+    return [sys.executable, "-m", "ornith_moe", "convert", str(folder), str(out), *options, "--device", "cpu", "--json"]
 
-    def run(name: str, command: list[str]) -> str:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, " ".join(done.stderr.split())[-300:]
-        user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-        used[name] = f"{user:.1f} s user, {system:.1f} s system"
-        return done.stdout
 
-    def side(name: str, command: list[str], check: Callable[[str], float] = lambda told: 0.0) -> Side:
-        return Side(partial(run, name, command), check, setup=lambda: shutil.rmtree(out, ignore_errors=True))
+class Made:
+    """What ours has made of a source: verified, and the digests of its tensors, which outlive its files."""
 
-    def check(told: str) -> float:
-        source = open_source(folder)
+    def __init__(self, builds: tuple[str, ...], folder: Path, out: Path):
+        self.builds, self.folder, self.out = builds, folder, out
+        self._digests: dict[str, str] = {}
+
+    def check(self, told: str) -> float:
+        """Verify what the JSON of a conversion names."""
+        source = open_source(self.folder)
         for build in json.loads(told)["builds"]:
             found = verify(build["path"], source)
             assert found.ok, str(found.problems[:1])
+            if len(self.builds) == 1:
+                self._digests = digests(Path(build["path"]))
         return 0.0
 
-    def mlx() -> Side:
-        if subprocess.run([sys.executable, "-c", "import mlx_lm"], capture_output=True).returncode:
-            raise Unable("missing", "mlx-lm is not installed; pip install 'ornith-moe[mlx]'")
-        return side(MLX, theirs)
-
-    sides = {
-        "ours": lambda: side("ours", ours, check),
-        COPY: lambda: side(COPY, ["cp", "-r", str(folder), str(out)]),
-        MLX: mlx,
-    }
-
-    def note(name: str, times: Times) -> str:
-        return f"{size / times.median_s / 1e9:.2f} GB/s of source, {used[name]}"
-
-    return Work(sides, 2 * size, note=note)
+    def digests(self) -> Mapping[str, str]:
+        """Of a build, which is made anew where ours did not run."""
+        if not self._digests:
+            command = Command([Step(_convert(self.folder, self.out, self.builds))], self.folder, self.out)
+            command.prepare()
+            self.check(command())
+            shutil.rmtree(self.out)
+        return self._digests

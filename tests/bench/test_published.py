@@ -154,3 +154,20 @@ def test_every_part_of_the_documents_is_known_and_of_known_files():
     found = [match for path in (ROOT / "docs").glob("*.md") for match in
              published.PART.findall(path.read_text(encoding="utf-8"))]  # fmt: skip
     assert {match[1] for match in found} <= PARTS.keys() and len(found) > 5
+
+
+def test_commands_have_columns_of_what_they_used(tmp_path):
+    case = {"whole": "command", "build": "mlx:4"}
+    used = {"peak_rss_bytes": 2e9, "peak_own_bytes": 1e9, "read_bytes": 8.76e9, "write_bytes": 2.5e9}
+    rows = [
+        Row("convert", "g", "ours", False, case=case, median_s=10.0, rounds=3, note="note", used=used),
+        Row("convert", "g", "cp -r", False, case=case, median_s=5.0, rounds=3, used=used | {"read_bytes": 0}),
+        Row("convert", "g", "mlx", True, "missing", "pip install mlx", case),
+    ]
+    save(replace(RUN, rows=rows), tmp_path / "run.json")
+    header, _, ours, copied, missing = part("commands", "run.json", tmp_path).splitlines()
+    assert "| peak RSS, GB | of it no mapped files | read from the disk | written |" in header
+    assert ours == "| mlx:4 | ours | 10.0 (3) | 0.50x | 2.00 | 1.00 | 8.76 | 2.50 | note |"
+    assert "| 0.00 | 2.50 |" in copied and missing == "| mlx:4 | `mlx` | missing |  |  |  |  |  | pip install mlx |"
+    save(replace(RUN, rows=[replace(row, used={}) for row in rows]), tmp_path / "run.json")
+    assert part("commands", "run.json", tmp_path).splitlines()[2] == "| mlx:4 | ours | 10.0 | 0.50x | note |"

@@ -19,7 +19,7 @@ from ornith_moe.bench import bench_codecs, bench_convert, bench_gpu_encode, benc
 from ornith_moe.bench.plugin import Plugin
 from ornith_moe.bench.rows import load
 from ornith_moe.bench.shapes import MODELS
-from ornith_moe.bench.tasks import Bench, Settings, Side, Task, Work
+from ornith_moe.bench.tasks import SLOWEST_S, Bench, Settings, Side, Task, Work
 from ornith_moe.quant.errors import OrnithError
 
 QUICK = Settings(quick=True)
@@ -122,6 +122,17 @@ def test_threads_of_a_task_are_given_back(bench):
     side = Side(lambda: seen.append(torch.get_num_threads()), lambda _: 0.0)
     bench.rows_of(Task("codecs", "group", {}, {"a": False}, lambda: Work({"a": lambda: side}, 8), threads=1), ["a"])
     assert set(seen) == {1} and torch.get_num_threads() == before
+
+
+def test_what_says_itself_what_it_used_is_called_once_to_be_checked_and_once_in_all_if_slow(bench):
+    used, calls = {"peak_rss_bytes": 5, "rchar": 7}, []
+    side = Side(lambda: calls.append(1), lambda _: 0.0, used=lambda: used)
+    task = Task("convert", "group", {}, {"a": False}, lambda: Work({"a": lambda: side}, 8), budget=1e-9)
+    (row,) = bench.rows_of(task, ["a"])
+    assert (row.used, row.peak_bytes, row.rounds, len(calls)) == (used, 5, 3, 4)
+    bench.clock.seconds = lambda call, repeat=1: (call(), SLOWEST_S + 1)[1]
+    (row,) = bench.rows_of(task, ["a"])
+    assert (row.median_s, row.rounds, len(calls)) == (SLOWEST_S + 1, 1, 5)
 
 
 @pytest.mark.parametrize(("suite", "settings"), ALL, ids=str)
