@@ -1,7 +1,8 @@
 """Hostile inputs against the command line: tests/fuzz/run.py [--corpus] [--cases N] [--seed S] [--only CLASS[:NUMBER]].
 
 Prints how the cases of each class ended; exits 1 if one ended in anything but success, one sentence or a usage error:
-a traceback, a hang over 20 s, a peak over 2.2 GiB, a file opened outside, a message over 2,000 characters. Each bad one
+a traceback, a hang over 20 s, a peak over 2.2 GiB, a file opened outside, one that was given and is another or gone, a
+message over 2,000 characters. Each bad one
 is printed with the arguments that repeat it. The same seed gives the same inputs.
 """
 
@@ -61,7 +62,7 @@ def _run_class(worker: Worker, inputs: Inputs, seed: int, kind: str, numbers, te
         if found["outcome"] not in GOOD:
             bad += 1
             print(f"  {found['outcome'].upper()}: --seed {seed} --only {kind}:{number}: {found['text'][:300]} "
-                  f"{found['where']} {found['outside'] or ''}", flush=True)  # fmt: skip
+                  f"{found['where']} {found['outside'] or found['lost'] or ''}", flush=True)  # fmt: skip
         if tell:
             print(f"  ornith-moe {' '.join(word[:200] for word in argv)}\n  {found}".encode(errors="replace").decode())
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

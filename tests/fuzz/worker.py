@@ -1,12 +1,15 @@
 """Run the command line case after case in a forked process, and say how each ended.
 
 The parent imports everything once; a worker is a fork of it with a limit of memory, and an audit hook that notes every
-file opened outside the folder of the case. A worker that hangs or dies is replaced.
+file opened, made or removed outside the folder of the case. A worker that hangs or dies is replaced. What a command was
+given it must leave as it was: the parent compares. tests/test_fuzz.py shows each of these to be found. Not seen: files
+that C code opens.
 """
 
 import gc
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -29,27 +32,34 @@ from ornith_moe.quant.conversion import convert  # noqa: F401
 from ornith_moe.quant.source import hub  # noqa: F401
 from ornith_moe.quant.verification import inspect, verify  # noqa: F401
 
-clients.LlamaCpp.__init__.__kwdefaults__["threads"] = 1  # more of them wait for one another by spinning
-
 SECONDS, MEMORY, LONGEST = 20, int(2.2 * 2**30), 2_000
 DATA_LIMIT = 6 << 30  # beyond MEMORY, so that the peak is measured and not only a MemoryError
 GOOD = ("ok", "sentence", "usage")
 _ROOT = str(Path(cli.__file__).resolve().parent.parent)
 _SYSTEM = ("/usr/", "/lib", "/proc/", "/sys/", "/dev/null", "/dev/urandom", "/etc/", sys.prefix, sys.base_prefix, _ROOT)
 _CACHES = tuple(filter(None, (os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("PYTHONPYCACHEPREFIX"))))
+_TEMPORARY = os.path.join(tempfile.gettempdir(), "tmp")
+_OUTPUTS = re.compile(r"case/(?:in/)?out\b")
+_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = {  # audit events, and which of their arguments are paths that change
+    "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,),
+    "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,),
+}  # fmt: skip
 
 
 class Worker:
-    """Runs cases in a fork; `run` gives what became of one."""
+    """Runs cases in a fork; `run` gives what became of one. `command` is that of `ornith-moe`, or one to be judged."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, command: typer.core.TyperGroup | None = None):
         self.folder = os.path.realpath(folder)
+        self.command = command or typer.main.get_command(cli.app)
         self.pid = 0
 
     def run(self, argv: list[str]) -> dict:
-        """{"outcome", "text", "where", "seconds", "rss", "outside"} of `ornith-moe` with these arguments."""
+        """{"outcome", "text", "where", "seconds", "rss", "outside", "lost"} of `ornith-moe` with these arguments."""
         if not self.pid:
             self._start()
+        given = self._given()
         began, data, hung = time.monotonic(), b"", False
         os.write(self.orders, json.dumps(argv).encode() + b"\n")
         cpu = self._cpu_seconds()
@@ -72,7 +82,22 @@ class Worker:
         else:
             found = json.loads(data)
             found["outcome"] = _outcome(found)
-        return found | {"seconds": seconds}
+        now = self._given()
+        lost = sorted(path for path, what in given.items() if now.get(path) != what)
+        if lost and found["outcome"] in GOOD:
+            found["outcome"] = "lost"
+        return found | {"seconds": seconds, "lost": lost[:3]}
+
+    def _given(self) -> dict[str, tuple[int, int, int]]:
+        """{path: inode, size and time of change} of what is in the folder, but for places where commands put builds."""
+        found = {}
+        for root in ("base", "case"):
+            for folder, _, names in os.walk(f"{self.folder}/{root}"):
+                for path in (os.path.join(folder, name) for name in names):
+                    if not _OUTPUTS.match(path[len(self.folder) + 1 :]):
+                        stat = os.lstat(path)
+                        found[path] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return found
 
     def close(self) -> None:
         if self.pid:
@@ -98,6 +123,7 @@ class Worker:
 
     def _serve(self, take: int, give: int) -> None:
         gc.freeze()
+        clients.LlamaCpp.__init__.__kwdefaults__["threads"] = 1  # more of them wait for one another by spinning
         resource.setrlimit(resource.RLIMIT_DATA, (DATA_LIMIT, DATA_LIMIT))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         null = os.open(os.devnull, os.O_WRONLY)
@@ -105,27 +131,32 @@ class Worker:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         outside: set[str] = set()
         sys.addaudithook(lambda event, arguments: self._note(event, arguments, outside))
-        command = typer.main.get_command(cli.app)
         for line in os.fdopen(take, "rb"):
-            outside.clear()
             os.chdir(self.folder)
             with open("/proc/self/clear_refs", "w") as file:  # the peak starts at what is resident now
                 file.write("5")
-            found = _call(command, [os.fsdecode(word.encode("utf-8", "surrogateescape")) for word in json.loads(line)])
+            outside.clear()
+            argv = [os.fsdecode(word.encode("utf-8", "surrogateescape")) for word in json.loads(line)]
+            found = _call(self.command, argv)
             status = Path("/proc/self/status").read_text()
             found["rss"] = int(status.split("VmHWM:")[1].split()[0]) * 1024
             found["outside"] = sorted(outside)[:3]
             os.write(give, json.dumps(found).encode() + b"\n")
 
     def _note(self, event: str, arguments: tuple, outside: set[str]) -> None:
-        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.symlink", "os.link"):
-            return
-        paths = arguments[:2] if event in ("os.rename", "os.link") else arguments[:1]
+        if event == "open":
+            paths, changes = arguments[:1], bool(arguments[2] & _TO_WRITE)
+        else:
+            paths, changes = [arguments[place] for place in _CHANGES.get(event, ())], True
         for path in paths:
             if isinstance(path, str | bytes):
                 real = os.path.realpath(os.fsdecode(path))
-                fine = real == self.folder or real.startswith((self.folder + "/", *_SYSTEM, *_CACHES))
-                if not fine and not real.startswith(os.path.join(tempfile.gettempdir(), "tmp")):
+                if event != "open":  # of the link itself, not of what it leads to
+                    folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                    real = os.path.join(os.path.realpath(folder), name)
+                fine = real == self.folder or real.startswith((self.folder + "/", "/dev/null", *_CACHES, _TEMPORARY))
+                fine = fine or ("/__pycache__/" in real + "/" if changes else real.startswith(_SYSTEM))
+                if not fine:
                     outside.add(real[:200])
 
 
