@@ -1,15 +1,14 @@
 """`SelfScaffoldTrainer` on the released TRL, unpatched: rows, advantages, replay, strike-outs, resume."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import rl_policy as policy
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from ornith_moe.rl.credit import two_level
 from ornith_moe.rl.monitor import Monitor
@@ -19,6 +18,15 @@ from ornith_moe.rl.trl import SCAFFOLD, SOLUTION, STATE_FILE, SelfScaffoldConfig
 S, R = 3, 2
 STAGES = Stages("{task} plan :", "", "{task} plan : {scaffold} answer :", ("", ""), ("", ""))
 ROWS = S * (1 + R)
+
+
+@pytest.fixture
+def one_thread():
+    """A pool of them does not survive a fork, and their number decides the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -250,33 +258,26 @@ def run(checkpoint, out, **options):
     return trainer(checkpoint, out, num_iterations=2, max_steps=5, save_strategy="steps", save_steps=1, **options)
 
 
-KILLED = """
-import sys; sys.path[:0] = {path!r}
-import os, signal
-from transformers import TrainerCallback
-import test_trl
-
 class Kill(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
-        if state.global_step == {step}:
+        if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-made = test_trl.run({checkpoint!r}, {out!r})
-made.add_callback(Kill())
-made.train()
-"""
+
+def killed(checkpoint, out):
+    made = run(checkpoint, out)
+    made.add_callback(Kill())
+    made.train()
 
 
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(checkpoint, tmp_path):
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(checkpoint, tmp_path, one_thread):
     """Killed in the middle of a batch, so that its other update and a whole new batch follow."""
     undisturbed = run(checkpoint, tmp_path / "whole")
     undisturbed.train()
-    script = KILLED.format(path=sys.path, checkpoint=checkpoint, out=str(tmp_path / "killed"), step=3)
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{script}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(checkpoint, tmp_path / "killed"))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     resumed = run(checkpoint, tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
     (cut := tmp_path / "killed" / "checkpoint-2" / STATE_FILE).unlink()  # as if it had been killed while it wrote that
