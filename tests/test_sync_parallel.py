@@ -7,6 +7,7 @@ import hf_models
 import pytest
 import sync_worker
 import torch
+import two_processes
 from sync_models import BUILDS, WIDE, assert_same_bytes, converted, masters, stored
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ def results(folder):
     for name, changes in (("wide", WIDE), ("odd", ODD)):
         torch.manual_seed(1)
         hf_models.model(implementation="eager", **changes).save_pretrained(folder / name)
-    torch.multiprocessing.spawn(sync_worker.run, (str(folder),), nprocs=2)
+    two_processes.run(sync_worker.run, folder)
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
 
