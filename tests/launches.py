@@ -1,4 +1,4 @@
-"""What kernels were started, while they run; and what they compile to."""
+"""What kernels were started, while they run."""
 
 from types import SimpleNamespace
 
@@ -14,10 +14,8 @@ from ornith_moe.kernels import (
     project,
     routing,
 )
-from ornith_moe.kernels.examine.compile import PROCESSORS, compile_launches
 
 MODULES = (combine, dswiglu, fp8_cast, gate_up, gguf_encode, grouped_wgrad, plan, project, routing)
-FORMS = tuple(arch for arch in PROCESSORS if arch != "sm89")  # which runs sm90's form where nothing is multiplied
 
 
 def watch(monkeypatch, around=None):
@@ -41,9 +39,3 @@ def watch(monkeypatch, around=None):
     for module in MODULES:
         monkeypatch.setattr(module, "launch", spy)
     return every
-
-
-def compiled(arch, launches):
-    """[(launch, report), ...] of what `launches(arch)` records."""
-    started = launches(arch)
-    return list(zip(started, compile_launches([(arch, one) for one in started]), strict=True))

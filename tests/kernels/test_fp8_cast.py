@@ -5,14 +5,12 @@ GPUs as the launchers start them, which shows IEEE division, kept denormals, wid
 then computes is covered only by running this file on one (the tests are the same there). Not covered: speed.
 """
 
-import re
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import FORMS, compiled
+from machine_code import FORMS, compiled
 
 from ornith_moe.kernels import fp8_cast
 from ornith_moe.kernels.launch import recording
@@ -223,18 +221,18 @@ def launches(arch):
 
 @pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
-    for one, report in compiled(target, launches):
-        asm, name = report.asm, one.label
-        assert report.spills == 0, name
+    for each in compiled(target, launches):
+        one, seen, name = each.launch, each.seen, each.launch.label
+        assert each.report.spills == 0, name
         copies = 1 + (one.arguments.get("q_t_ptr") is not None)
         elements = one.arguments["BLOCK_N"] * one.arguments["BLOCK_K"] // (32 * one.options["num_warps"])
         if target.startswith("sm"):
-            assert "div.rn.f32" in asm and "div.full" not in asm and ".ftz" not in asm, name
-            stores = asm.count("st.global.v4.b32")
+            assert seen["divisions"] and not seen["inexact"], name
+            stores = seen["stores of 16 bytes"]
             bytes_out = elements * copies * one.arguments["q_ptr"].element_size()
             assert stores * 16 == bytes_out, f"{name}: {stores} stores of 16 bytes for {bytes_out} bytes per thread"
             if "block" in name:  # one division per element and one for the scale: the copy costs none
-                assert asm.count("div.rn.f32") == elements + 1, name
+                assert seen["divisions"] == elements + 1, name
         else:
-            assert "v_div_fixup_f32" in asm and "denorm_mode_32 3" in asm, f"{name}: division or denormals are not IEEE"
-            assert re.search("(global|buffer)_store_dwordx4", asm), f"{name}: codes are not stored 16 bytes at a time"
+            assert seen["divisions"] and seen["denormals"], f"{name}: division or denormals are not IEEE"
+            assert seen["stores of 16 bytes"], f"{name}: codes are not stored 16 bytes at a time"

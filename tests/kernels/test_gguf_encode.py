@@ -9,7 +9,6 @@ tests are the same there). Not covered: speed.
 """
 
 import dataclasses
-import re
 
 import ggml
 import numpy as np
@@ -21,10 +20,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 from codec_cases import FEW, IMPORTANCE, WEIGHTS
-from launches import FORMS
+from machine_code import FORMS, look_up
 
 from ornith_moe.kernels import gguf_encode
-from ornith_moe.kernels.examine.compile import compile_requests, specialize
+from ornith_moe.kernels.examine.compile import specialize
 from ornith_moe.kernels.gguf_encode import ENCODED, quantize_gguf
 from ornith_moe.kernels.gguf_search import nearest
 from ornith_moe.kernels.launch import recording
@@ -154,13 +153,10 @@ def launches(arch):
     return [one for one in started if "Q4_K" not in one.label or "search" in one.label]
 
 
-def fused(arch, asm):
-    """(fused multiply-adds, how many of them divisions and roots expand to) of an assembly."""
-    if arch.startswith("sm"):  # in PTX both are one instruction, and what has `.rn` is not fused later
-        return len(re.findall(r"\b(?:fma|(?:mul|add|sub)\.f32)\b", asm)), 0
-    every = len(re.findall(r"^\s*v_(?:pk_)?(?:fma|fmac|mad)_f32", asm, re.MULTILINE))
+def fused(arch, seen):
+    """(fused multiply-adds, how many of them divisions and roots expand to): in PTX both are one instruction."""
     # v_fmamk and v_fmaak are of 64-bit integer division; v_fma_mix is an FP16 product with an addend of 0
-    return every, 5 * asm.count("v_div_fixup_f32") + 2 * asm.count("v_sqrt_f32")
+    return seen["fused"], 0 if arch.startswith("sm") else 5 * seen["divisions"] + 2 * seen["roots"]
 
 
 @pytest.mark.slow
@@ -170,17 +166,15 @@ def test_compiles_for_every_target_without_contraction(arch):
     requests = [specialize(arch, one) for one in started]
     (control,) = (r for r, one in zip(requests, started, strict=True) if "Q6_K with importance search" in one.label)
     control = dataclasses.replace(control, options=control.options | {"enable_fp_fusion": True})
-    *reports, fusing = compile_requests([*requests, control])
-    for one, report in zip(started, reports, strict=True):
-        asm, where = report.asm, f"{one.label} for {arch}"
+    *compiled, (_, fusing) = look_up([*requests, control])
+    for one, (report, seen) in zip(started, compiled, strict=True):
+        where = f"{one.label} for {arch}"
         assert report.spills == 0, where
-        found, allowed = fused(arch, asm)
+        found, allowed = fused(arch, seen)
         assert found == allowed, f"{where}: {found} fused multiply-adds, {allowed} of divisions and roots"
-        if arch.startswith("sm"):
-            assert "div.rn.f32" in asm and "div.full" not in asm and ".ftz" not in asm and "approx" not in asm, where
-        else:
-            assert "v_div_fixup_f32" in asm and "denorm_mode_32 3" in asm, where
+        assert seen["divisions"] and not seen["inexact"], where
+        assert seen["denormals"] or arch.startswith("sm"), where
         if arch.startswith("sm") and "search" in one.label:
-            assert "shfl" not in asm and "shared" not in report.asm.replace(".shared .align", ""), where
-    found, allowed = fused(arch, fusing.asm)
+            assert not seen["shuffles"] and not seen["shared memory"], where
+    found, allowed = fused(arch, fusing)
     assert found > allowed, f"{arch}: fusion does not show where it is on"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import FORMS, compiled
+from machine_code import FORMS, compiled
 
 from ornith_moe.kernels.launch import recording
 from ornith_moe.kernels.plan import build_plan, max_tiles, plan_reference
@@ -161,9 +161,9 @@ def launches(arch):
 
 @pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
-    reports = compiled(target, launches)
-    assert len(reports) == 6
-    for one, report in reports:
-        name = f"{one.label}, E = {one.arguments['E']}"
-        assert report.spills == 0, f"{name}: {report.spills}"
-        assert not any(word in report.asm for word in ("atom.global", "red.global", "global_atomic")), name
+    every = compiled(target, launches)
+    assert len(every) == 6
+    for one in every:
+        name = f"{one.launch.label}, E = {one.launch.arguments['E']}"
+        assert one.report.spills == 0, f"{name}: {one.report.spills}"
+        assert not one.seen["global atomics"], name

@@ -11,7 +11,7 @@ from numeric import assert_close, assert_same_bits
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from launches import FORMS, compiled
+from machine_code import FORMS, compiled
 
 import ornith_moe as om
 from ornith_moe.kernels.launch import recording
@@ -263,8 +263,8 @@ def launches(arch):
 
 @pytest.mark.parametrize("target", FORMS)
 def test_compiles_for_every_target(target):
-    for one, report in compiled(target, launches):
-        asm, name = report.asm, f"{one.label}, E = {one.arguments['E']}"
-        assert report.spills == 0, f"{name}: {report.spills}"
-        assert "atom" not in asm and "red.global" not in asm, name
-        assert ("div.rn.f32" if target.startswith("sm") else "v_div_fixup_f32") in asm, f"{name}: division is not IEEE"
+    for one in compiled(target, launches):
+        name = f"{one.launch.label}, E = {one.launch.arguments['E']}"
+        assert one.report.spills == 0, f"{name}: {one.report.spills}"
+        assert not one.seen["atomics"], name
+        assert one.seen["divisions"], f"{name}: division is not IEEE"

@@ -5,17 +5,23 @@ should be is tests/kernels/examine/test_catalog.py.
 """
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from ornith_moe.kernels import combine, plan
+import machine_code
+from triton import language
+
+from ornith_moe.kernels import combine, mainloop, plan
+from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.compile import (
     Report,
     _Workers,
     compile_launches,
+    compile_requests,
     hot_loop,
     parse_amdgcn,
     parse_sass,
@@ -23,6 +29,7 @@ from ornith_moe.kernels.examine.compile import (
     unbroken_k,
 )
 from ornith_moe.kernels.launch import recording
+from ornith_moe.quant.recipes import RECIPES
 
 SASS = """
 .L_x_0:
@@ -161,6 +168,36 @@ def test_a_kernel_that_does_not_compile_is_named(arch):
     broken = dataclasses.replace(broken, arguments=broken.arguments | {"BLOCK_W": 24})
     with pytest.raises(RuntimeError, match=rf"combine\.combine_kernel for {arch} .*does not compile"):
         compile_launches([(arch, broken)])
+
+
+@pytest.mark.parametrize("arch", ["sm90", "gfx950"])
+def test_what_is_remembered_is_what_the_compilers_say(arch):
+    """machine_code.json, by which other tests look at kernels that have not changed."""
+    recorded = catalog.record(arch, catalog.Pass("35B", 64, "forward", RECIPES["fp8"]))
+    request = specialize(arch, next(launch for launch in recorded if launch.label == "down fp8"))
+    if machine_code.key(request) not in machine_code.remembered():
+        pytest.skip("not the recorded kernel, Triton or Python; of a kernel, tests/record_machine_code.py records it")
+    (report,) = compile_requests([request])
+    row = machine_code.row_of(request, report)
+    assert row == machine_code.remembered()[machine_code.key(request)]
+
+
+def test_another_source_is_another_kernel(monkeypatch):
+    """Of the kernel, of what it calls through other files, and of the constants that those read."""
+    request = specialize("sm90", catalog.record("sm90", catalog.Pass("35B", 64, "forward", RECIPES["fp8"]))[-2])
+    assert request.kernel == "project_kernel"
+    keys, source = {machine_code.key(request)}, inspect.getsource
+    for name in ("project_kernel", "multiply", "narrow", "bits_of"):
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda f, name=name: source(f) + " " * (f.__name__ == name))
+            machine_code.sources.cache_clear()
+            keys.add(machine_code.key(request))
+    with monkeypatch.context() as patch:
+        patch.setattr(mainloop, "_FP8_BLOCK", language.constexpr(64))
+        machine_code.sources.cache_clear()
+        keys.add(machine_code.key(request))
+    machine_code.sources.cache_clear()
+    assert len(keys) == 6 and machine_code.key(request) in keys
 
 
 def test_compilers_stay_for_the_next_call():
