@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ornith_moe.clients import Client
+from ornith_moe.clients import Client, encode
 from ornith_moe.quant import files
 from ornith_moe.quant.errors import VerificationError
 
@@ -156,6 +156,12 @@ def held_out_windows(tokens: Sequence[int], *, windows: int = 8, length: int = 2
     windows = max(1, min(windows, len(tokens) // length))
     starts = np.linspace(0, len(tokens) - length, windows).round().astype(np.int64)
     return np.stack([np.asarray(tokens[start : start + length], dtype=np.int64) for start in starts])
+
+
+def begin_windows(folder: str | Path, windows: np.ndarray) -> np.ndarray:
+    """Windows [W, L] that begin with the token with which the tokenizer in `folder` begins texts, where it has one."""
+    begin = encode(folder, "", special=True)
+    return np.concatenate([np.full_like(windows[:, :1], begin[0]), windows[:, 1:]], axis=1) if begin else windows
 
 
 def read_text(path: str | Path | None) -> str:

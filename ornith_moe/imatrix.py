@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ornith_moe.clients import encode, quiet_transformers, require
-from ornith_moe.compare import read_text
+from ornith_moe.compare import begin_windows, read_text
 from ornith_moe.layerwise import Layerwise, SourceWeights, Watch, batches, files_of_zeros
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
@@ -125,10 +125,7 @@ def _chunks(source: Source, text: Path, chunks: int | None, ctx: int) -> np.ndar
             f"{folder}: tokenizer.json gives token {windows.max()}, the model knows "
             f"{source.architecture.vocabulary}; they are not of one model"
         )
-    begin = encode(folder, "", special=True)
-    if begin:
-        windows[:, 0] = begin[0]
-    return windows
+    return begin_windows(folder, windows)
 
 
 def _quantized_places(source: Source) -> dict[str, list[Place]]:

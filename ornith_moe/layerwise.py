@@ -42,7 +42,7 @@ from ornith_moe.quant.source.slab import matrix_shape
 from ornith_moe.quant.source.source import Source
 
 BATCH_TOKENS = 2048  # run at once
-SLAB_BYTES = 32 << 20  # of a weight in fp32, read at once
+SLAB_BYTES = 4 << 20  # of a weight in fp32, read at once
 EMBEDDING_ROWS = 4096  # read at once
 
 
@@ -220,23 +220,29 @@ class Layerwise:
         return layer, seen
 
     def _tensor(self, weights: Weights, name: str) -> torch.Tensor:
-        """A weight in fp32, read in slabs."""
+        """A weight in fp32."""
         if name not in self.shapes:
             raise CheckpointError(f"{self.folder}: transformers' model has {name}, the checkpoint does not")
-        rows, columns = matrix_shape(self.shapes[name])
-        slab = max(SLAB_BYTES // (4 * columns) // SLAB_ROWS, 1) * SLAB_ROWS
-        whole = np.empty((rows, columns), np.float32)
-        for start in range(0, rows, slab):
-            whole[start : start + slab] = weights.rows(name, start, min(slab, rows - start))
+        whole = np.empty(matrix_shape(self.shapes[name]), np.float32)
+        _fill(whole, weights, name)
         return torch.from_numpy(whole).reshape(self.shapes[name])
 
     def _reader(self, number: int, weights: Weights, owner: str) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-        """What gives gate over up [2I, H] and down [H, I] of an expert."""
+        """What gives gate over up [2I, H] and down [H, I] of an expert, until it is asked for the next but one."""
+        start, kinds = self._name(number, owner), ("gate", "up", "down")
+        missing = [f"{start}.{e}.{kind}_proj.weight" for e in range(self.experts) for kind in kinds]
+        missing = [name for name in missing if name not in self.shapes]
+        if missing:
+            raise CheckpointError(f"{self.folder}: transformers' model has {missing[0]}, the checkpoint does not")
+        inner, hidden = self.shapes[f"{start}.0.gate_proj.weight"]
+        room = [(np.empty((2 * inner, hidden), np.float32), np.empty((hidden, inner), np.float32)) for _ in range(2)]
 
         def read(expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-            parts = [f"{self._name(number, owner)}.{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
-            gate, up, down = (self._tensor(weights, part) for part in parts)
-            return torch.cat((gate, up)), down
+            room.reverse()  # fresh memory for each costs the system more time than decoding takes
+            gate_up, down = room[0]
+            for kind, part in zip(kinds, (gate_up[:inner], gate_up[inner:], down), strict=True):
+                _fill(part, weights, f"{start}.{expert}.{kind}_proj.weight")
+            return torch.from_numpy(gate_up), torch.from_numpy(down)
 
         return read
 
@@ -361,6 +367,14 @@ class _Cut:
                     inner = self.act(gates) * ups
                     told(expert, x, inner)
                     outputs.index_add_(0, tokens, F.linear(inner, down) * weights[tokens, slots, None])
+
+
+def _fill(whole: np.ndarray, weights: Weights, name: str) -> None:
+    """Read a weight into fp32 [rows, K], in slabs."""
+    rows, columns = whole.shape
+    slab = max(SLAB_BYTES // (4 * columns) // SLAB_ROWS, 1) * SLAB_ROWS
+    for start in range(0, rows, slab):
+        whole[start : start + slab] = weights.rows(name, start, min(slab, rows - start))
 
 
 def batches(x: np.ndarray) -> list[slice]:

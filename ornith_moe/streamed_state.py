@@ -82,6 +82,8 @@ class State:
         self._file.truncate(kept)
         self._file.seek(kept)
         if not kept:
+            for path in self.folder.glob("x*.[01]"):
+                path.unlink()
             self._write(head)
         elif self.lines and self._digests(len(self.lines) - 1) != self.lines[-1].get("digests"):
             raise CheckpointError(

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 
 PRELOADED = (  # what the commands import when they run
     "gguf", "regex", "rich.progress", "torch", "transformers", "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
-    "ornith_moe.cli", "ornith_moe.clients", "ornith_moe.compare", "ornith_moe.gpu_encoders", "ornith_moe.imatrix",
+    "ornith_moe.candidates", "ornith_moe.cli", "ornith_moe.clients", "ornith_moe.compare", "ornith_moe.gpu_encoders",
+    "ornith_moe.imatrix",
     "ornith_moe.quant.conversion.convert", "ornith_moe.quant.source.hub", "ornith_moe.quant.verification.inspect",
     "ornith_moe.quant.verification.verify",
 )  # fmt: skip

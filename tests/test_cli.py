@@ -109,18 +109,66 @@ def test_convert_tells_what_it_made_of_its_source(moe, tmp_path):
     ornith_moe("plan", folder, "--to", "bf16", "--name", "a/b", code=1)
 
 
-def test_compare_runs_both(moe, converted, tmp_path):
-    text = tmp_path / "text"
-    text.write_text("A router reads each token once and names the experts that will work on it. " * 8)
-    for run, build in zip((fresh, ornith_moe), converted["builds"], strict=True):
-        done = run("compare", moe, build["path"], "--text", text, "--windows", 1, "--json")
+@pytest.fixture
+def router_text(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("A router reads each token once and names the experts that will work on it. " * 8)
+    return path
+
+
+def test_compare_streams_all_builds(moe, converted, router_text, tmp_path):
+    paths = [build["path"] for build in converted["builds"]]
+    state = tmp_path / "state"
+    words = ("compare", moe, *paths, "--text", router_text, "--windows", 1, "--state", state)
+    done = fresh(*words, "--json")
+    found = json.loads(done.stdout)
+    tokens = found["window_tokens"]
+    assert done.stderr == "" and found["positions"] == tokens - 1 - tokens // 8 and not state.exists()
+    assert [(build["build"], build["kind"]) for build in found["builds"]] == [
+        (build["path"], build["build"]) for build in converted["builds"]
+    ]
+    for build in found["builds"]:
+        assert 0 < build["kl_mean"] < build["kl_p99"] < build["kl_max"] and 0 <= build["top1"] <= 1
+        assert len(build["layers"]) == 4 and build["kl_mean_se"] is None
+    table = ornith_moe("compare", moe, moe, "--text", router_text, "--windows", 1, "--state", state).stdout
+    assert " 0.000000 " in table and "100.0 %" in table and "0.0000, layer 0" in table
+    (tmp_path / "binary").write_bytes(b"\xff")
+    assert "UTF-8" in ornith_moe("compare", moe, paths[0], "--text", tmp_path / "binary", code=1).stderr
+
+
+def test_an_interrupted_compare_goes_on(moe, converted, router_text, tmp_path):
+    """As the sentence says; and without --resume it begins anew."""
+    state = tmp_path / "state"
+    words = ["compare", moe, converted["builds"][0]["path"], "--text", router_text, "--windows", 1, "--state", state]
+    assert "leave --resume out" in ornith_moe(*words, "--resume", code=1).stderr
+    stopping = (
+        "import os, signal; from ornith_moe import layerwise; run = layerwise.Layerwise.advance\n"
+        "def stop(self, number, *a, **k):\n"
+        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return run(self, number, *a, **k)\n"
+        "layerwise.Layerwise.advance = stop\n"
+        "import sys; from ornith_moe.cli import main; sys.argv = ['ornith-moe', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", stopping, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "ornith-moe: stopped; the same command with --resume goes on\n")
+    other = [*words[:2], converted["builds"][1]["path"], *words[3:]]
+    said = ornith_moe(*other, "--resume", code=1).stderr
+    assert "what was begun here had other builds; leave --resume out to begin anew" in said
+    found = json.loads(ornith_moe(*words, "--resume", "--json").stdout)
+    again = json.loads(ornith_moe(*words, "--json").stdout)
+    assert found["builds"] == again["builds"] and not state.exists()
+
+
+def test_compare_runs_both_in_their_clients(moe, converted, router_text):
+    gguf = converted["builds"][1]["path"]
+    for build in converted["builds"]:
+        done = ornith_moe("compare", moe, build["path"], "--client", "--text", router_text, "--windows", 1, "--json")
         found = json.loads(done.stdout)
         assert found["positions"] == 16 and 0 < found["kl_mean"] < found["kl_max"] and 0 <= found["top1"] <= 1
         assert done.stderr == ""
-    gguf = converted["builds"][1]["path"]
-    assert "expected A or B to be" in ornith_moe("compare", gguf, gguf, code=1).stderr
-    (tmp_path / "binary").write_bytes(b"\xff")
-    assert "UTF-8" in ornith_moe("compare", moe, gguf, "--text", tmp_path / "binary", code=1).stderr
+    assert "expected SRC or BUILD to be" in ornith_moe("compare", gguf, gguf, "--client", code=1).stderr
+    assert "leave --client out for more" in ornith_moe("compare", moe, gguf, gguf, "--client", code=1).stderr
 
 
 def test_damage_is_exit_code_3(converted, tmp_path):

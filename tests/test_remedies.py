@@ -12,6 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {  # a part of a message, {} where a value stands -> the test that follows it
     "the same command goes on": "tests/test_cli.py::test_a_signal_is_one_sentence",
+    "with --resume goes on": "tests/test_cli.py::test_an_interrupted_compare_goes_on",
+    "leave --client out for more": "tests/test_cli.py::test_compare_streams_all_builds",
+    "--compare: has no build {}, of which the card is; give its own":
+        "tests/quant/builds/test_card.py::test_figures_of_something_else_are_one_sentence",
     "run its own command again to finish it, or add --restart":
         "tests/quant/conversion/test_convert.py::test_an_unfinished_conversion_is_not_mixed_and_both_ways_out_work",
     "exists already; move it away and run the same command again":

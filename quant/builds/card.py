@@ -7,7 +7,7 @@ and is given: the JSON of `verify` and `compare`. What it cannot know it leaves 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,29 @@ def _checks(build: Build, verified: Sequence[Mapping[str, Any]], compared: Seque
             raise CheckpointError(f"--verify: is of build {brief(name)}, the card is of {build.name}; give its own")
         what, against = "passes" if ok else "fails", " against the source" if roles else ", without the source"
         lines.append(f"It {what} `ornith-moe verify`: {tensors:,} tensors{against}.")
-    if compared:
-        head = "| client | positions | KL, nats | top-1 | perplexity | of the source |"
-        lines.append(f"{head}\n|---|---|---|---|---|---|")
-    for found in compared:
-        client, positions, *figures = _taken(
-            found, "the JSON of compare", client_b=str, positions=int, kl_mean=float, top1=float,
-            perplexity_b=float, perplexity_a=float,
-        )  # fmt: skip
-        kl, top1, perplexity, its = figures
-        lines[-1] += f"\n| {bare(client)} | {positions:,} | {kl:.5f} | {top1:.1%} | {perplexity:.2f} | {its:.2f} |"
+    rows = [row for found in compared for row in _compared(build, found)]
+    if rows:
+        lines.append(
+            "| computed by | positions | KL, nats | top-1 | perplexity | of the source |\n|---|---|---|---|---|---|"
+        )
+    for way, positions, kl, top1, perplexity, its in rows:
+        lines[-1] += f"\n| {bare(way)} | {positions:,} | {kl:.5f} | {top1:.1%} | {perplexity:.2f} | {its:.2f} |"
     return "\n\n".join(["## Checked", *lines]) if lines else ""
+
+
+def _compared(build: Build, found: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Who computed, positions, KL, top-1 and both perplexities: of a client, or of this build among those streamed."""
+    what = "the JSON of compare"
+    if not isinstance(found, Mapping) or "builds" not in found:
+        kinds = {"client_b": str, "positions": int, "kl_mean": float, "top1": float}
+        yield _taken(found, what, **kinds, perplexity_b=float, perplexity_a=float)
+        return
+    positions, its, builds = _taken(found, what, positions=int, perplexity=float, builds=list)
+    of_build = [each for each in builds if _taken(each, what, kind=str) == [build.name]]
+    if not of_build:
+        raise CheckpointError(f"--compare: has no build {build.name}, of which the card is; give its own")
+    for each in of_build:
+        yield ["its weights in fp32", positions, *_taken(each, what, kl_mean=float, top1=float, perplexity=float), its]
 
 
 def _serving(build: Build, stored: StoredBuild) -> str:

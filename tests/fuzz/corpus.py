@@ -40,7 +40,7 @@ _GGUF_COUNT = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"
 _DAT = struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 5, 4) + struct.pack("<4f", 1, 1, 1, 1)
 _PLAN_DAT = ["plan", "M", "--to", "gguf:Q4_K_M", "--imatrix", "W/i.dat"]
 
-_COMPARE = ["compare", "M", "M", "--windows", "1", "--text", "W/t"]
+_COMPARE = ["compare", "M", "M", "--windows", "1", "--text", "W/t", "--state", "W/s"]
 _IMATRIX = ["imatrix", "M", "--text", "W/t", "--output", "W/i.gguf", "--ctx", "8"]
 _TEXT = "The quick brown fox jumps over the lazy dog. " * 9
 

@@ -515,7 +515,8 @@ class Inputs:
                 raw[place : place + 8] = struct.pack("<Q", random.choice([0, 1, 8, 9, 2**31, 2**40, 2**64 - 1]))
             pair[1].write_bytes(damaged(bytes(raw), random))
         random.shuffle(pair)
-        return ["compare", *pair, "--windows", "1", "--text", text]
+        way = random.choice([["--client"], ["--state", self.folder / "s"]])
+        return ["compare", *pair, "--windows", "1", "--text", text, *way]
 
     def _change_one(self, folder: Path, random: Random) -> None:
         path = folder / random.choice(

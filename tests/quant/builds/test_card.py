@@ -52,15 +52,21 @@ def test_what_people_read(made, tmp_path, capsys):
         "verified": {"build": "gguf:Q8_0", "ok": True, "tensors": 76, "roles": {"norm": {}}},
         "compared": compared | {"perplexity_b": 124.9},
     }
+    figures = {"kl_mean": 0.01, "top1": 0.9, "perplexity": 125.0}
+    said["streamed"] = {"positions": 1784, "perplexity": 124.5} | {
+        "builds": [{"kind": "bf16"}, {"kind": "gguf:Q8_0"} | figures]
+    }
     for name, found in said.items():
         (tmp_path / name).write_text(json.dumps(found))
     options = ["--verify", str(tmp_path / "verified"), "--compare", str(tmp_path / "compared"), "--json"]
+    options += ["--compare", str(tmp_path / "streamed")]
     output = tmp_path / "README.md"
     cli.app(["card", str(file), *options, "--output", str(output)], standalone_mode=False)
     text = json.loads(capsys.readouterr().out)["card"]
     assert output.read_text() == text and f"| `{hashlib.sha256(file.read_bytes()).hexdigest()}` |" in text
     assert "It passes `ornith-moe verify`: 76 tensors against the source." in text
     assert "| llama.cpp | 256 | 0.00231 | 94.5% | 124.90 | 124.05 |" in text
+    assert "| its weights in fp32 | 1,784 | 0.01000 | 90.0% | 125.00 | 124.50 |" in text
     assert f"llama-server -m {file.name} --jinja" in text and "Multi-token prediction is not in it." in text
     assert "vllm serve fp8-channel --reasoning-parser qwen3" in model_card(folder)
 
@@ -70,6 +76,14 @@ def test_what_people_read(made, tmp_path, capsys):
     [
         ({"verified": [{}]}, "expected the JSON of verify with build str, got None"),
         ({"compared": [{"client_b": 3}]}, "expected the JSON of compare with client_b str, got 3"),
+        (
+            {"compared": [{"positions": 9, "perplexity": 2.0, "builds": [{"kind": "bf16"}]}]},
+            "--compare: has no build fp8-channel, of which the card is; give its own",
+        ),
+        (
+            {"compared": [{"positions": 9, "perplexity": 2.0, "builds": [3]}]},
+            "expected the JSON of compare with kind str, got None",
+        ),
         (
             {"verified": [{"build": "bf16", "ok": True, "tensors": 1, "roles": {}}]},
             "is of build 'bf16', the card is of",
