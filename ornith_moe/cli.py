@@ -1,4 +1,4 @@
-"""`ornith-moe`: plan, convert, imatrix, verify, inspect, compare, card, kernels, bench, doctor.
+"""`ornith-moe`: plan, convert, imatrix, sensitivity, verify, inspect, compare, card, kernels, bench, doctor.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 verification failed, 130 stopped by SIGINT or SIGTERM (a second one ends
 it at once). A failure is one sentence on stderr, never a traceback; `--json` prints one object of strict JSON on stdout
@@ -27,6 +27,7 @@ from ornith_moe.command.imatrix import imatrix
 from ornith_moe.command.inspect import inspect
 from ornith_moe.command.kernels import kernels
 from ornith_moe.command.plan import plan
+from ornith_moe.command.sensitivity import sensitivity
 from ornith_moe.command.terminal import Stopped, err, shown
 from ornith_moe.command.verify import verify
 from ornith_moe.quant.budget import one_budget
@@ -66,7 +67,7 @@ app = typer.Typer(
 )
 
 
-for command in (plan, convert, imatrix, verify, inspect, compare, card, kernels, bench, doctor):
+for command in (plan, convert, imatrix, sensitivity, verify, inspect, compare, card, kernels, bench, doctor):
     app.command()(command)
 
 

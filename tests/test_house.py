@@ -1,6 +1,6 @@
 """The house as CONTRIBUTING draws it: which folder may import which, read from every import, those in functions too.
 
-    quant:   files of its own <- source <- simd <- codecs <- gguf <- builds <- conversion <- verification
+    quant:   files of its own <- source <- simd <- codecs <- gguf <- fitting <- builds <- conversion <- verification
     all:     quant <- kernels <- ornith_moe <- bench <- the command line (cli.py, command/) <- tests, demo
 
 Reference: the syntax trees of the files. Not covered: what is imported by a name made at run time.
@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WINGS = ("source", "simd", "codecs", "gguf", "builds", "conversion", "verification")  # of quant, from the ground up
+WINGS = (  # of quant, from the ground up
+    "source", "simd", "codecs", "gguf", "fitting", "builds", "conversion", "verification"
+)  # fmt: skip
 FOLDERS = ("quant", "kernels", "ornith_moe", "bench")
 HOUSES = (*FOLDERS, "command")
 DOORS = ("ornith_moe.__main__", "ornith_moe.cli", "ornith_moe.command")  # `ornith-moe bench` runs what bench/ holds
