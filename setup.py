@@ -63,6 +63,7 @@ setup(
         "llama": ["xllamacpp>=2026.10.11549"],
         "mlx": ["mlx-lm[cpu]>=0.32.2"],
         "ray": ["ray>=2.40"],
+        "fit": ["scipy>=1.15"],  # gguf:fit=, gguf:bpw=
         "hub": ["huggingface_hub>=1.5"],
     },
     entry_points={"console_scripts": ["ornith-moe = ornith_moe.cli:main"]},

@@ -2,12 +2,18 @@
 
 import fcntl
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from remedies import edit, follows, refused, tiny
 
+from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.sensitivity import measure_sensitivity
+from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.sensitivity import read_sensitivity
+from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.source.weights import open_source
 
 
@@ -21,7 +27,7 @@ def test_another_sensitivity_is_moved_or_named(tmp_path):
     measure_sensitivity(source, out, types=["Q4_0"])
 
 
-@follows("is of another source, importance or types; remove it and run the command again")
+@follows("is of another source, importance or types; drop it and run the command again")
 @follows("column {} is {}; expected finite weights, so mend the checkpoint first")
 @follows("has no encoder in this version; choose out of {}")
 def test_what_cannot_be_measured(tmp_path):
@@ -31,14 +37,14 @@ def test_what_cannot_be_measured(tmp_path):
     before = edit(m, lambda tensors: tensors.update({name: tensors[name] * float("nan")}))
     refused("so mend the checkpoint first", measure_sensitivity, open_source(m), out, types=["Q8_0"])
     edit(m, lambda tensors: tensors.update(before))
-    again = "remove it and run the command again"
+    again = "drop it and run the command again"
     refused(again, measure_sensitivity, open_source(m), out, types=["Q4_0"])
     out.with_name("s.json.partial").unlink()
     measure_sensitivity(open_source(m), out, types=["Q4_0"])
 
 
 @follows("is no sensitivity, {}; make it again with")
-@follows("this version reads {}; measure it again")
+@follows("this version reads {}; make it again")
 @pytest.mark.parametrize("change", [{"format": 0}, {"tensors": 1}])
 def test_a_bad_file_is_made_again(tmp_path, change):
     source, out = open_source(tiny(tmp_path / "m")), tmp_path / "s.json"
@@ -57,3 +63,53 @@ def test_two_at_once_have_two_names(tmp_path):
         refused("choose another --output", measure_sensitivity, source, out, types=["Q8_0"])
         measure_sensitivity(source, tmp_path / "other.json", types=["Q8_0"])
     measure_sensitivity(source, out, types=["Q8_0"])
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """(source, its sensitivity)"""
+    pytest.importorskip("scipy", reason="scipy, the extra `fit`, is not installed")
+    source = open_source(tiny(tmp_path / "m"))
+    return source, measure_sensitivity(source, tmp_path / "s.json", types=["Q4_0", "Q8_0"]).sensitivity
+
+
+@follows("needs a sensitivity, which 'ornith-moe sensitivity SRC' makes; give it with --sensitivity")
+@follows("measured types make it that small; the least is {}, so ask for that")
+def test_a_sensitivity_is_given_and_the_least_size_asked_for(fitted):
+    source, found = fitted
+    refused("give it with --sensitivity", plan_build, source, "gguf:bpw=5")
+    for name in ("gguf:bpw=2", "gguf:fit=10kB"):
+        with pytest.raises(PlanError, match="so ask for that") as told:
+            plan_build(source, name, sensitivity=found)
+        plan_build(source, re.search(r"gguf:\S+=[\d.]+(?:MB)?(?=,)", str(told.value))[0], sensitivity=found)
+
+
+@follows("and here {}; make one of this source, with the same --mtp")
+@follows("that is not the one given here; give the same with --imatrix, or make it again")
+def test_a_sensitivity_of_something_else_is_measured_again(tmp_path, fitted):
+    source, found = fitted
+    other = open_source(tiny(tmp_path / "other", vocab_size=576))
+    refused("make one of this source", plan_build, other, "gguf:bpw=8", sensitivity=found)
+    again = measure_sensitivity(other, tmp_path / "t.json", types=["Q4_0", "Q8_0"]).sensitivity
+    plan_build(other, "gguf:bpw=8", sensitivity=again)
+    refused("or make it again", plan_build, source, "gguf:bpw=8", sensitivity=replace(found, imatrix="of another"))
+    plan_build(source, "gguf:bpw=8", sensitivity=found)
+
+
+@follows("which the sensitivity has not measured of it; make one with --types {}")
+def test_a_type_that_is_asked_for_is_measured(tmp_path, fitted):
+    source, found = fitted
+    asked = parse_asked_types(["attn_qkv=q5_0"])
+    refused("with --types Q5_0 and the others", plan_build, source, "gguf:bpw=8", asked=asked, sensitivity=found)
+    more = measure_sensitivity(source, tmp_path / "t.json", types=["Q5_0", "Q4_0", "Q8_0"]).sensitivity
+    types = plan_build(source, "gguf:bpw=8", asked=asked, sensitivity=more).types
+    assert types["blk.0.attn_qkv.weight"] == "Q5_0"
+
+
+def test_a_sensitivity_that_nobody_heeds_is_left_out(tmp_path, fitted):
+    source, found = fitted
+    with pytest.raises(
+        PlanError, match="--sensitivity are for gguf:fit=SIZE, gguf:bpw=BITS; leave them out, or ask for one"
+    ):
+        convert(source, tmp_path / "out", ["gguf:Q8_0"], sensitivity=found)
+    convert(source, tmp_path / "out", ["gguf:Q8_0"])

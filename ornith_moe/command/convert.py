@@ -31,6 +31,7 @@ from ornith_moe.command.options import (
     OutputType,
     RecipeFile,
     Rest,
+    SensitivityFile,
     SourceArgument,
     SplitSize,
     SplitTensors,
@@ -40,6 +41,7 @@ from ornith_moe.command.options import (
     asked_of_gguf,
     asked_of_nvfp4,
     parse_size,
+    sensitivity_of,
     split_of,
 )
 from ornith_moe.command.terminal import Stopped, out, print_json, progress_bar, say, shown
@@ -74,6 +76,7 @@ def convert(
     split_max_tensors: SplitTensors = None,
     tokenizer_pre: TokenizerPre = None,
     imatrix: ImatrixOption = None,
+    sensitivity: SensitivityFile = None,
     tensor_type: TensorType = None,
     recipe: RecipeFile = None,
     token_embedding_type: EmbeddingType = None,
@@ -100,7 +103,7 @@ def convert(
 
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
-    split = split_of(split_max_size, split_max_tensors)
+    split, measured = split_of(split_max_size, split_max_tensors), sensitivity_of(sensitivity)
     opened = open_any(source, mtp=mtp, name=name, ranges=not download, mtp_from=mtp_from, lora=lora)
     from ornith_moe.gpu_encoders import choose_device, gpu_encoders  # torch, with a GPU: after all that fails at once
 
@@ -121,6 +124,7 @@ def convert(
                 asked=asked,
                 imatrix=importance,
                 nvfp4=nvfp4,
+                sensitivity=measured,
                 non_finite=non_finite,
                 encoders=gpu_encoders(where) if where == "cuda" and executor == Executor.local else None,
                 executor=executor,

@@ -13,6 +13,7 @@ from ornith_moe.quant.errors import brief
 
 if TYPE_CHECKING:
     from ornith_moe.quant.builds.build import AskedNvfp4
+    from ornith_moe.quant.fitting.sensitivity import Sensitivity
     from ornith_moe.quant.gguf.imatrix import Imatrix
     from ornith_moe.quant.gguf.splits import Split
     from ornith_moe.quant.gguf.tensor_types import AskedTypes
@@ -68,7 +69,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 To = Annotated[
     list[str],
     typer.Option(
-        "--to", metavar="BUILD", help="One of those that doctor lists, as fp8-channel or gguf:Q4_K_M; repeat for more."
+        "--to",
+        metavar="BUILD",
+        help="One of those that doctor lists, as fp8-channel or gguf:Q4_K_M, or gguf:fit=16GB; repeat for more.",
     ),
 ]
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
@@ -108,7 +111,16 @@ ImatrixOption = Annotated[
 TensorType = Annotated[
     list[str] | None,
     typer.Option(
-        "--tensor-type", metavar="REGEX=TYPE", help="GGUF type of the tensors whose name it fits; the first that fits."
+        "--tensor-type",
+        "--keep",
+        metavar="REGEX=TYPE",
+        help="GGUF type of the tensors whose name it fits; the first that fits.",
+    ),
+]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity", metavar="FILE", help="What types do to tensors, by 'sensitivity'; for gguf:fit=, gguf:bpw=."
     ),
 ]
 RecipeFile = Annotated[
@@ -148,3 +160,10 @@ def asked_of_gguf(
 
     asked = parse_asked_types(tensor_type or (), file=recipe, token_embedding_type=embedding, output_tensor_type=output)
     return asked, open_imatrix(imatrix) if imatrix else None
+
+
+def sensitivity_of(file: Path | None) -> Sensitivity | None:
+    """What a file of `ornith-moe sensitivity` says, if one is named."""
+    from ornith_moe.quant.fitting.sensitivity import read_sensitivity
+
+    return read_sensitivity(file) if file else None

@@ -25,18 +25,21 @@ from ornith_moe.command.options import (
     OutputType,
     RecipeFile,
     Rest,
+    SensitivityFile,
     SplitSize,
     SplitTensors,
     TensorType,
     To,
     asked_of_gguf,
     asked_of_nvfp4,
+    sensitivity_of,
     split_of,
 )
 from ornith_moe.command.terminal import out, print_json, say
 from ornith_moe.quant.fallbacks import by_kind
 
 if TYPE_CHECKING:
+    from ornith_moe.quant.builds.build import Alternative
     from ornith_moe.quant.builds.plan import BuildPlan
     from ornith_moe.quant.builds.serving import Serving
     from ornith_moe.quant.source.source import Source
@@ -55,6 +58,7 @@ def plan(
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
     imatrix: ImatrixOption = None,
+    sensitivity: SensitivityFile = None,
     tensor_type: TensorType = None,
     recipe: RecipeFile = None,
     token_embedding_type: EmbeddingType = None,
@@ -68,6 +72,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Exact tensors and bytes of each build, from headers or a config alone, before anything is written."""
+    from dataclasses import replace
+
     from ornith_moe.quant.builds.build import Options, find_build, refuse_unheard
     from ornith_moe.quant.builds.plan import plan_json
     from ornith_moe.quant.builds.planning import plan_build
@@ -76,7 +82,10 @@ def plan(
     from ornith_moe.quant.opening import open_any
 
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
-    cut = Options(max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors))
+    measured = sensitivity_of(sensitivity)
+    cut = Options(
+        max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors), sensitivity=measured
+    )
     refuse_unheard(to, cut)
     opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from, lora=lora)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
@@ -84,19 +93,31 @@ def plan(
     failed: dict[str, PlanError] = {}
     for build in [find_build(each).name for each in to]:
         try:
-            plans.append(plan_build(opened, build, asked=asked, imatrix=importance, nvfp4=nvfp4))
+            plans.append(plan_build(opened, build, asked=asked, imatrix=importance, nvfp4=nvfp4, sensitivity=measured))
         except PlanError as error:
             failed[build] = error
     files = [plan.build.files(plan, cut) for plan in plans]
     needed = [serving(opened, plan, context) for plan in plans]
+    options = replace(cut, asked=asked, imatrix=importance)
+    others = [find_build(plan.name).alternatives(opened, plan, options) for plan in plans]
     if as_json:
-        builds = [plan_json(*each) for each in zip(plans, files, needed, strict=True)]
+        builds = [plan_json(*each) for each in zip(plans, files, needed, others, strict=True)]
         reasons = {build: str(error) for build, error in failed.items()}
         print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
     elif plans:
         print_plans(opened, plans, files, needed)
+        for each in filter(None, others):
+            print_alternatives(each)
     for first in failed.values():
         raise first
+
+
+def print_alternatives(alternatives: Sequence[Alternative]) -> None:
+    """What else could be asked for, by size."""
+    table = Table("build", "bytes", "predicted KL")
+    for each in alternatives:
+        table.add_row(each.build, f"{each.nbytes:,}", f"{each.kl:.5f}")
+    out.print(table)
 
 
 def print_plans(

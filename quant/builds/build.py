@@ -13,13 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES, Layout
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import FoundTensor, StoredBuild
 from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.fitting.sensitivity import Sensitivity
 from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.gguf.splits import Split
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
@@ -31,6 +32,7 @@ from ornith_moe.quant.source.source import Source
 T = TypeVar("T")
 _ASKED_BY = {  # field of `Options` that not every build heeds: options of the command line
     "nvfp4": ("--nvfp4-head", "--nvfp4-rest"),
+    "sensitivity": ("--sensitivity",),
     "split": ("--split-max-size", "--split-max-tensors"),
 }
 
@@ -53,6 +55,7 @@ class Options:
     tokenizer_pre: str | None = None
     nvfp4: AskedNvfp4 = AskedNvfp4()
     split: Split | None = None  # of GGUFs
+    sensitivity: Sensitivity | None = None  # of what is fitted
     kept: Mapping[int, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what `once` has made
@@ -62,6 +65,15 @@ class Options:
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A build by its name, the bytes of its files, and the KL to its source that is predicted of it."""
+
+    build: str
+    nbytes: int
+    kl: float
 
 
 class Build(ABC):
@@ -141,6 +153,10 @@ class Build(ABC):
         """What whoever serves it keeps of a sequence of `context` tokens."""
         return source.architecture.cached(context)
 
+    def alternatives(self, source: Source, plan: BuildPlan, options: Options) -> list[Alternative]:
+        """What else could be asked for, and what each would lose; [] of a build that predicts nothing."""
+        return []
+
     def left_out(self, source: Source) -> list[LeftOut]:
         """What of `source` has no place in it, and why."""
         return []
@@ -157,7 +173,22 @@ class Build(ABC):
         return self.name
 
 
+class Family(Protocol):
+    """Builds whose names hold a value, such as gguf:fit=16GB."""
+
+    form: str  # of the names, as people are told it
+    hears: frozenset[str]
+
+    def build(self, name: str) -> Build | None:
+        """The build that `name` means, None if it is of another family.
+
+        Raises:
+            PlanError: of this one, with a value that cannot be.
+        """
+
+
 BUILDS: dict[str, Build] = {}  # by name, in the order in which they are listed
+FAMILIES: list[Family] = []
 
 
 def register(*builds: Build) -> None:
@@ -172,6 +203,11 @@ def register(*builds: Build) -> None:
         BUILDS[build.name] = build
 
 
+def register_family(family: Family) -> None:
+    """Make builds known to every command whose names are of a form, rather than in a list."""
+    FAMILIES.append(family)
+
+
 def find_build(name: str) -> Build:
     """The build that `name` means, in any case, with `_` for `-`.
 
@@ -182,9 +218,11 @@ def find_build(name: str) -> Build:
         ('gguf:Q4_K_M', 'fp8-block')
     """
     found = {plain_name(known): build for known, build in BUILDS.items()}.get(plain_name(name))
+    found = found or next(filter(None, (family.build(name) for family in FAMILIES)), None)
     if found is None:
+        known = [*BUILDS, *(family.form for family in FAMILIES)]
         raise PlanError(
-            f"build {brief(name)} is unknown{did_you_mean(name, BUILDS)}; expected one of {', '.join(BUILDS)}"
+            f"build {brief(name)} is unknown{did_you_mean(name, known)}; expected one of {', '.join(known)}"
         )
     return found
 
@@ -195,10 +233,11 @@ def refuse_unheard(names: Iterable[str], options: Options) -> None:
     Raises:
         PlanError: so it is.
     """
-    asked = {find_build(name).name for name in names}
+    asked = [find_build(name) for name in names]
     for heard, asked_by in _ASKED_BY.items():
-        heeding = [name for name, build in BUILDS.items() if heard in build.hears]
-        if getattr(options, heard) != getattr(Options(), heard) and not asked & {*heeding}:
+        if getattr(options, heard) != getattr(Options(), heard) and not any(heard in build.hears for build in asked):
+            heeding = [name for name, build in BUILDS.items() if heard in build.hears]
+            heeding += [family.form for family in FAMILIES if heard in family.hears]
             these = ", ".join(heeding) if len(heeding) < 9 else f"{heeding[0]} and {len(heeding) - 1} builds like it"
             raise PlanError(f"{' and '.join(asked_by)} are for {these}; leave them out, or ask for one")
 

@@ -76,6 +76,10 @@ class GgufBuild(GgufFile):
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
         _check_encoders(plan)
+        return self.header(source, plan, options)
+
+    def header(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
+        """The layout, whether there are encoders or not: what a size is known from."""
         entries, notes = options.once("tokenizer of GGUF", lambda: _tokenizer(source, options.tokenizer_pre))
         card = self.card(source, options)
         metadata = gguf_metadata(

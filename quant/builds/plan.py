@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
 if TYPE_CHECKING:
-    from ornith_moe.quant.builds.build import Build
+    from ornith_moe.quant.builds.build import Alternative, Build
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +162,10 @@ class BuildPlan:
         ]
 
 
-def plan_json(plan: BuildPlan, files: int, needed: Serving | None = None) -> dict[str, Any]:
-    """A plan as `ornith-moe plan --json` prints it; `needed` to serve it."""
+def plan_json(
+    plan: BuildPlan, files: int, needed: Serving | None = None, others: Sequence[Alternative] = ()
+) -> dict[str, Any]:
+    """A plan as `ornith-moe plan --json` prints it; `needed` to serve it, `others` to ask for instead."""
     return {
         "build": plan.name,
         "tensors": len(plan.tensors),
@@ -174,6 +176,7 @@ def plan_json(plan: BuildPlan, files: int, needed: Serving | None = None) -> dic
         "notes": plan.all_notes,
         "imatrix": [asdict(found) for found in plan.coverage],
         "serving": needed and needed.json(),
+        "alternatives": [{"build": each.build, "bytes": each.nbytes, "predicted_kl": each.kl} for each in others],
     }
 
 

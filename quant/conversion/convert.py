@@ -40,6 +40,7 @@ from ornith_moe.quant.conversion.workers import EXECUTORS, Encoders, PlacedBuild
 from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.files import own_folder
+from ornith_moe.quant.fitting.sensitivity import Sensitivity
 from ornith_moe.quant.gguf.imatrix import Coverage, Imatrix
 from ornith_moe.quant.gguf.splits import Split
 from ornith_moe.quant.gguf.tensor_types import AskedTypes
@@ -90,6 +91,7 @@ def convert(  # every option of the command line, by name: users need no object 
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
     nvfp4: AskedNvfp4 | None = None,
+    sensitivity: Sensitivity | None = None,
     non_finite: str = "error",
     encoders: Encoders | None = None,
     executor: str = "local",
@@ -111,6 +113,7 @@ def convert(  # every option of the command line, by name: users need no object 
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
         asked: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
         nvfp4: what is asked of builds of NVFP4.
+        sensitivity: what types do to tensors, `read_sensitivity(file)`, for builds that are fitted to a size.
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
@@ -136,7 +139,7 @@ def convert(  # every option of the command line, by name: users need no object 
     jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
     together = group_bytes(source, len(names), max_memory, jobs)
     workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent, executor)
-    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), split)
+    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), split, sensitivity)
     refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":

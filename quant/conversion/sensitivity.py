@@ -258,7 +258,7 @@ class _Journal:
                 value = json.loads(line)
                 if number == 0 and value != list(head):
                     raise ConversionError(
-                        f"{self.path}: is of another source, importance or types; remove it and run the command again"
+                        f"{self.path}: is of another source, importance or types; drop it and run the command again"
                     )
                 if number:
                     unit, sums = value

@@ -90,7 +90,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
     try:
         if value["format"] != FORMAT:
             raise CheckpointError(
-                f"{path}: is of format {brief(value['format'])}, this version reads {FORMAT}; measure it again"
+                f"{path}: is of format {brief(value['format'])}, this version reads {FORMAT}; make it again"
             )
         tensors = tuple(_tensor(name, entry) for name, entry in value["tensors"].items())
         imatrix = value["imatrix"]

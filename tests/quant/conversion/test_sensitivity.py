@@ -107,9 +107,7 @@ def test_stopped_it_goes_on_and_gives_the_same_file(tmp_path, monkeypatch):
     journal = tmp_path / "s.json.partial"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:-1], b'[4, [["x"]]]\n', b"[5, [[1.0"]))
-    with pytest.raises(
-        ConversionError, match="another source, importance or types; remove it and run the command again"
-    ):
+    with pytest.raises(ConversionError, match="another source, importance or types; drop it and run the command again"):
         measure_sensitivity(source, tmp_path / "s.json", types=("Q8_0",))
     again = measure_sensitivity(source, tmp_path / "s.json", types=types)
     assert 0 < again.resumed_units < 5 and again.bytes_read < whole.bytes_read and not journal.exists()
