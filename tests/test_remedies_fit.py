@@ -2,18 +2,21 @@
 
 import fcntl
 import json
-import re
 from dataclasses import replace
 
 import pytest
 from remedies import edit, follows, refused, tiny
 
+from ornith_moe.quant.builds.build import Options
+from ornith_moe.quant.builds.gguf_fit import builds_within
 from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.builds.serving import room
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.sensitivity import measure_sensitivity
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.sensitivity import read_sensitivity
 from ornith_moe.quant.gguf.tensor_types import parse_asked_types
+from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.weights import open_source
 
 
@@ -74,14 +77,14 @@ def fitted(tmp_path):
 
 
 @follows("needs a sensitivity, which 'ornith-moe sensitivity SRC' makes; give it with --sensitivity")
-@follows("measured types make it that small; the least is {}, so ask for that")
+@follows("no measured types make it that small; give at least {}")
 def test_a_sensitivity_is_given_and_the_least_size_asked_for(fitted):
     source, found = fitted
     refused("give it with --sensitivity", plan_build, source, "gguf:bpw=5")
     for name in ("gguf:bpw=2", "gguf:fit=10kB"):
-        with pytest.raises(PlanError, match="so ask for that") as told:
+        with pytest.raises(PlanError, match="give at least") as told:
             plan_build(source, name, sensitivity=found)
-        plan_build(source, re.search(r"gguf:\S+=[\d.]+(?:MB)?(?=,)", str(told.value))[0], sensitivity=found)
+        plan_build(source, str(told.value).rpartition(" ")[2], sensitivity=found)
 
 
 @follows("and here {}; make one of this source, with the same --mtp")
@@ -113,3 +116,23 @@ def test_a_sensitivity_that_nobody_heeds_is_left_out(tmp_path, fitted):
     ):
         convert(source, tmp_path / "out", ["gguf:Q8_0"], sensitivity=found)
     convert(source, tmp_path / "out", ["gguf:Q8_0"])
+
+
+@follows("hold no sequence of {} tokens of {}; give a smaller --context")
+@follows("GB for weights are less than {} needs, {}; give a larger --for or a smaller --context")
+def test_a_card_that_is_too_small():
+    model = open_source("qwen3.5-9b")
+    refused("give a smaller --context", room, model, 6 * 10**9, 262_144)
+    assert room(model, 6 * 10**9, 4096).weights_bytes > 0
+    refused(
+        "give a larger --for or a smaller", builds_within, model, room(model, 4 * 10**9, 4096).weights_bytes, Options()
+    )
+    assert builds_within(model, room(model, 6 * 10**9, 4096).weights_bytes, Options()) == ["gguf:Q3_K_M"]
+
+
+@follows("--for: what {} keeps of a sequence is not known; leave --for out")
+def test_an_architecture_that_says_nothing_of_its_cache(monkeypatch):
+    model = open_source("qwen3.5-9b")
+    monkeypatch.setattr(type(model.architecture), "cached", Architecture.cached)
+    refused("leave --for out", room, model, 24 * 10**9)
+    plan_build(model, "gguf:Q8_0")

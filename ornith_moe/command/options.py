@@ -74,6 +74,10 @@ To = Annotated[
         help="One of those that doctor lists, as fp8-channel or gguf:Q4_K_M, or gguf:fit=16GB; repeat for more.",
     ),
 ]
+ToOrFor = Annotated[
+    list[str] | None,
+    typer.Option("--to", metavar="BUILD", help="As of convert, or gguf:fit=16GB; repeat for more. --for finds some."),
+]
 MtpOption = Annotated[Mtp | None, typer.Option(help="Insist on the MTP tensors, or leave them out. Default: as found.")]
 MtpFrom = Annotated[
     str | None,

@@ -29,9 +29,10 @@ from ornith_moe.command.options import (
     SplitSize,
     SplitTensors,
     TensorType,
-    To,
+    ToOrFor,
     asked_of_gguf,
     asked_of_nvfp4,
+    parse_size,
     sensitivity_of,
     split_of,
 )
@@ -49,7 +50,7 @@ def plan(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="Checkpoint folder, config .json, preset or hf://org/name.")
     ],
-    to: To,
+    to: ToOrFor = None,
     mtp: MtpOption = None,
     mtp_from: MtpFrom = None,
     lora: Lora = None,
@@ -67,7 +68,18 @@ def plan(
     nvfp4_rest: Nvfp4Rest = Rest.bf16,
     context: Annotated[
         int | None,
-        typer.Option(min=1, max=1 << 31, metavar="TOKENS", help="Of the sequence to serve; default the model's."),
+        typer.Option(
+            "--context",
+            "--ctx",
+            min=1,
+            max=1 << 31,
+            metavar="TOKENS",
+            help="Of the sequence to serve; default the model's.",
+        ),
+    ] = None,
+    card: Annotated[
+        int | None,
+        typer.Option("--for", metavar="SIZE", parser=parse_size, help="Find GGUFs for a card of this memory, as 24GB."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -75,20 +87,28 @@ def plan(
     from dataclasses import replace
 
     from ornith_moe.quant.builds.build import Options, find_build, refuse_unheard
+    from ornith_moe.quant.builds.gguf_fit import builds_within
     from ornith_moe.quant.builds.plan import plan_json
     from ornith_moe.quant.builds.planning import plan_build
-    from ornith_moe.quant.builds.serving import serving
+    from ornith_moe.quant.builds.serving import room, serving
     from ornith_moe.quant.errors import PlanError
     from ornith_moe.quant.opening import open_any
 
+    if not to and card is None:
+        raise typer.BadParameter("name a build with --to, or the memory of a card with --for")
+    to = to or []
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     measured = sensitivity_of(sensitivity)
     cut = Options(
         max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors), sensitivity=measured
     )
-    refuse_unheard(to, cut)
+    if card is None:
+        refuse_unheard(to, cut)
     opened = open_any(source, mtp=mtp, name=name, config_only=True, mtp_from=mtp_from, lora=lora)
     asked, importance = asked_of_gguf(imatrix, tensor_type, recipe, token_embedding_type, output_tensor_type)
+    left = room(opened, card, context) if card is not None else None
+    if left:
+        to = [*to, *builds_within(opened, left.weights_bytes, replace(cut, imatrix=importance))]
     plans: list[BuildPlan] = []
     failed: dict[str, PlanError] = {}
     for build in [find_build(each).name for each in to]:
@@ -103,9 +123,11 @@ def plan(
     if as_json:
         builds = [plan_json(*each) for each in zip(plans, files, needed, others, strict=True)]
         reasons = {build: str(error) for build, error in failed.items()}
-        print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes)})
+        print_json({"builds": builds, "failed": reasons, "notes": list(opened.notes), "room": left and left.json()})
     elif plans:
         print_plans(opened, plans, files, needed)
+        if left:
+            say(f"- {left}")
         for each in filter(None, others):
             print_alternatives(each)
     for first in failed.values():

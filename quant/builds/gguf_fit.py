@@ -214,7 +214,7 @@ class GgufFit(GgufBuild):
         least = problem.least()
         bits, size = math.ceil(800 * least / weights) / 100, math.ceil((least + other) / 1e6)
         smallest = Target("bpw", bits) if self.target.kind == "bpw" else Target("fit", size, "MB")
-        return f"{self}: no measured types make it that small; the least is {smallest.name}, so ask for that"
+        return f"{self}: no measured types make it that small; give at least {smallest.name}"
 
 
 def _weights(source: Source) -> int:
@@ -244,6 +244,31 @@ def _named_after(types: Mapping[str, str]) -> FileType:
 
 def _recipe_name(layout: Layout) -> str:
     return f"{layout.files[0].name}.recipe"
+
+
+def builds_within(source: Source, nbytes: int, options: Options) -> list[str]:
+    """Builds whose tensors have at most `nbytes`: the largest named mix, and a fit where there is a sensitivity.
+
+    Raises:
+        PlanError: none is that small.
+    """
+    plans = []
+    for name in NAMED:
+        try:
+            plans.append(GgufBuild(FILE_TYPES[name]).plan(source, replace(options, asked=None, sensitivity=None)))
+        except PlanError:
+            continue
+    fitting = [plan for plan in plans if plan.tensor_bytes <= nbytes and not plan.needs_imatrix]
+    found = [max(fitting, key=lambda plan: plan.tensor_bytes).name] if fitting else []
+    if options.sensitivity:
+        found.append(Target("fit", nbytes, "B").name)
+    if not found:
+        least = min(plans, key=lambda plan: plan.tensor_bytes)
+        raise PlanError(
+            f"{nbytes / 1e9:.2f} GB for weights are less than {least.name} needs, {least.tensor_bytes / 1e9:.2f}; "
+            "give a larger --for or a smaller --context"
+        )
+    return found
 
 
 class GgufFits:

@@ -161,6 +161,11 @@ class Architecture(ABC):
         """What is kept of a sequence of `context` tokens, multi-token prediction apart; None: not known."""
         return None
 
+    @property
+    def widest(self) -> int:
+        """Values that llama.cpp holds of one token in the layer that needs the most; 0: not known."""
+        return 0
+
     @abstractmethod
     def cut(self, weight: Weight) -> Cut | None:
         """How an engine cuts `weight` over ranks; None if every rank has all of it. Vision is not considered."""

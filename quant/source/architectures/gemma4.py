@@ -150,6 +150,11 @@ class Gemma4(Architecture):
         everywhere = full * self.global_kv_heads * self.global_head_dim * context
         return Cached(2 * (everywhere + (self.layers - full) * self.kv_heads * self.head_dim * window), 0)
 
+    @property
+    def widest(self) -> int:
+        """Gate, up and two outputs of the MLP."""
+        return 2 * (self.intermediate + self.hidden)
+
     def cut(self, weight: Weight) -> Cut | None:
         if weight.layer is None:
             return None

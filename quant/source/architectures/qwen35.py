@@ -209,6 +209,14 @@ class Qwen35(Architecture):
         state = values * self.key_head_dim + (self.conv_kernel - 1) * (2 * keys + values)
         return Cached(2 * full * self.kv_heads * self.head_dim * context, (self.layers - full) * state)
 
+    @property
+    def widest(self) -> int:
+        """Gate, up and two outputs of each chosen expert (or of the MLP), or what DeltaNet's convolution makes."""
+        chosen = self.text.integer("num_experts_per_tok", 8) if self.moe else 1
+        inner = chosen * 2 * (self.intermediate + self.hidden) + self.hidden * self.moe
+        keys, values = self.key_heads * self.key_head_dim, self.value_heads * self.value_head_dim
+        return max(inner, 4 * (2 * keys + values))
+
     def cut(self, weight: Weight) -> Cut | None:
         keys, values = (self.key_heads, self.key_head_dim), (self.value_heads, self.value_head_dim)
         inner = ((self.shared_intermediate if ".shared_expert." in weight.name else self.intermediate, 1),)

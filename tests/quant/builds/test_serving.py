@@ -6,14 +6,19 @@ Not covered: what an engine takes for itself.
 """
 
 import json
+import re
+import subprocess
+import sys
 
 import fixtures
 import pytest
 import torch
+from command import ornith_moe
 
 from ornith_moe.clients import quiet_transformers
 from ornith_moe.quant.builds.planning import plan_build
-from ornith_moe.quant.builds.serving import serving
+from ornith_moe.quant.builds.serving import RESERVE, room, serving
+from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.source.architectures import architecture
 from ornith_moe.quant.source.weights import open_source
 
@@ -67,3 +72,41 @@ def test_weights_and_a_sequence_of_as_many_tokens_as_are_asked_for():
     assert text.total_bytes == plans[0].tensor_bytes + text.kv_bytes + text.state_bytes
     assert (tower.total_bytes, tower.kv_bytes) == (plans[1].tensor_bytes, 0), "a tower keeps nothing"
     assert serving(model, plans[0]).context == 262_144
+
+
+# What llama.cpp logs when it loads a model, its server's context of one sequence, flash attention on.
+LOADS = """
+import sys, xllamacpp as llama
+for context in sys.argv[2:]:
+    s = llama.CommonParams()
+    s.model.path, s.n_ctx, s.n_parallel, s.n_gpu_layers, s.verbosity = sys.argv[1], int(context), 1, 0, 5
+    s.cpuparams.n_threads = s.cpuparams_batch.n_threads = 1
+    s.warmup = s.fit_params = False
+    s.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    llama.Server(s)
+"""
+
+
+def test_a_card_holds_what_llama_cpp_reports(tmp_path):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    source = open_source(fixtures.qwen35moe(tmp_path / "model"))
+    path = convert(source, tmp_path / "out", ["gguf:Q8_0"]).builds[0].path
+    done = subprocess.run([sys.executable, "-c", LOADS, path, "1024", "16384"], capture_output=True, text=True)
+    log = done.stdout + done.stderr
+    mib = {what: re.findall(rf"{what} buffer size = +([0-9.]+) MiB", log) for what in ("KV", "RS", "compute")}
+    for number, context in enumerate((1024, 16384)):
+        found = room(source, 24 * 10**9, context)
+        assert found.kv_bytes / 2**20 == pytest.approx(float(mib["KV"][number]), abs=0.01)
+        assert found.state_bytes / 2**20 == pytest.approx(float(mib["RS"][number]), abs=0.01)
+        assert found.buffer_bytes / 2**20 == pytest.approx(float(mib["compute"][number]), rel=0.03)
+        rest = found.kv_bytes + found.state_bytes + found.buffer_bytes + RESERVE
+        assert found.weights_bytes == 24 * 10**9 - rest
+
+
+def test_the_command_finds_what_fits():
+    for model, build in (("qwen3.5-35b-a3b", "gguf:Q4_K_M"), ("qwen3.5-9b", "gguf:Q8_0")):
+        told = json.loads(ornith_moe("plan", model, "--for", "24GB", "--ctx", "65536", "--json").stdout)
+        (found,) = told["builds"]
+        assert found["build"] == build and found["tensor_bytes"] <= told["room"]["weights_bytes"]
+        assert found["serving"]["context"] == told["room"]["context"] == 65536
+    ornith_moe("plan", "qwen3.5-9b", code=2)
