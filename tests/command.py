@@ -70,6 +70,7 @@ def serve():
     """Fork a process for each line of the input; its exit code is a line of the output."""
     for module in PRELOADED:
         __import__(module)
+    sys.modules["ornith_moe.clients"].LlamaCpp.__init__.__kwdefaults__["threads"] = 1  # which spin, waiting
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

@@ -51,6 +51,15 @@ def fresh_memory_is_nan():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def llama_cpp_shares_the_cores():
+    """Under xdist: its threads, as many as there are cores, wait for one another by spinning."""
+    if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+        from ornith_moe.clients import LlamaCpp
+
+        LlamaCpp.__init__.__kwdefaults__["threads"] = int(os.environ["OMP_NUM_THREADS"])
+
+
+@pytest.fixture(autouse=True, scope="session")
 def interpreter_does_nothing_twice():
     """Triton's interpreter exchanges the functions of its language at every call of a jit function, in a kernel too,
     where they are exchanged already; makes the table of numpy's dtypes anew at every load, store and cast; and converts

@@ -75,6 +75,7 @@ def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.nd
     library.llama_decode.argtypes = [pointer, Batch]
     library.llama_get_memory.argtypes, library.llama_get_memory.restype = [pointer], pointer
     library.llama_memory_clear.argtypes = [pointer, ctypes.c_bool]
+    library.llama_set_n_threads.argtypes = [pointer, ctypes.c_int32, ctypes.c_int32]
     library.llama_free.argtypes = library.llama_model_free.argtypes = [pointer]
     library.ggml_op_name.argtypes, library.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
 
@@ -123,6 +124,7 @@ def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.nd
     assert model, path
     context = library.llama_init_from_model(model, parameters)
     assert context
+    library.llama_set_n_threads(context, 1, 1)  # four by default, which wait for one another by spinning
     try:
         for chunk in np.ascontiguousarray(chunks, np.int32):
             library.llama_memory_clear(library.llama_get_memory(context), True)

@@ -76,7 +76,7 @@ def test_other_types_load_and_complete(tmp_path, build):
 
 def test_llama_cpp_loads_every_mixture(tmp_path):
     """K-quants, codebooks, ternary and mixed types: each set of types once; it loads, and its logits are no noise."""
-    folder = fixtures.qwen35moe(tmp_path / "model", mtp=True)
+    folder = fixtures.qwen35moe(tmp_path / "model", experts=4, top_k=2, mtp=True)
     source, text = open_source(folder, mtp="drop"), tmp_path / "text.txt"  # which measures no MTP layer
     text.write_text("def route(x):\n    return x\n" * 40)
     make_imatrix(source, text, tmp_path / "im.gguf", chunks=2, ctx=64, process_output=True)  # some types insist on one
