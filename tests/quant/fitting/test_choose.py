@@ -17,7 +17,7 @@ pytest.importorskip("scipy", reason="scipy, the extra `fit`, is not installed")
 OPTION = st.builds(Choice, st.integers(1, 10**11), st.floats(0, 1, allow_subnormal=False))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=5), st.floats(-0.1, 1.1))
 @example([[Choice(32, 0.0)]], 0.0)
 @example([[Choice(10, 1e-9), Choice(20, 1e-12)], [Choice(10, 1.0), Choice(11, 0.5)]], 0.95)
