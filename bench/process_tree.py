@@ -5,7 +5,8 @@
     peak_rss_bytes        the most that its processes together had resident at one time, as top shows it: sampled every
                           PERIOD_S, and of a single process what the kernel remembers as its highest (VmHWM)
     peak_own_bytes        of that what is no mapped file, which the system could drop at any time (RssAnon + RssShmem)
-    read_bytes            fetched from the disk, also for a mapped file; nothing for what was in the page cache
+    read_bytes            fetched from the disk, also for a mapped file and for programs themselves (torch is 0.5 GB);
+                          nothing for what was in the page cache
     write_bytes           to go to the disk: pages made dirty, and what went past the cache (O_DIRECT)
     rchar, wchar          what it asked for in read and write calls, from wherever it came; mapped files are not in it
 
