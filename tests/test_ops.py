@@ -213,10 +213,17 @@ class TestCheckpointing:
         assert len(casts) == 2
 
 
+ON_TRITON = [("fp8", "eager"), ("fp8_channel", "eager"), ("fp8_full", "compiled")]  # what compiles knows no backend
+
+
 class TestWeightsAreQuantizedOnce:
-    @pytest.mark.parametrize("backend", ["cpu", TRITON])
-    @pytest.mark.parametrize("how", ["eager", "compiled"])
-    @pytest.mark.parametrize("recipe", ["fp8", "fp8_full", "fp8_channel"])
+    @pytest.mark.parametrize(
+        ("recipe", "how", "backend"),
+        [
+            *itertools.product(("fp8", "fp8_full", "fp8_channel"), ("eager", "compiled"), ("cpu",)),
+            *(pytest.param(*one, "triton", marks=pytest.mark.device) for one in ON_TRITON),
+        ],
+    )
     def test_per_step_and_not_per_micro_batch(self, casts, recipe, how, backend):
         """Forward and backward of two micro-batches share one cast of each weight; the optimizer ends it."""
         where = device_of(backend)
