@@ -78,9 +78,14 @@ LINEAR_ATTENTION_KEPT = ("A_log", "conv1d", "dt_bias", "in_proj_ba", "in_proj_b"
 
 
 @functools.cache
+def preset(name):
+    return open_source(name)
+
+
+@functools.cache
 def planned(name, build):
     """The plan of a preset: seconds for 185,000 tensors, and read by several tests."""
-    return plan_build(open_source(name), build)
+    return plan_build(preset(name), build)
 
 
 @pytest.mark.parametrize(("name", "build", "tensors", "size"), PUBLISHED + COMPUTED)
