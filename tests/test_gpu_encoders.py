@@ -58,9 +58,12 @@ def checkpoint(tmp_path_factory):
     folder = fixtures.qwen35(tmp_path_factory.mktemp("source") / "model")
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
+    config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1], "intermediate_size": 256}
     (folder / "config.json").write_text(json.dumps(config))
     kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name or ".layers.0." in name}
+    for name in ("gate", "up", "down"):
+        name = f"model.layers.0.mlp.{name}_proj.weight"
+        kept[name] = kept[name][:256, :256].contiguous()
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -36,12 +36,13 @@ SHAPES = [  # T, H, I, E, top_k: nothing divides, one token, top_k = E, and the 
 ]
 
 
-def run(layer, recipe="bf16", scale="fp32", operands=None, batch_invariant=False):
+def run(layer, recipe="bf16", scale="fp32", operands=None, batch_invariant=False, needs_grad=(True,) * 4):
     operands = operands or layer.operands(recipe, scale)
     tiles = pass_tiles(layer.x, operands[0], layer.indices.numel(), batch_invariant)
     options = {"recipe": RECIPES[recipe], "tiles": tiles}
     y, saved = moe_forward(layer.x, layer.indices, layer.weights, *operands, save=True, **options)
-    return dict(zip(OUTPUTS, (y, *moe_backward(layer.dy, saved, *operands, **options)), strict=True))
+    gradients = moe_backward(layer.dy, saved, *operands, needs_grad=needs_grad, **options)
+    return dict(zip(OUTPUTS, (y, *gradients), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "skewed", "one", "sentinels"])
@@ -116,7 +117,9 @@ def test_backward_computes_the_activation_of_the_forward_again(scale):
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8_full", "fp8_channel"])
 def test_two_runs_give_the_same_bits(recipe):
-    layer = Layer(40, 256, 128, 4, 2, dtype=torch.bfloat16, kind="skewed")
+    """What a GPU might add in another order; the interpreter has one, so there it only shows that no state is kept."""
+    size = (40, 256, 128, 4, 2) if DEVICE == "cuda" else (12, 128, 128, 3, 2)
+    layer = Layer(*size, dtype=torch.bfloat16, kind="skewed")
     for (name, first), second in zip(run(layer, recipe).items(), run(layer, recipe).values(), strict=True):
         assert_same_bits(name, first, second)
 
@@ -126,13 +129,14 @@ def test_a_token_does_not_see_the_batch(recipe, monkeypatch):
     """Batch-invariant mode: rows of y, dx and dweights keep their bits when tokens leave, join or change places."""
     exact_products(monkeypatch)
     layer = Layer(60, 256, 128, 4, 2, dtype=torch.bfloat16)
-    whole = run(layer, recipe, batch_invariant=True)
+    rows = {"batch_invariant": True, "needs_grad": (True, True, False, False)}
+    whole = run(layer, recipe, **rows)
     for keep in (torch.arange(7, 60, 3), torch.randperm(60), torch.tensor([11])):
         part = Layer(1, 1, 1, 1, 1)
         vars(part).update(vars(layer))
         for name in ("x", "indices", "weights", "dy"):
             setattr(part, name, getattr(layer, name)[keep.to(DEVICE)])
-        got = run(part, recipe, batch_invariant=True)
+        got = run(part, recipe, **rows)
         for name in ("y", "dx", "dweights"):
             assert_same_bits(name, got[name], whole[name][keep.to(DEVICE)])
 
