@@ -120,7 +120,7 @@ def test_compare_streams_all_builds(moe, converted, router_text, tmp_path):
     paths = [build["path"] for build in converted["builds"]]
     state = tmp_path / "state"
     words = ("compare", moe, *paths, "--text", router_text, "--windows", 1, "--state", state)
-    done = fresh(*words, "--json")
+    done = ornith_moe(*words, "--json")
     found = json.loads(done.stdout)
     tokens = found["window_tokens"]
     assert done.stderr == "" and found["positions"] == tokens - 1 - tokens // 8 and not state.exists()
