@@ -14,7 +14,7 @@ import llama
 import numpy as np
 import pytest
 import torch
-from command import fresh, ornith_moe
+from command import ornith_moe
 from transformers import AutoModelForCausalLM
 
 from ornith_moe import layerwise
@@ -171,7 +171,7 @@ def moe(tmp_path_factory):
 def test_the_command_makes_what_convert_takes(moe, tmp_path):
     folder, text = moe
     path = tmp_path / "im.gguf"
-    done = fresh("imatrix", folder, "--text", text, "--output", path, "--ctx", 16, "--chunks", 2, "--json")
+    done = ornith_moe("imatrix", folder, "--text", text, "--output", path, "--ctx", 16, "--chunks", 2, "--json")
     report = json.loads(done.stdout)
     assert done.stderr == "" and (report["path"], report["chunks"], report["ctx"]) == (str(path), 2, 16)
     partial = [found for found in report["coverage"] if found["covered"] < found["matrices"]]
