@@ -136,3 +136,12 @@ def test_an_architecture_that_says_nothing_of_its_cache(monkeypatch):
     monkeypatch.setattr(type(model.architecture), "cached", Architecture.cached)
     refused("leave --for out", room, model, 24 * 10**9)
     plan_build(model, "gguf:Q8_0")
+
+
+@follows("the sensitivity has no type that may be chosen for it; make one with more --types")
+def test_more_types_are_measured(tmp_path, fitted):
+    source, found = fitted
+    tensors = tuple(replace(tensor, errors={}) for tensor in found.tensors)
+    refused("make one with more --types", plan_build, source, "gguf:bpw=8", sensitivity=replace(found, tensors=tensors))
+    more = measure_sensitivity(source, tmp_path / "t.json", types=["Q8_0"]).sensitivity
+    plan_build(source, "gguf:bpw=9", sensitivity=more)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.choose import Choice, choose
 from ornith_moe.quant.fitting.loss import EXPONENT, Loss
 from ornith_moe.quant.gguf.header import padded
@@ -47,7 +48,11 @@ class _Option:
 
 
 class Problem:
-    """What may become of each tensor: `asked` ones have their type, the others one that was measured."""
+    """What may become of each tensor: `asked` ones have their type, the others one that was measured.
+
+    Raises:
+        PlanError: nothing may become of one.
+    """
 
     def __init__(self, loss: Loss, asked: Mapping[str, str], imatrix: bool):
         self.loss, self.imatrix = loss, imatrix
@@ -57,6 +62,11 @@ class Problem:
             alone = tensor.name if tensor.name in asked else _FUSED.sub(".ffn_gate_up", tensor.name)
             members.setdefault(alone, []).append(tensor.name)
         self.groups = [tuple(names) for names in members.values()]
+        for names in self.groups:
+            if not self.options(names):
+                raise PlanError(
+                    f"{names[0]}: the sensitivity has no type that may be chosen for it; make one with more --types"
+                )
 
     def options(self, names: Sequence[str]) -> list[_Option]:
         """What the tensors of a group can be, the same type in all but where its blocks do not fill their rows."""

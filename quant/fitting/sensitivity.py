@@ -32,6 +32,7 @@ from ornith_moe.quant.source.slab import matrix_shape
 
 FORMAT = 1
 MAX_BYTES, MAX_DIMENSION = 64 << 20, 1 << 32
+MOST_NOISE = 1e3  # of an energy; a type that stores zeros makes 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,12 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> TensorErrors:
     if not 2 <= len(shape) <= 4 or not all(type(size) is int and 0 < size < MAX_DIMENSION for size in shape):
         raise ValueError(f"{name} has shape {list(shape)}")
     errors = {parse_type(kind, name): _number(error, name) for kind, error in entry["errors"].items()}
-    for kind in errors:
+    energy = _number(entry["energy"], name)
+    for kind, error in errors.items():
         row_bytes(kind, shape[-1])
-    return TensorErrors(_text(name), shape, entry["important"] is True, _number(entry["energy"], name), errors)
+        if energy > 0 and error > MOST_NOISE * energy:
+            raise ValueError(f"{name} is {kind} with an error of {brief(error)} and an energy of {brief(energy)}")
+    return TensorErrors(_text(name), shape, entry["important"] is True, energy, errors)
 
 
 def _number(value: Any, name: str) -> float:

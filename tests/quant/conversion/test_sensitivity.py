@@ -126,6 +126,7 @@ def test_stopped_it_goes_on_and_gives_the_same_file(tmp_path, monkeypatch):
         lambda v: v["tensors"]["output.weight"].update(shape=[64, 63]),
         lambda v: v["tensors"]["output.weight"].update(energy=-1),
         lambda v: v["tensors"]["output.weight"].update(errors={"Q9": 1}),
+        lambda v: v["tensors"]["output.weight"].update(energy=1e-300),
         lambda v: v["tensors"]["output.weight"].update(errors={"Q8_0": True}),
     ],
 )
