@@ -180,6 +180,8 @@ class GgufFit(GgufBuild):
                 "--imatrix, or make it again"
             )
         plain = plan_gguf(source, GgufBuild(PLAIN), replace(options, asked=None, sensitivity=None))
+        if options.imatrix:  # whose keys a file of Q8_0, which ignores importance, does not have
+            plain.metadata = options.imatrix.metadata()
         found = {tensor.name: tensor for tensor in plain.tensors if tensor.dtype != "F32"}
         _check(options.sensitivity, {name: tensor.shape for name, tensor in found.items()})
         asked = {name: "BF16" for name, tensor in found.items() if tensor.dtype == "BF16"}  # kept as it was
