@@ -5,6 +5,7 @@ References: sizes of the files on disk; the named file type with the recipe; xll
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fixtures
@@ -18,6 +19,7 @@ from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.conversion.sensitivity import measure_sensitivity
 from ornith_moe.quant.errors import PlanError
+from ornith_moe.quant.gguf.imatrix import open_imatrix, write_imatrix
 from ornith_moe.quant.gguf.tensor_types import parse_asked_types
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
@@ -101,3 +103,28 @@ def test_the_commands(tmp_path, model):
     assert {kind for name, kind in types.items() if "attn_v." in name} == {"Q8_0"}
     again = ornith_moe("convert", source.folder, tmp_path / "out", *to).stdout
     assert "nothing to do" in again
+
+
+def test_the_keys_of_an_importance_matrix_count(tmp_path, model):
+    source, path = model[0], tmp_path / "im.gguf"
+    name = next(tensor.name for tensor in model[1].tensors if "ssm_out" in tensor.name)
+    columns = model[1].by_name[name].shape[-1]
+    with open(path, "wb") as file:
+        ones = np.ones((1, columns), np.float32), np.ones(1, np.float32), np.ones(1, np.float32)
+        kind = source.architecture.gguf_architecture
+        write_imatrix(
+            file,
+            [(name, 1, columns)],
+            iter([ones]),
+            architecture=kind,
+            datasets=["t" * 90],
+            chunk_count=1,
+            chunk_size=8,
+        )
+    imatrix = open_imatrix(path)
+    found = replace(model[1], imatrix=imatrix.digest)
+    for nbytes in (4_000_000, 4_000_032):
+        (build,) = convert(
+            source, tmp_path / str(nbytes), [f"gguf:fit={nbytes}"], imatrix=imatrix, sensitivity=found
+        ).builds
+        assert 0.97 * nbytes < build.path.stat().st_size <= nbytes
