@@ -64,9 +64,7 @@ class LayerFigures:
 
     layer: int
     error: float  # mean over tokens of |x' - x| / |x|
-    flipped: (
-        float | None
-    )  # share of the experts of a token that the source chose and the build did not; None: no experts
+    flipped: float | None  # share of a token's experts that the source chose and the build did not; None: no experts
 
 
 @dataclass(frozen=True)
