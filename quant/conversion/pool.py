@@ -9,16 +9,17 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+AHEAD = 4  # items of each thread, done or begun: whoever takes the results may stop for a while, as a disk does
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], jobs: int) -> Generator[tuple[T, R]]:
-    """(item, function(item)) for all items, at most 2 * `jobs` of them at a time; the first failure stops the rest."""
+    """(item, function(item)) for all items, at most AHEAD * `jobs` at a time; the first failure stops the rest."""
     with ThreadPoolExecutor(jobs) as pool:
         pending: deque[tuple[T, Future[R]]] = deque()
         try:
             for item in items:
                 pending.append((item, pool.submit(function, item)))
-                if len(pending) >= 2 * jobs:
+                if len(pending) >= AHEAD * jobs:
                     done, future = pending.popleft()
                     yield done, future.result()
             while pending:

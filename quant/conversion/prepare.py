@@ -17,11 +17,9 @@ from ornith_moe.quant.source.source import Source, weight_matrix
 
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
 STEP_BYTES = 2 << 10  # names, plan and journal of one weight in one build
-MIN_SLAB_BYTES, MAX_SLAB_BYTES = (
-    1 << 20,
-    4 << 20,
-)  # larger ones leave the cache, and their memory goes back to the system each time
-COPIES_OF_A_SLAB = 8  # raw, fp32, transformed, and encoded for several builds
+MIN_SLAB_BYTES = 1 << 20
+MAX_SLAB_BYTES = 4 << 20  # larger ones leave the cache, and their memory goes back to the system each time
+COPIES_OF_A_SLAB = 10  # raw, fp32, transformed, and encoded for several builds, by this job and those that wait
 COPIES_OF_A_GROUP = 6  # raw, and encoded for several builds by this job and by those that wait to be written
 
 
