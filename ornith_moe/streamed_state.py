@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ class State:
         self._file.truncate(kept)
         self._file.seek(kept)
         if not kept:
-            for path in self.folder.glob("x*.[01]"):
-                path.unlink()
+            self._unlink()
             self._write(head)
         elif self.lines and self._digests(len(self.lines) - 1) != self.lines[-1].get("digests"):
             raise CheckpointError(
@@ -112,8 +111,15 @@ class State:
         self._file.flush()
 
     def remove(self) -> None:
-        """Nothing of it is needed any more."""
-        shutil.rmtree(self.folder)
+        """Nothing of it is needed any more; what others have put there stays, and then the folder."""
+        self._unlink()
+        (self.folder / JOURNAL).unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _unlink(self) -> None:
+        for path in self.folder.glob("x*.[01]"):
+            path.unlink()
 
     def close(self) -> None:
         self._file.close()

@@ -27,8 +27,17 @@ ALLOWED = {  # (file, call): why it need not go through files.py
     ("quant/conversion/journal.py", "os.fdopen"): "a descriptor of files.py",
     ("quant/gguf/metadata.py", "gguf.GGUFWriter"): "without a path it opens nothing",
     ("ornith_moe/command/terminal.py", "os.open"): "/dev/null",
-    ("ornith_moe/imatrix.py", "np.memmap"): "of an open file",
-    ("ornith_moe/imatrix.py", "AutoConfig.from_pretrained"): "a foreign client; links of the folder are checked before",
+    ("quant/conversion/sensitivity.py", "os.fdopen"): "a descriptor of files.py",
+    ("quant/fitting/choose.py", "os.open"): "/dev/null",
+    ("ornith_moe/layerwise.py", "np.memmap"): "of an open file",
+    (
+        "ornith_moe/layerwise.py",
+        "AutoConfig.from_pretrained",
+    ): "a foreign client; links of the folder are checked",
+    ("ornith_moe/streamed.py", "tempfile.TemporaryDirectory"): "of the system's, for activations",
+    ("ornith_moe/streamed_state.py", "os.fdopen"): "a descriptor of files.py",
+    ("ornith_moe/streamed_state.py", "np.memmap"): "of an open file",
+    ("ornith_moe/streamed_state.py", "path.open"): "activations that it has made",
     ("ornith_moe/clients.py", "AutoModelForCausalLM.from_pretrained"): "a foreign client, likewise",
 }
 
