@@ -9,10 +9,10 @@ import copy
 
 import hf_models
 import parallel_worker
+import processes
 import pytest
 import torch
 import transformers
-import two_processes
 from hf_models import gradient_error
 from numeric import assert_close
 from parallel_worker import BATCHES, EXTRA, LAYOUTS
@@ -44,7 +44,7 @@ def results(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     for name, model in models.items():
         model.save_pretrained(folder / name)
-    two_processes.run(parallel_worker.run, folder)
+    processes.run(parallel_worker.run, folder)
     return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(2)]
 
 

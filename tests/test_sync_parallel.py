@@ -4,10 +4,10 @@ Reference: `convert`'s files of the same model saved by one process. Not covered
 """
 
 import hf_models
+import processes
 import pytest
 import sync_worker
 import torch
-import two_processes
 from sync_models import BUILDS, WIDE, assert_same_bytes, converted, masters, stored
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ def results(folder):
     for name, changes in (("wide", WIDE), ("odd", ODD)):
         torch.manual_seed(1)
         hf_models.model(implementation="eager", **changes).save_pretrained(folder / name)
-    two_processes.run(sync_worker.run, folder)
+    processes.run(sync_worker.run, folder)
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(2)]
 
 

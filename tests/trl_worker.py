@@ -1,4 +1,4 @@
-"""What each of the two processes of rl/test_trl_parallel.py runs; a module that a new process can import."""
+"""What the processes of rl/test_trl_parallel.py and rl/test_trl.py run; a module that a new process can import."""
 
 import os
 import sys
@@ -6,11 +6,20 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "rl"))
+
+
+def killed(rank, folder):
+    """Trains in the folder until it kills itself."""
+    torch.set_num_threads(1)
+    import test_trl
+
+    test_trl.killed(f"{folder}/policy", f"{folder}/killed")
+
 
 def run(rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     os.environ |= {"MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    sys.path.insert(0, str(Path(__file__).parent / "rl"))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     import test_trl

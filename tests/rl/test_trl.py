@@ -1,13 +1,15 @@
 """`SelfScaffoldTrainer` on the released TRL, unpatched: rows, advantages, replay, strike-outs, resume."""
 
-import multiprocessing
 import os
 import signal
 
+import processes
 import pytest
 import rl_policy as policy
 import torch
+import trl_worker
 from datasets import Dataset
+from torch.multiprocessing import ProcessExitedException
 from transformers import TrainerCallback
 
 from ornith_moe.rl.credit import two_level
@@ -22,7 +24,7 @@ ROWS = S * (1 + R)
 
 @pytest.fixture
 def one_thread():
-    """A pool of them does not survive a fork, and their number decides the last bits."""
+    """Their number decides the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -274,10 +276,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(checkpoint, tmp_pat
     """Killed in the middle of a batch, so that its other update and a whole new batch follow."""
     undisturbed = run(checkpoint, tmp_path / "whole")
     undisturbed.train()
-    process = multiprocessing.get_context("fork").Process(target=killed, args=(checkpoint, tmp_path / "killed"))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    (tmp_path / "policy").symlink_to(checkpoint)
+    with pytest.raises(ProcessExitedException) as ended:
+        processes.run(trl_worker.killed, tmp_path, count=1)
+    assert ended.value.signal_name == "SIGKILL"
     resumed = run(checkpoint, tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
     (cut := tmp_path / "killed" / "checkpoint-2" / STATE_FILE).unlink()  # as if it had been killed while it wrote that

@@ -3,11 +3,11 @@
 Not covered: GPUs, vLLM, FSDP.
 """
 
+import processes
 import pytest
 import rl_policy as policy
 import torch
 import trl_worker
-import two_processes
 
 pytest.importorskip("trl", reason="trl is not installed")
 
@@ -16,10 +16,10 @@ import ornith_moe.hf
 assert ornith_moe.hf  # registers experts_implementation="ornith"
 
 
-def test_two_processes_train_one_policy(tmp_path):
+def test_processes_train_one_policy(tmp_path):
     torch.manual_seed(0)
     policy.save(tmp_path / "policy")
-    two_processes.run(trl_worker.run, tmp_path)
+    processes.run(trl_worker.run, tmp_path)
     (weights, memory, seen, told), (others, memory_1, seen_1, told_1) = (
         torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in (0, 1)
     )
