@@ -1,7 +1,17 @@
-"""Verdicts: whether a row is faster or slower than it was, beyond the noise of both runs.
+"""Verdicts: whether a row is faster or slower than it was, beyond the noise.
 
-    [low, high]   95 % confidence interval of the median of a row's rounds, by their ranks; of several runs of one
-                  side, from the lowest low to the highest high
+Pairs of runs that took turns (`paired`; in_turn.py makes them):
+
+    change_p      ln of a row's median then over its median now, of pair p of n
+    [low, high]   mean(change) -+ t(n - 1, 95 %) * deviation(change) / sqrt(n)
+    faster        low > ln(1 + FLOOR)           slower: high < -ln(1 + FLOOR)           no difference otherwise
+
+What differs so is measured again in as many new pairs, and differs if it does so again in the same direction
+(`confirmed`): one row in some hundred of one commit seems to have changed once, and a run has a hundred.
+
+Two runs, of which one is a file (`compare`):
+
+    [low, high]   95 % confidence interval of the median of a row's rounds, by their ranks
     moved         how far the machine itself has moved: of the peers of the row's group, whose code is the same on both
                   sides, the median of then / now; of a group without peers, of the control beside the row
     drift         |ln| of what that leaves: of peers in groups of several, how far nine in ten of them lie from `moved`;
@@ -17,34 +27,23 @@ ceil(1 + (n + 1.96 sqrt(n)) / 2), and over all of them where n is small (Hoefler
 parallel computing systems", SC 2015, rules 5 to 7; Le Boudec, "Performance evaluation", 2010). Two processes differ by
 more than rounds of one do, by where their pages lie for instance, which no interval of one run contains: hence peers as
 a yardstick (without them, seven of a hundred rows of one commit seemed to have changed; where they moved by more than
-UNUSABLE, something disturbed that group, and there is no verdict), FLOOR, and against a commit two runs of each side,
-in the order A B B A.
+UNUSABLE, something disturbed that group, and there is no verdict) and FLOOR. A change of 10 % is found in pairs, and
+rarely in two runs.
 
 A row that is red or has no time on one side gets no verdict, and neither does a run of another machine, unless asked.
 """
 
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median, stdev
 
-from ornith_moe.bench.rows import Row, Run, load
-from ornith_moe.bench.tasks import Settings
+from ornith_moe.bench.rows import Row, Run
 from ornith_moe.quant.errors import OrnithError, brief
 
 FLOOR, UNUSABLE = 0.03, 2.0
 SAME_MACHINE = ("cpu", "cores", "threads", "card", "environment")
-HERE = Path(__file__).parent
-Key = tuple[str, str, str, str]
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t of 1, 2, ... degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,14 @@ class Verdict:
     noise: float | None = None
     why: str = ""
 
+    @property
+    def differs(self) -> bool:
+        return self.verdict in ("faster", "slower")
+
+    def again(self, other: "Verdict") -> "Verdict":
+        """That of the new pairs, but for a difference that the first ones did not show."""
+        return replace(other, verdict="no difference") if other.differs and other.verdict != self.verdict else other
+
     def __str__(self) -> str:
         if self.verdict == "no verdict":
             return f"no verdict: {self.why}"
@@ -84,17 +91,44 @@ def interval(seconds: Sequence[float]) -> tuple[float, float]:
     return ordered[max(low, 1) - 1], ordered[min(high, n) - 1]
 
 
-def compare(then: Sequence[Run], now: Sequence[Run], *, any_machine: bool = False) -> list[Verdict]:
-    """A verdict for each row of `now`, of which, as of `then`, there may be several runs.
+def paired(then: Sequence[Run], now: Sequence[Run]) -> list[Verdict]:
+    """A verdict for each row from two or more pairs of runs that took turns."""
+    sides = [[{row.key: row for row in run.rows} for run in runs] for runs in (then, now)]
+    found = []
+    for row in now[-1].rows:
+        pairs = [_measured(row, *(rows.get(row.key) for rows in both)) for both in zip(*sides, strict=True)]
+        told = next((pair for pair in pairs if isinstance(pair, Verdict)), None)
+        found.append(told or _of_pairs(row, [pair.change for pair in pairs if isinstance(pair, _Pair)]))
+    return found
+
+
+def confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:
+    """The first verdicts, but "no difference" for a row that differs and did not do so again in the second."""
+    again = {(each.suite, each.group, each.name): each for each in second}
+    return [each if not each.differs else each.again(again[each.suite, each.group, each.name]) for each in first]
+
+
+def _of_pairs(row: Row, changes: Sequence[float]) -> Verdict:
+    who = row.suite, row.group, row.name
+    change, half = fmean(changes), T_95[len(changes) - 2] * stdev(changes) / math.sqrt(len(changes))
+    noise = math.exp(half) * (1 + FLOOR)
+    if row.peer:
+        return Verdict(*who, "yardstick", math.exp(change), noise)
+    word = "no difference" if abs(change) <= math.log(noise) else "faster" if change > 0 else "slower"
+    return Verdict(*who, word, math.exp(change), noise)
+
+
+def compare(then: Run, now: Run, *, any_machine: bool = False) -> list[Verdict]:
+    """A verdict for each row of `now`.
 
     Raises:
         OrnithError: the runs are of different machines.
     """
     if not any_machine:
-        _check_machines(then[0], now[-1])
-    sides = [[{row.key: row for row in run.rows} for run in runs] for runs in (then, now)]
-    pairs = {row.key: _measured(row, *([rows.get(row.key) for rows in side] for side in sides)) for row in now[-1].rows}
-    same = then[0].machine.get("versions") == now[-1].machine.get("versions")
+        _check_machines(then, now)
+    before = {row.key: row for row in then.rows}
+    pairs = {row.key: _measured(row, before.get(row.key), row) for row in now.rows}
+    same = then.machine.get("versions") == now.machine.get("versions")
     yardstick = _Yardstick.of([pair for pair in pairs.values() if isinstance(pair, _Pair) and pair.row.peer and same])
     return [pair if isinstance(pair, Verdict) else _verdict(pair, yardstick) for pair in pairs.values()]
 
@@ -103,14 +137,13 @@ def compare(then: Sequence[Run], now: Sequence[Run], *, any_machine: bool = Fals
 class _Pair:
     """A row that was measured on both sides."""
 
+    then: Row
     row: Row
-    then: Sequence[Row]
-    now: Sequence[Row]
 
     @property
     def change(self) -> float:
         """ln of median then over median now."""
-        return math.log(_median(self.then) / _median(self.now))
+        return math.log(median(self.then.seconds) / median(self.row.seconds))
 
 
 @dataclass(frozen=True)
@@ -140,13 +173,13 @@ def _check_machines(then: Run, now: Run) -> None:
             )
 
 
-def _measured(row: Row, then: Sequence[Row | None], now: Sequence[Row | None]) -> _Pair | Verdict:
-    for when, side in (("then", then), ("now", now)):
-        for each in side:
-            if each is None or each.status != "ok" or not each.seconds:
-                why = "it was not measured" if each is None else f"{each.status}: {each.why or 'rounds were not kept'}"
-                return Verdict(row.suite, row.group, row.name, "no verdict", why=f"{when} {why}")
-    return _Pair(row, *([each for each in side if each is not None] for side in (then, now)))
+def _measured(row: Row, then: Row | None, now: Row | None) -> _Pair | Verdict:
+    for when, each in (("then", then), ("now", now)):
+        if each is None or each.status != "ok" or not each.seconds:
+            why = "it was not measured" if each is None else f"{each.status}: {each.why or 'rounds were not kept'}"
+            return Verdict(row.suite, row.group, row.name, "no verdict", why=f"{when} {why}")
+    assert then and now
+    return _Pair(then, now)
 
 
 def _verdict(pair: _Pair, yardstick: _Yardstick) -> Verdict:
@@ -155,14 +188,14 @@ def _verdict(pair: _Pair, yardstick: _Yardstick) -> Verdict:
         return Verdict(*who, "yardstick", math.exp(pair.change))
     moved, drift = yardstick.moved.get(pair.row.group), yardstick.scatter
     if moved is None or drift is None:
-        drift = _drift(pair.then, pair.now)
+        drift = _drift(pair)
     shift = math.exp(moved or 0.0)
     if not 1 / UNUSABLE < shift < UNUSABLE:
         why = f"peers beside it changed by {max(shift, 1 / shift):.1f}x, so something disturbed them; measure again"
         return Verdict(*who, "no verdict", why=why)
-    (old_low, old_high), (new_low, new_high) = _pooled(pair.then), _pooled(pair.now)
+    (old_low, old_high), (new_low, new_high) = interval(pair.then.seconds), interval(pair.row.seconds)
     new_low, new_high = new_low * shift, new_high * shift
-    old_median, new_median = _median(pair.then), _median(pair.now) * shift
+    old_median, new_median = median(pair.then.seconds), median(pair.row.seconds) * shift
     margin, ratio = math.exp(drift) * (1 + FLOOR), old_median / new_median
     to_be_faster = margin * (new_high / new_median) * (old_median / old_low)
     to_be_slower = margin * (new_median / new_low) * (old_high / old_median)
@@ -173,20 +206,9 @@ def _verdict(pair: _Pair, yardstick: _Yardstick) -> Verdict:
     return Verdict(*who, "no difference", ratio, max(to_be_faster, to_be_slower))
 
 
-def _pooled(rows: Sequence[Row]) -> tuple[float, float]:
-    lows, highs = zip(*(interval(row.seconds) for row in rows), strict=True)
-    return min(lows), max(highs)
-
-
-def _median(rows: Sequence[Row]) -> float:
-    return median(second for row in rows for second in row.seconds)
-
-
-def _drift(then: Sequence[Row], now: Sequence[Row]) -> float:
-    """Between the sides, and no less than between two runs of one side."""
-    medians = [[median(row.control) for row in side if row.control] for side in (then, now)]
-    every = [value for side in medians for value in side]
-    return math.log(max(every) / min(every)) if all(medians) else 0.0
+def _drift(pair: _Pair) -> float:
+    medians = [median(row.control) for row in (pair.then, pair.row) if row.control]
+    return math.log(max(medians) / min(medians)) if len(medians) == 2 else 0.0
 
 
 def as_lines(verdicts: Sequence[Verdict]) -> list[str]:
@@ -197,76 +219,3 @@ def as_lines(verdicts: Sequence[Verdict]) -> list[str]:
     silent = ("no difference", "yardstick")
     told = [f"  {each.group}: {each.name}  {each}" for each in verdicts if each.verdict not in silent]
     return ["compared: " + ", ".join(f"{count} {name}" for name, count in counts.items()), *told]
-
-
-# A commit, measured in turn with what is here.
-
-Measure = Callable[[Path, Path], Run]  # of the package in a folder, into a file
-
-
-def against_commit(
-    ref: str,
-    settings: Settings,
-    told: Callable[[int, int], None],
-    measure: Measure | None = None,
-    root: Path | None = None,
-) -> tuple[list[Run], list[Run]]:
-    """Two runs of commit `ref` and two of the checkout, in the order A B B A, each in a process of its own.
-
-    Both are measured by this very folder: the commit is checked out beside, with a link to it for its own.
-
-    Raises:
-        OrnithError: no checkout, no such commit, or the commit cannot run this folder.
-    """
-    root = root or HERE.resolve().parent
-    measure = measure or _process(settings)
-    runs: dict[str, list[Run]] = {"then": [], "now": []}
-    with checked_out(ref, root) as tree, tempfile.TemporaryDirectory(prefix="ornith-bench-") as folder:
-        for number, side in enumerate(("then", "now", "now", "then")):
-            told(number, 4)
-            runs[side].append(measure(tree if side == "then" else root, Path(folder, f"{number}.json")))
-        told(4, 4)
-    return runs["then"], runs["now"]
-
-
-@contextmanager
-def checked_out(ref: str, root: Path) -> Iterator[Path]:
-    """A throwaway worktree of `ref` whose ornith_moe/bench is the one of `root`."""
-    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}")
-    if commit is None:
-        raise OrnithError(f"compare: expected a file of a run or a commit of {root}, got {brief(ref)}")
-    with tempfile.TemporaryDirectory(prefix="ornith-bench-") as folder:
-        tree = Path(folder, "tree")
-        if _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit) is None:
-            raise OrnithError(f"compare: git could not check out {brief(ref)} beside {root}; see git worktree list")
-        try:
-            link = tree / "ornith_moe" / "bench"
-            shutil.rmtree(link) if link.is_dir() and not link.is_symlink() else link.unlink(missing_ok=True)
-            link.symlink_to(root / "bench")
-            yield tree
-        finally:
-            _git(root, "worktree", "remove", "--force", str(tree))
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """Output of git in `root`; None where it failed."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=300)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _process(settings: Settings, environment: Mapping[str, str] = os.environ) -> Measure:
-    def measure(tree: Path, out: Path) -> Run:
-        asked = out.with_suffix(".settings")
-        asked.write_text(json.dumps(asdict(settings)), encoding="utf-8")
-        command: list[Any] = [sys.executable, "-m", "ornith_moe.bench.session", asked, out]
-        env = {**environment, "PYTHONPATH": str(tree)}
-        done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True)
-        if done.returncode or not out.exists():
-            words = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise OrnithError(f"compare: {tree.name} could not be measured ({brief(words)})")
-        return load(out)
-
-    return measure

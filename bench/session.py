@@ -1,7 +1,7 @@
 """One run: the machine, the suites under pytest, and a file that is whole after every row.
 
 run(Settings(suites=("codecs",), quick=True), Path("run.json")) -> Run
-python -m ornith_moe.bench.session SETTINGS.json RUN.json        the same in a process of its own, for `--compare`
+python -m ornith_moe.bench.session SETTINGS.json RUN.json        the same as one process of two; see in_turn.py
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from typing import Any
 
 import ornith_moe
 from ornith_moe.bench.rows import Row, Run, save
-from ornith_moe.bench.tasks import Settings
+from ornith_moe.bench.tasks import Settings, Turn
 from ornith_moe.quant.errors import OrnithError
 
 HERE = Path(__file__).parent
@@ -39,8 +39,10 @@ def check_installed() -> None:
             raise OrnithError(f"bench: {package}, which runs it, is not installed; pip install 'ornith-moe[bench]'")
 
 
-def run(settings: Settings, out: Path, told: Told = lambda row, done, total: None) -> Run:
-    """Measure what `settings` ask for, and write `out` after every row.
+def run(
+    settings: Settings, out: Path, told: Told = lambda row, done, total: None, turn: Turn = lambda what: None
+) -> Run:
+    """Measure what `settings` ask for, and write `out` after every row; `turn` as of `Bench`.
 
     Raises:
         OrnithError: pytest-benchmark or the device is missing, nothing is selected, or a model or a routing is unknown.
@@ -52,7 +54,7 @@ def run(settings: Settings, out: Path, told: Told = lambda row, done, total: Non
     from ornith_moe.bench.plugin import Plugin
     from ornith_moe.bench.tasks import Bench
 
-    bench = Bench(settings)
+    bench = Bench(settings, turn=turn)
     made = Run(
         datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit_of(Path(ornith_moe.__file__).parent),
@@ -152,12 +154,15 @@ def commit_of(folder: Path) -> str:
 
 
 def main(settings: str, out: str) -> None:
-    """Run what the file `settings` holds."""
+    """Run what the file `settings` holds, in turn with another process."""
+    from ornith_moe.bench.in_turn import asking
+
+    asks, answers = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))  # pytest takes the streams themselves
     told: dict[str, Any] = json.loads(Path(settings).read_text(encoding="utf-8"))
     told |= {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
     asked = Settings(**told)
     try:
-        run(asked, Path(out))
+        run(asked, Path(out), turn=asking(asks, answers))
     except OrnithError as error:
         sys.exit(str(error))
 

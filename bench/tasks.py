@@ -7,6 +7,7 @@
 A wrong result makes its row red and leaves it without a time; the others of the task are timed all the same.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from ornith_moe.quant.errors import OrnithError
 
 SUITES = ("moe", "codecs", "convert", "rl")
 BUDGET_S, QUICK_BUDGET_S = 2.0, 0.5  # of the rounds of a task
+TASK, ROUND = "task", "round"  # what a process that is one of two asks its turn for
+Turn = Callable[[str], None]
 SLOWEST_S = 150.0  # of a whole command that takes longer, the call that is checked is the only one and its time
 
 
@@ -96,25 +99,31 @@ class Task:
     @property
     def id(self) -> str:
         """The case as one word, which -k reads."""
-        words = (f"T{value}" if key == "tokens" else str(value) for key, value in self.case.items())
-        return "-".join([self.suite, *(word.replace(" ", "-") for word in words)])
+        return id_of(self)
+
+
+def id_of(what: Task | Row) -> str:
+    """The suite and the case as one word of what pytest's -k takes for one."""
+    words = (f"T{value}" if key == "tokens" else str(value) for key, value in what.case.items())
+    return re.sub(r"[^\w.+-]+", "-", "-".join([what.suite, *words]))
 
 
 class Bench:
-    """The device of a run: its clock, its limits and its control."""
+    """The device of a run: its clock, its limits and its control; `turn` is called before each task and each round."""
 
-    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+    def __init__(self, settings: Settings, clock: Clock | None = None, turn: Turn = lambda what: None) -> None:
         if settings.device == "cuda" and clock is None and not torch.cuda.is_available():
             raise OrnithError(
                 "bench: --device cuda needs a CUDA or ROCm device, torch sees none; leave it out for the CPU"
             )
-        self.settings, self.clock = settings, clock or clock_of(settings.device)
+        self.settings, self.clock, self.turn = settings, clock or clock_of(settings.device), turn
         self.limits = Limits(self.clock)
         self.control = control_of(settings.device)
         self.budget_s = QUICK_BUDGET_S if settings.quick else BUDGET_S
 
     def rows_of(self, task: Task, names: Sequence[str]) -> list[Row]:
         """A row of `task` for each of `names`."""
+        self.turn(TASK)
         before = torch.get_num_threads()
         torch.set_num_threads(task.threads or before)
         try:
@@ -143,7 +152,7 @@ class Bench:
             del calls[name]
         times = interleave(
             calls, self.clock, budget_s=self.budget_s * task.budget, control=self.control, setups=setups,
-            estimates=estimates,
+            estimates=estimates, turn=lambda: self.turn(ROUND),
         )  # fmt: skip
         times |= {name: Times((estimates[name],), (self.clock.seconds(self.control),)) for name in once}
         for name, found in times.items():

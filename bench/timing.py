@@ -151,11 +151,13 @@ def interleave(
     control: Call,
     setups: Mapping[str, Call] | None = None,
     estimates: Mapping[str, float] | None = None,
+    turn: Call = lambda: None,
 ) -> dict[str, Times]:
     """Times of `calls`, which take turns for about `budget_s` seconds; every one has been called before, to be checked.
 
     `setups` run before each call of theirs, untimed; such a call gets no untimed one before it and is not repeated.
     `estimates` are rough seconds of calls, of which the long ones need not be measured again to plan their rounds.
+    `turn` is called before each round.
     """
     setups, rough, each_s = setups or {}, estimates or {}, budget_s / max(1, len(calls))
     plans = {n: _Plan.of(call, clock, each_s, setups.get(n), rough.get(n, 0.0)) for n, call in calls.items()}
@@ -166,6 +168,7 @@ def interleave(
     with no_collection():
         for number in range(total):
             names = [name for name, plan in plans.items() if plan.takes_part(number, total)]
+            turn()
             for name in reversed(names) if number % 2 else names:
                 seconds[name].append(plans[name].seconds(clock))
             control_s = clock.seconds(control)

@@ -102,17 +102,18 @@ def _measured(settings: Settings, path: Path) -> Run:
 
 def _compared(settings: Settings, path: Path, other: str, any_machine: bool) -> tuple[Run, list[Verdict]]:
     """Against a file, which is read before anything is measured, or against a commit."""
-    from ornith_moe.bench.comparison import against_commit, compare
+    from ornith_moe.bench.comparison import compare
+    from ornith_moe.bench.in_turn import against_commit
     from ornith_moe.bench.rows import load, save
 
     if Path(other).suffix == ".json" or Path(other).is_file():
-        then = [load(Path(other))]
-        now = [_measured(settings, path)]
-    else:
-        with progress_bar(counted=True) as progress:
-            then, now = against_commit(other, settings, lambda done, of: progress("runs", done, of))
-        save(now[-1], path)
-    return now[-1], compare(then, now, any_machine=any_machine)
+        then = load(Path(other))
+        now = _measured(settings, path)
+        return now, compare(then, now, any_machine=any_machine)
+    with progress_bar(counted=True) as progress:
+        now, verdicts = against_commit(other, settings, lambda done, of: progress("pairs", done, of))
+    save(now, path)
+    return now, verdicts
 
 
 def _write_report(run: Run, path: Path) -> None:

@@ -60,6 +60,14 @@ def named(suite, group):
     return task
 
 
+def test_a_turn_is_asked_for_before_each_task_and_each_round(bench):
+    asked = []
+    bench.turn = asked.append
+    made = rows_of(bench, named("codecs", "Q8_0 decode, 1024x2048 to FP32"))
+    rounds = max(row.rounds for row in made.values())
+    assert asked == ["task", *["round"] * rounds] and rounds >= 3
+
+
 def without_expert_0(x, indices, *rest, moe_mlp=om.moe_mlp, **options):
     return moe_mlp(x, torch.where(indices == indices[0, 0], -1, indices), *rest, **options)
 
