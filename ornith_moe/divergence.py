@@ -16,7 +16,7 @@ Letters: N positions, V vocabulary, v tokens of a slab, W windows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ class Divergences:
         self._builds = [_Running(targets) for _ in range(builds)]
         self._apart = [torch.zeros(len(targets), dtype=torch.float64) for _ in range(builds)]
 
-    def add(self, start: int, source: torch.Tensor, builds: Sequence[torch.Tensor]) -> None:
+    def add(self, start: int, source: torch.Tensor, builds: Iterable[torch.Tensor]) -> None:
         """Logits [N, v] of tokens [start, start + v), in order; fp32 as models give them."""
         a = source.double()
         powers, scale = self._source.add(start, a)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from ornith_moe.quant.source.source import Source
 from ornith_moe.streamed_state import State
 
 POSITIONS, VOCABULARY = 2048, 2048  # whose logits stand at once
+MODELS = 16  # with that many positions; of more models fewer stand
 Progress = Callable[[str, int, int], None]  # phase, windows times layers or tokens of the vocabulary done, and in all
 
 
@@ -155,7 +156,7 @@ def compare_streamed(
                     Layerwise(source), SourceWeights(source), builds, windows, kept, progress or (lambda *_: None)
                 )
                 run.layers()
-                divergences = run.divergences(chosen)
+                apart = run.divergences(chosen)
                 lines = kept.lines[1:]
             finally:
                 kept.close()
@@ -166,8 +167,8 @@ def compare_streamed(
         windows=len(windows),
         window_tokens=windows.shape[1],
         positions=len(windows) * len(chosen),
-        perplexity=math.exp(-divergences.log_likelihood[0].mean()),
-        builds=tuple(_figures(build, number, divergences, lines, len(windows)) for number, build in enumerate(builds)),
+        perplexity=math.exp(-apart.log_likelihood[0].mean()),
+        builds=tuple(_figures(build, number, apart, lines, len(windows)) for number, build in enumerate(builds)),
         seconds=round(time.monotonic() - began, 3),
         peak_rss_bytes=peak_rss_bytes(),
         notes=source.notes,
@@ -262,38 +263,55 @@ class _Run:
 
     def divergences(self, positions: Sequence[int]) -> Found:
         """Of all builds, at these positions of every window."""
-        window, position = (
-            each.reshape(-1) for each in np.meshgrid(range(len(self.windows)), positions, indexing="ij")
-        )
-        targets = self.windows[window, position + 1]
-        parts = []
-        rows = self.model.shapes[self.model.head][0]
-        blocks = [slice(start, start + POSITIONS) for start in range(0, len(targets), POSITIONS)]
-        for number, block in enumerate(blocks):
-            found = Divergences(targets[block], len(self.builds))
-            last = [self._last(model, window[block], position[block]) for model in range(1 + len(self.builds))]
-            for start in range(0, rows, VOCABULARY):
-                count = min(VOCABULARY, rows - start)
-                own = self.source.rows(self.model.head, start, count)
-                heads = [
-                    b.rows(self.model.head, start, count) if b.changes(self.model.head) else own for b in self.builds
-                ]
-                logits = [self._logits(x, head) for x, head in zip(last, [own, *heads], strict=True)]
-                found.add(start, logits[0], logits[1:])
-                self.progress("head", number * rows + start + count, len(blocks) * rows)
-            parts.append(found.found())
-        return Found(*(np.concatenate(each, axis=1) for each in zip(*parts, strict=True)))
 
-    def _last(self, model: int, window: np.ndarray, position: np.ndarray) -> torch.Tensor:
-        """Normed activations [N, H] that the head multiplies."""
-        shared = model and self.begins[model - 1] > len(self.model.layers)
-        x = self.state.activations(0 if shared else model, len(self.model.layers))
-        return self.model.norm(self.builds[model - 1] if model else self.source)(torch.from_numpy(x[window, position]))
+        def last(model: int) -> np.ndarray:
+            shared = model and self.begins[model - 1] > len(self.model.layers)
+            return self.state.activations(0 if shared else model, len(self.model.layers))
 
-    def _logits(self, x: torch.Tensor, head: np.ndarray) -> torch.Tensor:
-        logits = F.linear(x, torch.from_numpy(head))
-        softcap = self.model.softcap
-        return logits if softcap is None else (logits / softcap).tanh() * softcap
+        return divergences(self.model, [self.source, *self.builds], last, self.windows, positions, self.progress)
+
+
+def divergences(
+    model: Layerwise,
+    weights: Sequence[Weights],
+    last: Callable[[int], np.ndarray],
+    windows: np.ndarray,
+    positions: Sequence[int],
+    progress: Progress,
+) -> Found:
+    """Of models by their activations after the last layer, at these positions of every window.
+
+    Args:
+        weights: of the source, then of each `Candidate`.
+        last: fp32 [W, L, H] of model 0, the source, or of candidate n - 1.
+    """
+    window, position = (each.reshape(-1) for each in np.meshgrid(range(len(windows)), positions, indexing="ij"))
+    targets = windows[window, position + 1]
+    source, builds = weights[0], cast("Sequence[Candidate]", weights[1:])
+    rows, size, parts = model.shapes[model.head][0], max(POSITIONS * MODELS // max(len(weights), MODELS), 1), []
+    blocks = [slice(start, start + size) for start in range(0, len(targets), size)]
+    for number, block in enumerate(blocks):
+        found = Divergences(targets[block], len(builds))
+        normed = [
+            model.norm(each)(torch.from_numpy(last(i)[window[block], position[block]]))
+            for i, each in enumerate(weights)
+        ]
+        for start in range(0, rows, VOCABULARY):
+            count = min(VOCABULARY, rows - start)
+            own = source.rows(model.head, start, count)
+            logits = (
+                _logits(model, x, build.rows(model.head, start, count) if build.changes(model.head) else own)
+                for x, build in zip(normed[1:], builds, strict=True)
+            )
+            found.add(start, _logits(model, normed[0], own), logits)
+            progress("head", number * rows + start + count, len(blocks) * rows)
+        parts.append(found.found())
+    return Found(*(np.concatenate(each, axis=1) for each in zip(*parts, strict=True)))
+
+
+def _logits(model: Layerwise, x: torch.Tensor, head: np.ndarray) -> torch.Tensor:
+    logits = F.linear(x, torch.from_numpy(head))
+    return logits if model.softcap is None else (logits / model.softcap).tanh() * model.softcap
 
 
 def _figures(

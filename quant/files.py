@@ -311,8 +311,10 @@ def write_file(path: Path, payload: bytes) -> None:
 
 
 @contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
+def published(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
     """A file to write, which gets the name `path` when the block ends well and is gone when it does not.
+
+    `replace`: what has that name is ours, and goes.
 
     Raises:
         ConversionError: something has got that name meanwhile.
@@ -324,7 +326,7 @@ def published(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(descriptor)
-        if os.path.lexists(path):
+        if not replace and os.path.lexists(path):
             raise ConversionError(f"{path}: exists already; move it away or choose another name")
         os.rename(temporary, path)
     finally:

@@ -55,8 +55,8 @@ def compare(
 
     opened = open_any(source, mtp="drop")
     opened.require("a comparison")
-    with _refused(source, text):
-        tokens = _windows(opened.folder, text, windows)
+    with text_refused(source, text):
+        tokens = windows_of(opened.folder, text, windows)
         candidates = [open_candidate(build, opened) for build in builds]
         with _going_on(state), progress_bar(counted=True) as progress:
             found = compare_streamed(opened, candidates, tokens, state=state, resume=resume, progress=progress)
@@ -67,7 +67,7 @@ def compare(
 
 
 @contextmanager
-def _refused(source: str, text: Path | None) -> Iterator[None]:
+def text_refused(source: str, text: Path | None) -> Iterator[None]:
     """A text too short, or a tokenizer that knows more tokens than the model."""
     try:
         yield
@@ -85,7 +85,8 @@ def _going_on(state: Path) -> Iterator[None]:
         raise Stopped("stopped; the same command with --resume goes on" if begun else "stopped") from None
 
 
-def _windows(folder: Path, text: Path | None, windows: int):  # type: ignore[no-untyped-def]  # numpy is not imported yet
+def windows_of(folder: Path, text: Path | None, windows: int):  # type: ignore[no-untyped-def]  # numpy is not imported yet
+    """int64 [W, L] of the text in a file, or of Python's help, as the tokenizer in `folder` reads it."""
     from ornith_moe.clients import encode
     from ornith_moe.compare import begin_windows, held_out_windows, read_text
 
@@ -141,8 +142,8 @@ def _compare_clients(a: str, builds: list[str], text: Path | None, windows: int,
     folder = next((path for path in (a, b) if Path(path).is_dir()), None)
     if folder is None:
         raise CheckpointError(f"{a}: expected SRC or BUILD to be a Hugging Face folder, whose tokenizer cuts the text")
-    with _refused(f"{a} and {b}", text):
-        tokens = _windows(Path(folder), text, windows)
+    with text_refused(f"{a} and {b}", text):
+        tokens = windows_of(Path(folder), text, windows)
         with open_client(a) as first, open_client(b) as second:
             found = run(first, second, tokens)
     if as_json:

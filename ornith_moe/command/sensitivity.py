@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from ornith_moe.command.compare import text_refused, windows_of
 from ornith_moe.command.options import ImatrixOption, Json, Lora, MtpFrom, MtpOption, Name, SourceArgument
 from ornith_moe.command.terminal import out, print_json, progress_bar, say
 
 if TYPE_CHECKING:
+    from ornith_moe.quant.conversion.sensitivity import SensitivityReport
     from ornith_moe.quant.fitting.sensitivity import Sensitivity
+    from ornith_moe.quant.gguf.imatrix import Imatrix
 
 
 def sensitivity(
@@ -25,6 +29,14 @@ def sensitivity(
     types: Annotated[
         str | None, typer.Option(metavar="TYPE,TYPE", help="Candidates; default K and IQ types and Q8_0.")
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text on which to measure KL of each kind of tensor too, layer by layer."),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, max=10_000, help="Windows of 256 tokens of it.")] = 8,
+    layer_groups: Annotated[
+        int, typer.Option(min=1, max=1024, metavar="N", help="Runs of layers that are measured apart.")
+    ] = 4,
     jobs: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads; default all cores.")] = None,
     mtp: MtpOption = None,
     mtp_from: MtpFrom = None,
@@ -43,6 +55,8 @@ def sensitivity(
     with progress_bar() as progress:
         report = measure_sensitivity(opened, output, imatrix=importance, types=wanted, jobs=jobs, progress=progress)
     found = report.sensitivity
+    if text is not None:
+        found = _with_effects(source, report, text, windows, layer_groups, importance)
     if as_json:
         print_json(
             {
@@ -50,6 +64,7 @@ def sensitivity(
                 "tensors": len(found.tensors),
                 "types": list(found.types),
                 "imatrix": found.imatrix,
+                "effects": [asdict(effect) for effect in found.effects],
                 "bytes_read": report.bytes_read,
                 "resumed_units": report.resumed_units,
                 "seconds": report.seconds,
@@ -59,7 +74,45 @@ def sensitivity(
         return
     say(f"{report.path}: {len(found.tensors)} tensors in {len(found.types)} types; noise in per mille of the output")
     _print_kinds(found)
+    if found.effects:
+        _print_effects(found)
     out.print(f"{report.seconds:.1f} s, peak memory {report.peak_rss_bytes / 2**20:.0f} MiB")
+
+
+def _with_effects(
+    source: str, report: SensitivityReport, text: Path, windows: int, groups: int, importance: Imatrix | None
+) -> Sensitivity:
+    """The sensitivity with effects on a text, kept in its file as they are found."""
+    from ornith_moe.clients import require
+
+    require("torch", "hf")
+    from ornith_moe.effects import measure_effects
+    from ornith_moe.quant.files import published
+    from ornith_moe.quant.fitting.sensitivity import sensitivity_bytes
+    from ornith_moe.quant.opening import open_any
+
+    def keep(found: Sensitivity) -> None:
+        with published(report.path, replace=True) as file:
+            file.write(sensitivity_bytes(found))
+
+    opened = open_any(source, mtp="drop")
+    with text_refused(source, text), progress_bar(counted=True) as progress:
+        tokens = windows_of(opened.folder, text, windows)
+        return measure_effects(
+            opened, tokens, report.sensitivity, imatrix=importance, groups=groups, keep=keep, progress=progress
+        )
+
+
+def _print_effects(found: Sensitivity) -> None:
+    """KL of each kind alone, by the layers that have it."""
+    say("KL of a kind of tensor that alone has a type, nats per token")
+    table = Table("tensor", "layers", "type", "KL", "+-")
+    for effect in found.effects:
+        layers = [re.sub(r"^blk\.(\d+)\..*|.*", r"\1", name) for name in effect.tensors]
+        kind = re.sub(r"^blk\.\d+\.|\.weight$", "", effect.tensors[0])
+        error = "-" if effect.kl_se is None else f"{effect.kl_se:.6f}"
+        table.add_row(kind, ", ".join(filter(None, layers)) or "-", effect.type, f"{effect.kl:.6f}", error)
+    out.print(table)
 
 
 def _print_kinds(found: Sensitivity) -> None:

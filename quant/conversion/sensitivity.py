@@ -25,12 +25,15 @@ import numpy as np
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.plan import Step
+from ornith_moe.quant.builds.storages.gguf import Gguf
+from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
+from ornith_moe.quant.conversion.noise import Sums, noise
 from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.resume import sample
 from ornith_moe.quant.conversion.stream import Unit, read_unit, unit_bytes, units
 from ornith_moe.quant.conversion.workers import Progress, silent
-from ornith_moe.quant.errors import ConversionError, PlanError, UnstorableError
+from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.files import open_output, published
 from ornith_moe.quant.fitting.sensitivity import Sensitivity, TensorErrors, read_sensitivity, sensitivity_bytes
 from ornith_moe.quant.gguf.imatrix import Imatrix
@@ -43,7 +46,6 @@ TYPES = (
 )  # fmt: skip
 PLAIN = "gguf:Q8_0"  # a build that quantizes whatever one may
 SLAB_BYTES = 4 << 20  # of source, on every machine
-CACHED_VALUES = 1 << 17  # compared at a time
 MAX_LINE_BYTES = 1 << 16
 PARTIAL = ".partial"  # the journal is named after the output
 
@@ -112,9 +114,6 @@ def measure_sensitivity(
     return SensitivityReport(output, found, read, resumed, round(time.monotonic() - began, 3), peak_rss_bytes())
 
 
-Sums = list[float | None]  # energy, then the error in each candidate of a tensor; None: a value that it cannot hold
-
-
 class _Measurement:
     """Units of a source, and what each says of the tensors that its rows go to."""
 
@@ -177,8 +176,12 @@ class _Measurement:
             importance = None
             if self.imatrix and name in self.covered:
                 importance = self.imatrix.importance(name, weight.expert or 0, rows.shape[1])
-            result.append(_sums(rows, importance, self.kinds[name]))
+            result.append(noise(rows, importance, self._storages(name, importance)))
         return result
+
+    def _storages(self, name: str, importance: np.ndarray | None) -> list[Storage]:
+        given = None if importance is None else lambda: importance
+        return [Gguf(kind, given) for kind in self.kinds[name]]
 
     def tensors(self, found: dict[int, list[Sums]]) -> tuple[TensorErrors, ...]:
         """Sums of the units as those of tensors, in the order of units."""
@@ -205,29 +208,6 @@ class _Measurement:
         if entry is None or entry.counts.size == 1 or not entry.counts.any():
             return 1.0
         return float(entry.counts[expert or 0]) / float(entry.counts.mean(dtype=np.float64))
-
-
-def _sums(rows: np.ndarray, importance: np.ndarray | None, kinds: Sequence[str]) -> Sums:
-    """Energy, and the error in each of `kinds`, of fp32 rows [R, K] whose columns matter as `importance` [K] says."""
-    from ornith_moe.quant.codecs.gguf import dequantize_gguf, quantize_gguf
-
-    weights = np.ones(rows.shape[1]) if importance is None else importance.astype(np.float64)
-
-    def squares(other: np.ndarray | None, kind: str = "") -> float:
-        columns, step = np.zeros(rows.shape[1]), max(CACHED_VALUES // rows.shape[1], 1)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            part = part if other is None else part - dequantize_gguf(other[start : start + step], kind)
-            columns += np.square(part, dtype=np.float64).sum(0)
-        return float((columns * weights).sum())
-
-    result: Sums = [squares(None)]
-    for kind in kinds:
-        try:
-            result.append(squares(quantize_gguf(rows, kind, imatrix=importance), kind))
-        except UnstorableError:
-            result.append(None)
-    return result
 
 
 class _Journal:

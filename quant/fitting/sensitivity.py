@@ -11,7 +11,8 @@ A tensor has every candidate that its rows allow; what gives way to one that doe
 (quant/gguf/mixtures.py), and types that are noise without importance are there only with it.
 
 The file is JSON: `source` and `sample` (a digest of its weights), `imatrix` (a digest) or null, `types`, and `tensors`,
-each with `shape`, `important`, `energy` and `errors` by type.
+each with `shape`, `important`, `energy` and `errors` by type. Where KL was measured of tensors that alone have a type,
+`text` (shape and digest of its tokens) and `effects`, each with `tensors`, `type`, `kl` and its standard error `kl_se`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.codecs.sizes import row_bytes
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import json_bytes, read_json
+from ornith_moe.quant.gguf.mixtures import fit
 from ornith_moe.quant.gguf.tensor_types import parse_type
 from ornith_moe.quant.source.slab import matrix_shape
 
@@ -54,6 +56,16 @@ class TensorErrors:
         return rows * row_bytes(kind, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """KL(source || model) where these tensors alone are of `type`, nats per token, with its standard error."""
+
+    tensors: tuple[str, ...]
+    type: str
+    kl: float
+    kl_se: float | None
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """Of a whole model; made by `measure_sensitivity` and `read_sensitivity`."""
@@ -63,6 +75,8 @@ class Sensitivity:
     imatrix: str | None
     types: tuple[str, ...]
     tensors: tuple[TensorErrors, ...]
+    text: str | None = None  # what the effects were measured on
+    effects: tuple[Effect, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, TensorErrors]:
@@ -77,7 +91,8 @@ def sensitivity_bytes(found: Sensitivity) -> bytes:
         name = value.pop("name")
         tensors[name] = value
     head = {"format": FORMAT, "source": found.source, "sample": found.sample, "imatrix": found.imatrix}
-    return json_bytes(head | {"types": list(found.types), "tensors": tensors})
+    effects = {"text": found.text, "effects": [asdict(effect) for effect in found.effects]} if found.effects else {}
+    return json_bytes(head | {"types": list(found.types), "tensors": tensors} | effects)
 
 
 @budgeted
@@ -94,13 +109,15 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
                 f"{path}: is of format {brief(value['format'])}, this version reads {FORMAT}; make it again"
             )
         tensors = tuple(_tensor(name, entry) for name, entry in value["tensors"].items())
-        imatrix = value["imatrix"]
+        imatrix, effects = value["imatrix"], value.get("effects", [])
         return Sensitivity(
             _text(value["source"]),
             _text(value["sample"]),
             imatrix if imatrix is None else _text(imatrix),
             tuple(parse_type(_text(kind), "types") for kind in value["types"]),
             tensors,
+            _text(value["text"]) if effects else None,
+            tuple(_effect(entry, {tensor.name: tensor for tensor in tensors}) for entry in effects),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -119,6 +136,20 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> TensorErrors:
         if energy > 0 and error > MOST_NOISE * energy:
             raise ValueError(f"{name} is {kind} with an error of {brief(error)} and an energy of {brief(energy)}")
     return TensorErrors(_text(name), shape, entry["important"] is True, energy, errors)
+
+
+def _effect(entry: Mapping[str, Any], known: Mapping[str, TensorErrors]) -> Effect:
+    names, kind, error = (
+        tuple(map(_text, entry["tensors"])),
+        parse_type(_text(entry["type"]), "effects"),
+        entry["kl_se"],
+    )
+    for name in names:
+        if name not in known or fit(kind, known[name].shape[-1]) not in known[name].errors:
+            raise ValueError(f"an effect is of {brief(name)} in {kind}, whose error is not known")
+    if not names or len(set(names)) < len(names):
+        raise ValueError("an effect is of no tensors, or of one twice")
+    return Effect(names, kind, _number(entry["kl"], names[0]), error if error is None else _number(error, names[0]))
 
 
 def _number(value: Any, name: str) -> float:
