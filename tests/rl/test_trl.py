@@ -48,7 +48,12 @@ def reward(completions, answer, **_):
 def trainer(
     checkpoint, out, *, reward_funcs=reward, tasks=2, dataset=policy.TASKS, implementation="ornith", own=None, **options
 ):
-    options = {"per_device_train_batch_size": tasks * ROWS, "max_steps": 1, "learning_rate": 1e-2} | options
+    options = {
+        "per_device_train_batch_size": tasks * ROWS,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "curve": False,
+    } | options
     args = SelfScaffoldConfig(
         str(out), scaffolds=S, rollouts=R, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, logging_steps=1,
         lr_scheduler_type="constant", max_completion_length=4, seed=1, save_strategy=options.pop("save_strategy", "no"),
@@ -222,7 +227,7 @@ def test_a_reference_holds_the_policy_in_training_and_evaluation(checkpoint, tmp
 
 
 def test_the_curve_is_drawn(checkpoint, tmp_path):
-    trainer(checkpoint, tmp_path, max_steps=2).train()
+    trainer(checkpoint, tmp_path, max_steps=2, curve=True).train()
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
