@@ -14,7 +14,6 @@ from rich.table import Table
 from ornith_moe.command.coverage import print_coverage
 from ornith_moe.command.options import (
     DEFAULT_MEMORY,
-    DEFAULT_SHARD,
     Device,
     EmbeddingType,
     Executor,
@@ -71,7 +70,7 @@ def convert(
     mtp_from: MtpFrom = None,
     lora: Lora = None,
     name: Name = None,
-    max_shard_size: MaxShard = DEFAULT_SHARD,
+    max_shard_size: MaxShard = None,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
     tokenizer_pre: TokenizerPre = None,

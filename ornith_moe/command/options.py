@@ -92,9 +92,13 @@ Name = Annotated[
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SRC", help="Checkpoint folder, hf://org/name[@revision] or .gguf.")
 ]
-DEFAULT_SHARD: Any = "5GB"  # read by `parse_size`, as what a user types is
-DEFAULT_MEMORY: Any = "2GiB"
-MaxShard = Annotated[int, typer.Option(metavar="SIZE", parser=parse_size, help="Largest safetensors shard.")]
+DEFAULT_MEMORY: Any = "2GiB"  # read by `parse_size`, as what a user types is
+MaxShard = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE", parser=parse_size, help="Largest safetensors shard. Default: 5GB, for MLX 5GiB as mlx-lm's."
+    ),
+]
 SplitSize = Annotated[
     int | None,
     typer.Option(

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ornith_moe.command.coverage import print_coverage
 from ornith_moe.command.options import (
-    DEFAULT_SHARD,
     EmbeddingType,
     ImatrixOption,
     Json,
@@ -55,7 +54,7 @@ def plan(
     mtp_from: MtpFrom = None,
     lora: Lora = None,
     name: Name = None,
-    max_shard_size: MaxShard = DEFAULT_SHARD,
+    max_shard_size: MaxShard = None,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
     imatrix: ImatrixOption = None,

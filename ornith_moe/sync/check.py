@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from ornith_moe.quant.builds.build import Options, recognize
-from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.files import read_json
@@ -28,7 +27,7 @@ def file_digests(
     build: str = "FP8",
     *,
     saved_as: torch.dtype | None = torch.bfloat16,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> dict[str, str]:
     """{file: sha256} of the safetensors files that `convert` would write of the policy's checkpoint.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES, Layout
+from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import FoundTensor, StoredBuild
@@ -51,7 +51,7 @@ class Options:
 
     asked: AskedTypes | None = None
     imatrix: Imatrix | None = None
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    max_shard_bytes: int | None = None  # None: as the library of a build has it
     tokenizer_pre: str | None = None
     nvfp4: AskedNvfp4 = AskedNvfp4()
     split: Split | None = None  # of GGUFs

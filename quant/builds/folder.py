@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ornith_moe.quant.builds.build import Build, Options
-from ornith_moe.quant.builds.layout import Layout, safetensors_index, safetensors_layout, shard_tensors
+from ornith_moe.quant.builds.layout import (
+    DEFAULT_MAX_SHARD_BYTES,
+    Layout,
+    safetensors_index,
+    safetensors_layout,
+    shard_tensors,
+)
 from ornith_moe.quant.builds.plan import BuildPlan, Step
 from ornith_moe.quant.builds.side_files import copied_files
 from ornith_moe.quant.builds.stored import StoredBuild, manifest_of_folder
@@ -35,14 +41,15 @@ class SafetensorsBuild(Build):
     dequantizer: str | None = None  # class of transformers whose `dequantize=True` reads it as dense weights
     unread: str = ""  # why transformers cannot run it
     header_format = "pt"  # as headers name it
+    shard_bytes = DEFAULT_MAX_SHARD_BYTES  # the most in a file, unless the user says otherwise
     engines: tuple[str, ...] = ("vLLM", "SGLang")
     client = "transformers"  # the program that runs it
 
     def lay_out(self, source: Source, plan: BuildPlan, options: Options) -> Layout:
-        return safetensors_layout(plan, options.max_shard_bytes, self.header_format)
+        return safetensors_layout(plan, options.max_shard_bytes or self.shard_bytes, self.header_format)
 
     def files(self, plan: BuildPlan, options: Options) -> int:
-        return len(shard_tensors(plan.tensors, options.max_shard_bytes))
+        return len(shard_tensors(plan.tensors, options.max_shard_bytes or self.shard_bytes))
 
     def path(self, out: Path, layout: Layout) -> Path:
         return out / self.name.replace(":", "-")

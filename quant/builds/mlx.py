@@ -42,6 +42,7 @@ class MlxBuild(SafetensorsBuild):
 
     storages = (MlxAffine, MlxFloat)
     header_format = "mlx"
+    shard_bytes = 5 << 30  # of mlx-lm and mlx-vlm
     library, engines = "mlx", ("mlx-lm", "mlx-vlm")
     client = "mlx-lm"
 

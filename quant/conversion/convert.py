@@ -25,7 +25,6 @@ from pathlib import Path
 
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, find_build, refuse_unheard
-from ornith_moe.quant.builds.layout import DEFAULT_MAX_SHARD_BYTES
 from ornith_moe.quant.builds.underflow import underflow_notes
 from ornith_moe.quant.conversion.groups import find_groups
 from ornith_moe.quant.conversion.journal import Head, Journal
@@ -85,7 +84,7 @@ def convert(  # every option of the command line, by name: users need no object 
     max_memory: int = 2 << 30,
     restart: bool = False,
     resume: bool = True,
-    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     split: Split | None = None,
     tokenizer_pre: str | None = None,
     asked: AskedTypes | None = None,
@@ -106,7 +105,8 @@ def convert(  # every option of the command line, by name: users need no object 
         out: folder for the builds, made if needed: `fp8-channel/`, `fp8-block/`, `bf16/`, `<name>-<TYPE>.gguf`.
         builds: names as in `plan_build`.
         jobs: threads; default all cores that max_memory has room for.
-        max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard.
+        max_memory: bytes the process may hold. max_shard_bytes: largest payload of a shard; default
+            5 GB, and 5 GiB of MLX.
         split: where text GGUFs are cut into several files, of which `path` is the first.
         restart: drop what an unfinished conversion has left in `out`, and begin anew.
         resume: of earlier versions; going on goes without saying.

@@ -16,7 +16,7 @@ from record_mlx import BUILDS, LAYOUTS, RECORDED, make, summary
 from safetensors.torch import load_file, save_file
 
 import ornith_moe.quant.conversion.convert as convert_module
-from ornith_moe.quant.builds.build import recognize
+from ornith_moe.quant.builds.build import Options, recognize
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.conversion.convert import convert
@@ -69,6 +69,30 @@ def test_the_index_is_always_there_and_counts_parameters(made):
     )
     assert index["metadata"]["total_parameters"] - uncounted == recorded["total_parameters"]  # of no layer of mlx's
     assert list(index["weight_map"]) == sorted(RECORD["half mlx:4"]["tensors"])
+
+
+def test_shards_are_of_at_most_5_gib_unless_another_size_is_asked_for():
+    """As `make_shards` of mlx-lm 0.32.2 cuts the same tensors in the same order; other folders are cut at 5 GB."""
+    source = open_source("ornith-1.5-9b")
+    plan = plan_build(source, "mlx:8")
+    layout = plan.build.lay_out(source, plan, Options())
+    sizes, names, filled = [0], [file.name for file in layout.files], 0
+    for tensor in plan.tensors:
+        if filled + tensor.nbytes > 5 << 30:
+            sizes.append(0)
+            filled = 0
+        filled += tensor.nbytes
+        sizes[-1] = filled
+    assert [file.size - len(file.header) for file in layout.files] == sizes and max(sizes) > 5_000_000_000
+    assert names == [f"model-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    index = plan.build.index(source, plan, layout)
+    assert index["metadata"]["total_size"] == sum(sizes) and sorted(set(index["weight_map"].values())) == names
+    parameters = sum(math.prod(weight.shape) for weight in source.weights if weight.role != "mtp")
+    assert index["metadata"]["total_parameters"] == parameters
+    assert plan.build.files(plan, Options()) == 2 and plan.build.files(plan, Options(max_shard_bytes=2 << 30)) > 4
+    dense = plan_build(source, "bf16")
+    largest = max(file.size - len(file.header) for file in dense.build.lay_out(source, dense, Options()).files)
+    assert largest <= 5_000_000_000
 
 
 def test_a_config_says_what_is_in_the_folder(made, tmp_path):
