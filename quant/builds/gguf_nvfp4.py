@@ -14,7 +14,7 @@ from ornith_moe.quant.builds.build import register
 from ornith_moe.quant.builds.gguf import GgufBuild
 from ornith_moe.quant.builds.modelopt import MLP
 from ornith_moe.quant.builds.plan import BuildPlan
-from ornith_moe.quant.builds.storages.nvfp4 import NVFP4, NVFP4Blocks
+from ornith_moe.quant.builds.storages.nvfp4 import NVFP4, NVFP4Blocks, is_nvfp4
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.codecs.sizes import block_shape
 from ornith_moe.quant.fallbacks import Fallback
@@ -29,9 +29,7 @@ class GgufNvfp4(GgufBuild):
     def retype(self, source: Source, places: Sequence[Sequence[Place]], types: dict[str, str], plan: BuildPlan) -> None:
         block = block_shape(NVFP4.name)[0]
         fell: dict[str, Fallback] = {}
-        held = {
-            index for index in range(len(source.weights)) if (codes := source.codes(index)) and codes.kind == NVFP4.name
-        }
+        held = {index for index in range(len(source.weights)) if is_nvfp4(source, index)}
         for index, (weight, each) in enumerate(zip(source.weights, places, strict=True)):
             for place in each if (index in held if held else weight.role in MLP) else ():
                 columns = place.shape[-1]

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ornith_moe.quant.builds.serving import Serving
 from ornith_moe.quant.builds.storages.storage import Part, Storage
-from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
 from ornith_moe.quant.source.architectures.weight import Place
-from ornith_moe.quant.source.nvfp4 import NVFP4
 from ornith_moe.quant.source.source import Source
 from ornith_moe.quant.source.transforms import UNCHANGED, Transform
 
@@ -79,12 +77,7 @@ class BuildPlan:
         What belongs to a weight is named after it: `suffix` behind its name, or, if that begins with a point, instead
         of `.weight`.
         """
-        weight, storage, codes = source.weights[index], storage.taking(source, index), source.codes(index)
-        if codes and codes.kind == NVFP4 and not storage.copies:
-            raise PlanError(
-                f"{self.name}: {weight.name} is NVFP4 in the source, and to encode it again as {storage.name} would "
-                "lose twice; convert from its BF16 original, or to gguf:NVFP4, which has the same codes"
-            )
+        weight, storage = source.weights[index], storage.taking(source, index)
         place = place or Place(weight.name, weight.shape)
         parts = storage.parts(weight.shape, source.dtype(index))
         tensors = tuple(self._tensor(part, place, weight.shape) for part in parts)

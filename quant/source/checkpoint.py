@@ -293,8 +293,8 @@ def without_quantization(
         )
     raise CheckpointError(
         f"{path}: the source is already quantized (quant_method {method}; tensor {bare(odd or '')} is "
-        f"{tensors[odd or ''].dtype}), and of quantized weights only FP8 is read, {READ}; convert from its BF16 "
-        "original, or from an FP8 one"
+        f"{tensors[odd or ''].dtype}), and of quantized weights only FP8 is read, {READ}, and NVFP4; convert from "
+        "its BF16 original, or from an FP8 one"
     )
 
 

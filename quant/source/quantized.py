@@ -38,15 +38,15 @@ SUFFIXES = ("_scale_inv", "_scale")
 SCALE_DTYPES = ("BF16", "F16", "F32")
 READ = "per channel (compressed-tensors float-quantized), per block (fp8) and per tensor (modelopt FP8)"
 LARGEST_BLOCK = 1 << 16
-_OF_ACTIVATIONS = re.compile(r"(?:^|\.)(?:input_scale|output_scale|[qkv]_scale|kv_scale|prob_output_scale)$")
+_OF_ACTIVATIONS = re.compile(r"(?:^|\.)(?:(?:input|output)(?:_global)?_scale|[qkv]_scale|kv_scale|prob_output_scale)$")
 ACTIVATIONS = "scales of activations or of the KV cache, of which builds hold none"
 
 
 class Codes(NamedTuple):
     """How a weight lies as codes with scales: rows and columns that share one (None: all), and the scales' dtype.
 
-    `kind` is F8_E4M3 or NVFP4. `whole`: whether its scales are its own, and lie row by row of blocks as those of a
-    tensor of its own would.
+    `kind` is F8_E4M3, or of NVFP4 (nvfp4.py). `whole`: whether its scales are its own, and lie row by row of blocks as
+    those of a tensor of its own would.
     """
 
     kind: str
@@ -81,22 +81,19 @@ def describes_fp8(section: Any) -> bool:
         return False
     method = section.get("quant_method")
     if method == "compressed-tensors":
-        groups = section.get("config_groups")
-        weights = [group.get("weights") if isinstance(group, dict) else None for group in _values(groups)]
-        return bool(weights) and all(
-            isinstance(one, dict) and (one.get("num_bits"), one.get("type")) == (8, "float") for one in weights
-        )
+        return set(_kinds_of_weights(section)) == {(8, "float")}
     return method == "fp8" or (method == "modelopt" and section.get("quant_algo") == "FP8")
 
 
 def describes_nvfp4(section: Any) -> bool:
-    """Whether a quantization_config may be of NVFP4 in ModelOpt's layout; the tensors tell."""
+    """Whether a quantization_config may be of NVFP4, FP8 beside it or not; the tensors tell."""
+    if not isinstance(section, dict):
+        return False
+    if section.get("quant_method") == "compressed-tensors":
+        kinds = set(_kinds_of_weights(section))
+        return (4, "float") in kinds and kinds <= {(4, "float"), (8, "float")}
     algorithms = ("NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
-    return (
-        isinstance(section, dict)
-        and section.get("quant_method") == "modelopt"
-        and (section.get("quant_algo") in algorithms)
-    )
+    return section.get("quant_method") == "modelopt" and section.get("quant_algo") in algorithms
 
 
 def block_of(section: Mapping[str, Any]) -> tuple[int, int]:
@@ -116,9 +113,7 @@ def block_of(section: Mapping[str, Any]) -> tuple[int, int]:
 def planned_as_bf16(section: Mapping[str, Any]) -> tuple[str, ...]:
     """What is to be said of a plan without tensors, `section` being the quantization_config."""
     method = brief(section.get("quant_method"))
-    said = (
-        f"the config is of an FP8 checkpoint (quant_method {method}), whose builds are planned as those of a BF16 one"
-    )
+    said = f"the config is of a quantized checkpoint (quant_method {method}), whose builds are planned as of a BF16 one"
     return (said,) if section else ()
 
 
@@ -182,6 +177,13 @@ def read_quantized(checkpoint: Checkpoint, tensor: TensorInfo, scales: Scales, s
             f"{factors[row, column]:.4g}; expected a positive number, so fetch the checkpoint again"
         )
     return QuantizedSlab((codes, raw), factors[of_rows - first], scales.block[1] or matrix_shape(tensor.shape)[1])
+
+
+def _kinds_of_weights(section: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """(bits, type) of the weights of each group, (None, None) of what has none."""
+    groups = _values(section.get("config_groups"))
+    weights = [group.get("weights") if isinstance(group, dict) else None for group in groups]
+    return [(one.get("num_bits"), one.get("type")) if isinstance(one, dict) else (None, None) for one in weights]
 
 
 def _values(groups: Any) -> list[Any]:

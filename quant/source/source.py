@@ -24,7 +24,7 @@ from ornith_moe.quant.source.accounts import LeftOut
 from ornith_moe.quant.source.architectures import Architecture
 from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import Checkpoint, TensorInfo
-from ornith_moe.quant.source.nvfp4 import GROUP, NVFP4, Nvfp4Scales, read_nvfp4
+from ornith_moe.quant.source.nvfp4 import GROUP, Nvfp4Scales, read_nvfp4
 from ornith_moe.quant.source.quantized import E4M3, Codes, Scales, read_quantized
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 
@@ -158,7 +158,7 @@ class CheckpointSource(Source):
         if scales is None:
             return None
         if isinstance(scales, Nvfp4Scales):
-            return Codes(NVFP4, (1, GROUP), scales.groups.dtype, True)
+            return Codes(scales.kind, (1, GROUP), scales.groups.dtype, True)
         height = scales.block[0] or matrix_shape(tensor.shape)[0]
         whole = first % height == 0 and tensor.shape[-2] % height == 0
         return Codes(E4M3, scales.block, scales.tensor.dtype, whole)

@@ -28,7 +28,7 @@ _BUFFER = re.compile(
 )
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_\w+|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|ia3_\w+|modules_to_save)(?:\.|$)", re.I)
 _QUANTIZED = re.compile(
-    r"(?:^|\.)(?:\w*(?:weight|input|output|proj|[qkv])_(?:scale|scale_inv|scale_2|scales|blocks|packed|zero_point|shape)"
+    r"(?:^|\.)(?:\w*(?:weight|input|output|proj|[qkv])_(?:scale|scale_inv|scale_2|global_scale|scales|blocks|packed|zero_point|shape)"
     r"|qweight|qzeros|scales|g_idx|SCB"
     r"|weight\.(?:absmax|quant_map|nested_\w+|quant_state\.\w+))$"
 )

@@ -30,7 +30,7 @@ from ornith_moe.quant.source.checkpoint import (
     open_checkpoint,
     without_quantization,
 )
-from ornith_moe.quant.source.nvfp4 import PACKED, Nvfp4Scales, nvfp4_scales_of
+from ornith_moe.quant.source.nvfp4 import PACKED, PACKED_SUFFIX, Nvfp4Scales, nvfp4_scales_of
 from ornith_moe.quant.source.preset import preset_names, read_preset
 from ornith_moe.quant.source.quantized import (
     ACTIVATIONS,
@@ -57,7 +57,7 @@ from ornith_moe.quant.source.tensor_names import is_buffer, is_quantization
 
 MTP_CHOICES = (None, "keep", "drop")
 LONGEST_NAME = 200  # bytes; a file's name may have 255
-QUANTIZED_ADVICE = f"(of quantized weights only FP8 is read, {READ}: use its BF16 original, or an FP8 one)"
+QUANTIZED_ADVICE = f"(of quantized weights only FP8 is read, {READ}, and NVFP4: use its BF16 original, or an FP8 one)"
 BUFFERS = "buffers that every model computes for itself"
 DROPPED_MTP = "multi-token prediction, dropped as asked"
 
@@ -218,20 +218,21 @@ def _locate(
     scaled: set[str],
 ) -> Rows | None:
     """The rows of a weight; its tensor goes into `used`, with its scales, and these into `scaled`."""
-    alone = tensors.get(weight.name)
+    own = next((name for name in (weight.name, weight.name + PACKED_SUFFIX) if name in tensors), weight.name)
+    alone = tensors.get(own)
     packed = tensors.get(weight.packed.name) if weight.packed else None
     if alone and packed:
         raise CheckpointError(
             f"{alone.path.name}: expert weight {weight.name} is there on its own and inside {packed.name}; keep one"
         )
     if alone:
-        info, shape, row, name = alone, weight.shape, 0, weight.name
+        info, shape, row, name = alone, weight.shape, 0, own
     elif packed and weight.packed:
         info, shape, row, name = packed, weight.packed.shape, weight.packed.row, weight.packed.name
     else:
         return None
     advice = MTP_ADVICE if weight.role == "mtp" else ""
-    packed4 = info.dtype == PACKED and f"{name}_scale_2" in tensors
+    packed4 = info.dtype == PACKED and (name != weight.name or f"{name}_scale_2" in tensors)
     if info.dtype not in ITEM_BYTES and info.dtype != E4M3 and not packed4:
         raise CheckpointError(
             f"{info.path.name}: tensor {bare(info.name)} is {info.dtype}; expected BF16, F16, F32 or {E4M3} "
@@ -262,7 +263,10 @@ def quantized_notes(rows: tuple[Rows, ...]) -> list[str]:
 
 def _layout(scales: Scales | Nvfp4Scales) -> str:
     if isinstance(scales, Nvfp4Scales):
-        return "NVFP4: gguf:NVFP4 has their codes and scales, no other build is made of them"
+        return (
+            "NVFP4: what is NVFP4 again has their codes and scales; other encodings are made of code * scale in fp32, "
+            "and lose more than from a BF16 original"
+        )
     return f"FP8 {layout_name(scales.block)}: builds are encoded from code * scale in fp32"
 
 
@@ -279,7 +283,7 @@ def _mismatch(
     if quantized := next((name for name in unknown if is_quantization(name)), None):
         return (
             f"{folder}: the source is already quantized, but tensor {bare(quantized)} belongs to no weight in FP8, and "
-            f"only FP8 is read, {READ}; convert from its BF16 original, or from an FP8 one"
+            f"only FP8 is read, {READ}, and NVFP4; convert from its BF16 original, or from an FP8 one"
         )
     count = f"{len(unknown):,} tensors are" if len(unknown) > 1 else "a tensor is"
     stray = f"{count} no weight of {brief(kind)}, the first is {bare(unknown[0])}" if unknown else ""

@@ -3,7 +3,7 @@
 One encoding (quant/codecs/nvfp4.py) in three layouts: ModelOpt's (`weight`, `weight_scale`, `weight_scale_2`),
 compressed-tensors' (`weight_packed`, `weight_scale`, `weight_global_scale`, which divides), and a GGUF's (blocks, and
 `.scale`). The scale of all is known when all was seen: gate and up of an expert share one, because engines multiply
-them as one matrix and take one of two.
+them as one matrix and take one of two. Codes and scales that a source holds in NVFP4 are copied, whatever made them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ornith_moe.quant.builds.storages.gguf import Gguf
 from ornith_moe.quant.builds.storages.storage import Part, Scales, Storage, largest_magnitude
 from ornith_moe.quant.builds.stored import FoundTensor
 from ornith_moe.quant.source.accounts import bare
-from ornith_moe.quant.source.nvfp4 import NVFP4 as SOURCE_KIND
-from ornith_moe.quant.source.nvfp4 import Nvfp4Slab
+from ornith_moe.quant.source.nvfp4 import NVFP4 as MODELOPT
+from ornith_moe.quant.source.nvfp4 import NVFP4_PACKED, Nvfp4Slab
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 from ornith_moe.quant.source.source import Source
 
@@ -36,6 +36,7 @@ class NVFP4(Storage):
     needs = True
     suffixes = ("", "_scale", "_scale_2")  # of the names of codes, scales of blocks, scale of all
     scale_2_shape: tuple[int, ...] = ()
+    divides = False  # the scale of all, as it is stored
 
     def __init__(self, scale_2: np.float32 | None = None):
         self.scale_2 = scale_2
@@ -63,7 +64,15 @@ class NVFP4(Storage):
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
         codes, scales, scale_2 = encoded(slab, self.scale_2)
-        return codes, scales, self.stored_scale(scale_2).reshape(1, 1).view(np.uint8)
+        return self.laid_out(codes, scales, self.stored_scale(scale_2))
+
+    def laid_out(self, codes: np.ndarray, scales: np.ndarray, stored: np.float32) -> tuple[np.ndarray, ...]:
+        """The parts of codes and scales of blocks, with the scale of all as it is stored."""
+        return codes, scales, stored.reshape(1, 1).view(np.uint8)
+
+    def taking(self, source: Source, index: int) -> Storage:
+        codes = source.codes(index)
+        return CopiedNVFP4(self, codes.kind) if codes and is_nvfp4(source, index) else self
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
         from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4
@@ -126,6 +135,7 @@ class NVFP4Packed(NVFP4):
     name = "NVFP4, packed"
     suffixes = ("_packed", "_scale", "_global_scale")
     scale_2_shape = (1,)
+    divides = True
 
     def stored_scale(self, scale_2: np.float32) -> np.float32:
         with np.errstate(divide="ignore"):  # a stored zero is told as a problem
@@ -156,20 +166,15 @@ class NVFP4Blocks(NVFP4):
 
         return NVFP4Blocks(scale_2_of(found), self.stacked)
 
-    def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
+    def laid_out(self, codes: np.ndarray, scales: np.ndarray, stored: np.float32) -> tuple[np.ndarray, ...]:
         from ornith_moe.quant.codecs.nvfp4 import gguf_blocks
 
-        codes, scales, scale_2 = encoded(slab, self.scale_2)
-        return gguf_blocks(codes, scales), scale_2.reshape(1, 1).view(np.uint8)
+        return gguf_blocks(codes, scales), stored.reshape(1, 1).view(np.uint8)
 
     def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
         from ornith_moe.quant.codecs.nvfp4 import decode_nvfp4, of_gguf_blocks
 
         return decode_nvfp4(*of_gguf_blocks(parts[0]), self.scale_of(parts))
-
-    def taking(self, source: Source, index: int) -> Storage:
-        codes = source.codes(index)
-        return CopiedBlocks(stacked=self.stacked) if codes and codes.kind == SOURCE_KIND else self
 
     def scale_of(self, parts: tuple[np.ndarray, ...]) -> np.float32:
         return parts[1].view(np.float32)[0, 0]
@@ -192,23 +197,41 @@ class NVFP4Blocks(NVFP4):
             yield f"{scale.path.name}: the scale of tensor {bare(name)} is not a number above zero everywhere"
 
 
-class CopiedBlocks(NVFP4Blocks):
-    """The codes and scales of a source in ModelOpt's layout, in blocks."""
+class CopiedNVFP4(Storage):
+    """The codes and scales of a source that is NVFP4, laid out by `storage`.
 
-    needs, copies = False, True
-    floor_db = math.inf
+    The scale of all is copied where both layouts multiply by it or both divide; else it is the inverse, rounded, and
+    weights differ in their last bits.
+    """
+
+    copies = True
+
+    def __init__(self, storage: NVFP4, kind: str):
+        self.storage, self.same = storage, storage.divides == (kind == NVFP4_PACKED)
+        self.name = storage.name
+        self.floor_db = math.inf if self.same else 120.0  # of two roundings in fp32 at least 138
+
+    def parts(self, shape: tuple[int, ...], dtype: str) -> tuple[Part, ...]:
+        return self.storage.parts(shape, dtype)
 
     def encode(self, slab: Slab) -> tuple[np.ndarray, ...]:
-        from ornith_moe.quant.codecs.nvfp4 import gguf_blocks  # not at import: planning needs no numba
-
         assert isinstance(slab, Nvfp4Slab)  # or `Source.codes` was wrong
-        return gguf_blocks(slab.codes, slab.scales), slab.scale_2.reshape(1, 1).view(np.uint8)
+        return self.storage.laid_out(slab.codes, slab.scales, slab.scale_of_all(self.storage.divides))
+
+    def decode(self, parts: tuple[np.ndarray, ...], columns: int, dtype: str) -> np.ndarray:
+        return self.storage.decode(parts, columns, dtype)
 
     def exact(self, dtype: str) -> bool:
-        return True
+        return self.same
 
-    def as_stored(self, parts: tuple[np.ndarray, ...]) -> Storage:
-        return self
+    def tile(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return self.storage.tile(shape)
+
+
+def is_nvfp4(source: Source, index: int) -> bool:
+    """Whether `source` holds weight `index` in NVFP4."""
+    codes = source.codes(index)
+    return codes is not None and codes.kind in (MODELOPT, NVFP4_PACKED)
 
 
 def encoded(slab: Slab, scale_2: np.float32 | None) -> tuple[np.ndarray, np.ndarray, np.float32]:

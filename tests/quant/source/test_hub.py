@@ -91,7 +91,7 @@ def test_a_plan_tells_what_the_names_of_an_index_tell(hub):
     index["weight_map"]["a.weight_scale_inv"] = "model-00001-of-00002.safetensors"
     (snapshot / INDEX).write_text(json.dumps(index))
     notes = open_any("hf://org/moe", config_only=True).notes
-    assert "FP8 checkpoint (quant_method 'fp8'), whose builds are planned as those of a BF16 one" in notes[1]
+    assert "quantized checkpoint (quant_method 'fp8'), whose builds are planned as of a BF16 one" in notes[1]
     config["quantization_config"] = {"quant_method": "awq"}
     (snapshot / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="already quantized"):

@@ -259,7 +259,7 @@ def test_the_size_of_a_block_is_the_configs(sources, tmp_path):
 @pytest.mark.parametrize("layout", ["fp8-channel", "fp8-block", "tensor"])
 def test_a_config_alone_is_planned(sources, model, layout):
     alone, checkpoint = open_source(sources[layout] / "config.json", mtp="keep"), open_source(sources[layout])
-    assert "of an FP8 checkpoint" in alone.notes[0] and "quantization_config" not in alone.config
+    assert "of a quantized checkpoint" in alone.notes[0] and "quantization_config" not in alone.config
     for build in ("fp8-channel", "fp8-block", "bf16", "gguf:Q4_K_M"):
         first, second = plan_build(alone, build), plan_build(checkpoint, build)
         assert first.tensor_bytes == second.tensor_bytes and first.types == second.types
