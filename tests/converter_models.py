@@ -49,6 +49,12 @@ _TOWER = {
     "out_hidden_size": 64, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
     "num_position_embeddings": 36, "hidden_act": "gelu_pytorch_tanh", "deepstack_visual_indexes": [],
 }  # fmt: skip
+_GEMMA_TOWER = {
+    "model_type": "gemma4_vision", "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 80, "patch_size": 4, "position_embedding_size": 30,
+    "pooling_kernel_size": 3, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh", "standardize": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "use_clipped_linears": False,
+}  # fmt: skip
 _GEMMA = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_global_key_value_heads": 1, "head_dim": 32, "global_head_dim": 64,
@@ -90,6 +96,7 @@ MODELS = {  # name of the folder -> what the converter is told besides
     "tiny-dense": ("--no-mtp",),
     "Gemma-4-300K-it": (),
     "Ornith-2.2-35B-VL": (),
+    "Gemma-4-400K-VL": (),
 }
 TYPES = {"F32": "f32", "BF16": "bf16", "Q8_0": "q8_0"}  # ours -> the converter's
 MMPROJ_TYPES = {"mmproj": "bf16", "mmproj-F16": "f16", "mmproj-F32": "f32", "mmproj-Q8_0": "q8_0"}  # with --mmproj
@@ -97,6 +104,8 @@ MMPROJ_TYPES = {"mmproj": "bf16", "mmproj-F16": "f16", "mmproj-F32": "f32", "mmp
 
 def types_of(name: str) -> dict[str, str]:
     """{our file type: the converter's} of what is recorded of a model."""
+    if name.startswith("Gemma") and name.endswith("-VL"):
+        return MMPROJ_TYPES
     return {"BF16": "bf16", **MMPROJ_TYPES} if name.endswith("-VL") else TYPES
 
 
@@ -104,10 +113,16 @@ def make(name: str, folder: Path) -> Path:
     """Write the checkpoint `name` of MODELS into `folder / name`."""
     folder = folder / name
     folder.mkdir()
-    if name == "Gemma-4-300K-it":
+    if name.startswith("Gemma"):
         tokenizer, settings = _gemma_tokenizer()
         text = _GEMMA | {"vocab_size": len(tokenizer["model"]["vocab"])}
         config = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "dtype": "bfloat16", **text}
+        if name.endswith("-VL"):
+            text = {"model_type": "gemma4_text", "dtype": "bfloat16", **text}
+            config = {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "text_config": text}
+            config |= {"vision_config": _GEMMA_TOWER, "audio_config": None, "tie_word_embeddings": True}
+            processor = {"image_processor": {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}}
+            (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     else:
         tokenizer, settings = qwen_tokenizer()
         (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE, encoding="utf-8")

@@ -132,6 +132,16 @@ class Every(Order):
         return np.arange(length).reshape(-1, self.period)[:, self.start : self.start + self.size].reshape(-1)
 
 
+@dataclass(frozen=True, slots=True)
+class Transposed(Order):
+    """Positions as [n, columns], column by column."""
+
+    columns: int
+
+    def source_index(self, length: int) -> np.ndarray:
+        return np.arange(length).reshape(-1, self.columns).T.reshape(-1)
+
+
 SAME = Same()
 
 

@@ -10,7 +10,7 @@ the rest. Sources: transformers' `modeling_gemma4.py`; llama.cpp's loader for `g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from gguf import GGUFValueType as Type
@@ -18,6 +18,7 @@ from gguf import Keys
 
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.source.architectures.architecture import Architecture, Cached, FallbackTokenizer, Key
+from ornith_moe.quant.source.architectures.gemma4_vision import TOWER, tower_keys, tower_places, tower_weights
 from ornith_moe.quant.source.architectures.weight import Cut, Place, Settings, Weight
 
 _SHOWN = frozenset(  # control tokens that a chat parser must see in the text
@@ -58,7 +59,8 @@ class Gemma4(Architecture):
         "vision_tower": "model.",
         "embed_vision": "model.",
     }
-    VISION_PREFIX = "model.vision_tower."
+    VISION_PREFIX = TOWER
+    HAS_MMPROJ = True
     TIED = True
     CHANNEL_IGNORE = (*Architecture.CHANNEL_IGNORE, r"re:.*vision_tower.*", r"re:.*embed_vision.*")
     GGUF_NAMES = _GGUF_NAMES
@@ -109,37 +111,7 @@ class Gemma4(Architecture):
         yield weight("mlp.down_proj.weight", (self.hidden, self.intermediate), "mlp")
 
     def vision_weights(self, vision: Settings) -> Iterator[tuple[str, tuple[int, ...]]]:
-        tower = self.VISION_PREFIX
-        if vision.values.get("use_clipped_linears"):
-            raise CheckpointError("config.json: vision_config.use_clipped_linears is true; only false is supported")
-        hidden, inner = vision.integer("hidden_size"), vision.integer("intermediate_size")
-        head_dim = vision.integer("head_dim")
-        queries = vision.integer("num_attention_heads") * head_dim
-        keys = vision.integer("num_key_value_heads") * head_dim
-        matrices = {
-            "self_attn.q_proj": (queries, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-        }
-        if vision.values.get("standardize"):
-            yield f"{tower}std_bias", (hidden,)
-            yield f"{tower}std_scale", (hidden,)
-        positions = vision.integer("position_embedding_size")
-        yield f"{tower}patch_embedder.position_embedding_table", (2, positions, hidden)
-        yield f"{tower}patch_embedder.input_proj.weight", (hidden, 3 * vision.integer("patch_size") ** 2)
-        for block in range(vision.integer("num_hidden_layers", high=4096)):
-            base = f"{tower}encoder.layers.{block}."
-            for name, shape in matrices.items():
-                yield f"{base}{name}.linear.weight", shape
-            yield f"{base}self_attn.q_norm.weight", (head_dim,)
-            yield f"{base}self_attn.k_norm.weight", (head_dim,)
-            for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-                yield f"{base}{norm}_layernorm.weight", (hidden,)
-        yield "model.embed_vision.embedding_projection.weight", (self.hidden, hidden)
+        return tower_weights(vision, self.hidden)
 
     # Engines
 
@@ -210,6 +182,12 @@ class Gemma4(Architecture):
             (Keys.Rope.DIMENSION_COUNT_SWA, self.head_dim, Type.UINT32),
         ]
         return first, after
+
+    def mmproj_places(self, weight: Weight) -> tuple[Place, ...]:
+        return tower_places(weight.name, weight.shape)
+
+    def mmproj_keys(self, vision: Settings, mean: Sequence[float], std: Sequence[float]) -> list[Key]:
+        return tower_keys(vision, self.hidden, mean, std)
 
     # MLX
 

@@ -25,6 +25,7 @@ from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.conversion import prepare
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
+from ornith_moe.quant.source.architectures.weight import Settings
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.inspect import inspect
 from ornith_moe.quant.verification.verify import verify
@@ -109,12 +110,31 @@ def test_what_f16_cannot_hold_is_said_and_a_nan_may_stay(tmp_path):
         assert result.ok and any("v.blk.1.attn_qkv.weight holds a NaN" in note for note in result.notes), build.build
 
 
-def test_what_has_no_mmproj_says_so(tmp_path):
+def test_what_has_no_mmproj_says_so(tmp_path, monkeypatch):
     with pytest.raises(PlanError, match="has no vision tower, of which gguf:mmproj is made; leave gguf:mmproj out"):
         plan_build(open_source(fixtures.qwen35(tmp_path / "text")), "gguf:mmproj")
+    source = open_source("gemma-4-31b")
+    monkeypatch.setattr(type(source.architecture), "HAS_MMPROJ", False)
     with pytest.raises(PlanError, match="model_type gemma4 is none that is written as an mmproj yet; leave"):
-        plan_build(open_source("gemma-4-31b"), "gguf:mmproj")
-    assert not any("mmproj" in note for note in plan_build(open_source("gemma-4-31b"), "gguf:Q8_0").notes)
+        plan_build(source, "gguf:mmproj")
+    assert not any("mmproj" in note for note in plan_build(source, "gguf:Q8_0").notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"pooling_kernel_size": 4}, r"vision_config: pooling_kernel_size is 4, and 3 alone is known to llama\.cpp"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu', and 'gelu_pytorch_tanh' alone"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, r"rope_parameters: rope_theta is 10000\.0, and 100 alone"),
+    ],
+)
+def test_what_clip_has_no_key_for_must_be_as_published(change, sentence):
+    """Of Gemma 4; sizes are those of the 31B."""
+    model = open_source("gemma-4-31b").architecture
+    assert ("clip.vision.block_count", 27) in [key[:2] for key in model.mmproj_keys(model.vision, MEAN, STD)]
+    vision = Settings(model.vision.values | change, model.vision.where)
+    with pytest.raises(PlanError, match=sentence):
+        model.mmproj_keys(vision, MEAN, STD)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 converter.json was recorded by tests/record_converter.py, which says how. The models (tests/converter_models.py): an MoE
 with MTP, 12 experts, 12 layers and 2 key to 8 value heads; a dense one from F32 weights, with rows that are no whole
-blocks; a Gemma 4; a dense one with a vision tower and 2 key to 6 value heads. Tensors are written in another order. The
-weights are such that torch's exponential rounds every decay of a head correctly, which it does for 99 values in 100
-(quant/source/transforms.py).
+blocks; a Gemma 4; a dense one with a vision tower and 2 key to 6 value heads; the tower of a Gemma 4. Tensors are
+written in another order. The weights are such that torch's exponential rounds every decay of a head correctly, which it
+does for 99 values in 100 (quant/source/transforms.py).
 """
 
 import json
