@@ -33,6 +33,13 @@ class Rest(StrEnum):
     fp8 = "fp8"
 
 
+class KvCache(StrEnum):
+    """How engines are asked to keep keys and values."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
 class Mtp(StrEnum):
     """What to do with multi-token-prediction tensors."""
 
@@ -140,6 +147,10 @@ OutputType = Annotated[str | None, typer.Option(metavar="TYPE", help="GGUF type 
 Nvfp4Head = Annotated[bool, typer.Option("--nvfp4-head", help="Builds of NVFP4: the output head in NVFP4 too.")]
 Nvfp4Rest = Annotated[
     Rest, typer.Option("--nvfp4-rest", help="Builds of NVFP4: attention as in the source, or FP8, one scale a matrix.")
+]
+KvCacheOption = Annotated[
+    KvCache,
+    typer.Option("--kv-cache", help="Ask vLLM and SGLang to keep keys and values in FP8, with scales of 1.0."),
 ]
 
 

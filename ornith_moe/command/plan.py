@@ -14,6 +14,8 @@ from ornith_moe.command.options import (
     EmbeddingType,
     ImatrixOption,
     Json,
+    KvCache,
+    KvCacheOption,
     Lora,
     MaxShard,
     MtpFrom,
@@ -65,6 +67,7 @@ def plan(
     output_tensor_type: OutputType = None,
     nvfp4_head: Nvfp4Head = False,
     nvfp4_rest: Nvfp4Rest = Rest.bf16,
+    kv_cache: KvCacheOption = KvCache.bf16,
     context: Annotated[
         int | None,
         typer.Option(
@@ -99,7 +102,10 @@ def plan(
     nvfp4 = asked_of_nvfp4(to, nvfp4_head, nvfp4_rest)
     measured = sensitivity_of(sensitivity)
     cut = Options(
-        max_shard_bytes=max_shard_size, split=split_of(split_max_size, split_max_tensors), sensitivity=measured
+        max_shard_bytes=max_shard_size,
+        split=split_of(split_max_size, split_max_tensors),
+        kv_cache=kv_cache.value,
+        sensitivity=measured,
     )
     if card is None:
         refuse_unheard(to, cut)
@@ -112,7 +118,16 @@ def plan(
     failed: dict[str, PlanError] = {}
     for build in [find_build(each).name for each in to]:
         try:
-            plans.append(plan_build(opened, build, asked=asked, imatrix=importance, nvfp4=nvfp4, sensitivity=measured))
+            found = plan_build(
+                opened,
+                build,
+                asked=asked,
+                imatrix=importance,
+                nvfp4=nvfp4,
+                kv_cache=kv_cache.value,
+                sensitivity=measured,
+            )
+            plans.append(found)
         except PlanError as error:
             failed[build] = error
     files = [plan.build.files(plan, cut) for plan in plans]

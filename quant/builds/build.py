@@ -30,7 +30,9 @@ from ornith_moe.quant.source.architectures.architecture import Cached
 from ornith_moe.quant.source.source import Source
 
 T = TypeVar("T")
+KV_CACHES = ("bf16", "fp8")
 _ASKED_BY = {  # field of `Options` that not every build heeds: options of the command line
+    "kv_cache": ("--kv-cache",),
     "nvfp4": ("--nvfp4-head", "--nvfp4-rest"),
     "sensitivity": ("--sensitivity",),
     "split": ("--split-max-size", "--split-max-tensors"),
@@ -54,11 +56,16 @@ class Options:
     max_shard_bytes: int | None = None  # None: as the library of a build has it
     tokenizer_pre: str | None = None
     nvfp4: AskedNvfp4 = AskedNvfp4()
+    kv_cache: str = KV_CACHES[0]  # as engines keep keys and values by themselves, or "fp8", with scales of 1.0
     split: Split | None = None  # of GGUFs
     sensitivity: Sensitivity | None = None  # of what is fitted
     kept: Mapping[int, str] = field(default_factory=dict)
     stored: Mapping[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # what `once` has made
+
+    def __post_init__(self) -> None:
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache: expected one of {', '.join(KV_CACHES)}, got {brief(self.kv_cache)}")
 
     def once(self, key: str, make: Callable[[], T]) -> T:
         """What `make` gives, made once for all builds of these options."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
 from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_groups
-from ornith_moe.quant.builds.fp8_channel import compressed_tensors_config
+from ornith_moe.quant.builds.fp8_channel import KV_CACHE, compressed_tensors_config
 from ornith_moe.quant.builds.modelopt import MLP
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.int4 import Int4
@@ -40,6 +41,7 @@ class PackedBuild(SafetensorsBuild):
 
     quant_method = "compressed-tensors"
     dequantizer = "CompressedTensorsConfig"
+    hears: frozenset[str] = frozenset({"kv_cache"})
     kind: str  # format, as the config names it
 
     @abstractmethod
@@ -73,6 +75,8 @@ class PackedBuild(SafetensorsBuild):
             for weight in (source.weights[index] for index in sorted(left))
         }
         plan.config = compressed_tensors_config([*ignore, *skipped], self.kind, self.numbers(group), None)
+        if options.kv_cache == "fp8":
+            plan.keep_cache_in_fp8(KV_CACHE)
         return plan
 
     def takes_head(self, source: Source, options: Options) -> bool:
@@ -88,7 +92,7 @@ class NVFP4PackedBuild(PackedBuild):
     engines = ("vLLM",)
     storages = (NVFP4Packed,)
     unread = "reads packed experts without their weight_global_scale, as of 5.23, and computes something else"
-    hears = frozenset({"nvfp4"})
+    hears = frozenset({"nvfp4", "kv_cache"})
 
     def group(self, source: Source, wanted: list[int]) -> int:
         return GROUP
@@ -111,7 +115,7 @@ class NVFP4PackedBuild(PackedBuild):
         return options.nvfp4.head
 
     def asked_in(self, found: StoredBuild) -> Options:
-        return Options(nvfp4=AskedNvfp4(head="lm_head.weight_packed" in found.tensors))
+        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head="lm_head.weight_packed" in found.tensors))
 
 
 class MXFP4Build(PackedBuild):

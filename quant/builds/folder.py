@@ -89,7 +89,7 @@ class SafetensorsBuild(Build):
 
     def asked_in(self, found: StoredBuild) -> Options:
         """What was asked of a build that exists."""
-        return Options()
+        return Options(kv_cache="fp8" if found.quantization_config.get("kv_cache_scheme") else "bf16")
 
     def as_stored(self, source: Source, found: StoredBuild) -> BuildPlan:
         options = self.asked_in(found)

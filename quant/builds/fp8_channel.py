@@ -17,6 +17,12 @@ from ornith_moe.quant.source.source import Source
 FORMAT = "float-quantized"
 WEIGHTS: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "channel"}
 ACTIVATIONS: dict[str, Any] = {"num_bits": 8, "type": "float", "dynamic": True, "observer": None, "strategy": "token"}
+COMMON: dict[str, Any] = {
+    "symmetric": True, "group_size": None, "block_structure": None, "actorder": None, "scale_dtype": None,
+    "zp_dtype": None, "observer_kwargs": {},
+}  # fmt: skip
+STATIC: dict[str, Any] = {"dynamic": False, "observer": "memoryless_minmax"}
+KV_CACHE = COMMON | STATIC | {"num_bits": 8, "type": "float", "strategy": "tensor"}  # as of llm-compressor
 
 
 class FP8ChannelBuild(SafetensorsBuild):
@@ -24,6 +30,7 @@ class FP8ChannelBuild(SafetensorsBuild):
     storages = (FP8Channel,)
     quant_method = "compressed-tensors"
     dequantizer = "CompressedTensorsConfig"
+    hears = frozenset({"kv_cache"})
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         model = source.architecture
@@ -41,6 +48,8 @@ class FP8ChannelBuild(SafetensorsBuild):
                 skipped[name if weight.expert is None else rf"re:^{re.escape(model.fused_group(weight))}\..*"] = None
             plan.add(source, index, FP8Channel() if quantize else Keep())
         plan.config = compressed_tensors_config([*ignore, *skipped])
+        if options.kv_cache == "fp8":
+            plan.keep_cache_in_fp8(KV_CACHE)
         return plan
 
     def recognize(self, found: StoredBuild) -> bool:
@@ -59,14 +68,12 @@ def compressed_tensors_config(
     Args:
         kind: the format of its tensors. weights, activations: what differs from numbers of no particular kind.
     """
-    common: dict[str, Any] = {"symmetric": True, "group_size": None, "block_structure": None, "actorder": None}
-    common |= {"scale_dtype": None, "zp_dtype": None, "observer_kwargs": {}}
     group = {
         "format": kind,
-        "input_activations": None if activations is None else common | activations,
+        "input_activations": None if activations is None else COMMON | activations,
         "output_activations": None,
         "targets": ["Linear"],
-        "weights": common | {"dynamic": False, "observer": "memoryless_minmax"} | weights,
+        "weights": COMMON | STATIC | weights,
     }
     return {
         "config_groups": {"config_group_0": group},

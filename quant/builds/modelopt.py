@@ -13,6 +13,9 @@ one by one: readers drop the scales of fused ones (vllm#49638).
 experts of the layer as in ModelOpt's export, so that those which no token reached have one; 0.5 where none was. A
 projection without one is read as zero (vllm#45212), so the plan has one for each.
 
+`--kv-cache fp8` is ModelOpt's flag, in both configs and without a tensor: vLLM (vllm#29980) and SGLang then keep keys
+and values in e4m3 where `--kv-cache-dtype` is auto, with scales of 1.0, since the checkpoint holds none.
+
 Source: modelopt 0.47, torch/export: quant_utils.py, convert_hf_config.py, unified_export_hf.py. What it makes of the
 same weights is recorded in tests/quant/builds/modelopt.json.
 """
@@ -57,7 +60,7 @@ class ModelOptBuild(SafetensorsBuild):
     quant_method = "modelopt"
     engines = ("vLLM", "SGLang", "TensorRT-LLM")
     unread = "has no reader of ModelOpt's layout"
-    hears = frozenset({"nvfp4"})
+    hears = frozenset({"nvfp4", "kv_cache"})
 
     def __init__(self, name: str, algorithm: str, roles: tuple[str, ...]):
         self.name, self.algorithm, self.roles = name, algorithm, roles
@@ -83,6 +86,8 @@ class ModelOptBuild(SafetensorsBuild):
                 value = input_scale(source, index, kind, options.imatrix)
                 plan.tensors.append(OutputTensor(f"{weight.owner}{INPUT_SCALE}", "F32", (), 4, (value,)))
         plan.config = quantization_config(source, algorithms)
+        if options.kv_cache == "fp8":
+            plan.keep_cache_in_fp8({"dynamic": False, "num_bits": 8, "type": "float"})
         if scaled := sum(kind != "W4A16_NVFP4" for kind in algorithms.values()):
             plan.measured = options.imatrix is not None
             whence = f"from {options.imatrix.name}" if options.imatrix else "1.0, no data having been asked"
@@ -139,7 +144,7 @@ class ModelOptBuild(SafetensorsBuild):
         tensors = found.tensors
         fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
         head = "lm_head.weight_scale_2" in tensors
-        return Options(nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
+        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
 
 
 def input_scale(source: Source, index: int, algorithm: str, imatrix: Imatrix | None) -> float:
@@ -202,7 +207,8 @@ def group_config(algorithm: str) -> dict[str, Any]:
 def hf_quant_config(config: dict[str, Any]) -> dict[str, Any]:
     """hf_quant_config.json, which says the same."""
     algorithm = config["quant_algo"]
-    quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
+    cache = "FP8" if "kv_cache_scheme" in config else None
+    quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": cache}
     if algorithm == "MIXED_PRECISION":
         quantization["quantized_layers"] = config["quantized_layers"]
     else:

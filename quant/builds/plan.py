@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ornith_moe.quant.builds.serving import Serving
+from ornith_moe.quant.builds.serving import KV_BYTES, Serving
 from ornith_moe.quant.builds.storages.storage import Part, Storage
 from ornith_moe.quant.fallbacks import Fallback
 from ornith_moe.quant.gguf.imatrix import Coverage
@@ -59,6 +59,7 @@ class BuildPlan:
     warning: str = ""  # what a user must know before all else
     max_tensor_parallel: int | None = None
     config: dict[str, Any] = field(default_factory=dict)  # quantization_config of a safetensors build
+    kv_bytes: int = KV_BYTES  # of a key or value in the cache of an engine that does as the build says
     measured: bool = False  # scales of activations are those that an importance matrix tells
     coverage: list[Coverage] = field(default_factory=list)  # of the tensors encoded with importance
     metadata: dict[str, str | int] = field(default_factory=dict)  # more keys of a GGUF
@@ -119,6 +120,14 @@ class BuildPlan:
     @property
     def tensor_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def keep_cache_in_fp8(self, scheme: dict[str, Any]) -> None:
+        """Ask engines to keep keys and values in FP8, in the words of the config's `scheme`."""
+        self.config["kv_cache_scheme"] = scheme
+        self.kv_bytes = 1
+        self.notes.append(
+            f"{self.name}: engines are asked to keep keys and values in FP8, with scales of 1.0, unless told otherwise"
+        )
 
     def warn_of_fallbacks(self, source: Source) -> None:
         """Warn where most weights fell back: how many bits the build takes, and what to ask for instead."""

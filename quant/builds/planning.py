@@ -21,6 +21,7 @@ def plan_build(
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
     nvfp4: AskedNvfp4 | None = None,
+    kv_cache: str = "bf16",
     sensitivity: Sensitivity | None = None,
     kept: Mapping[int, str] | None = None,
     stored: Mapping[str, str] | None = None,
@@ -31,7 +32,7 @@ def plan_build(
         build: one of `BUILDS`, in any case.
         asked: types that the user asks for in a GGUF.
         imatrix: importance of the columns of a GGUF's tensors.
-        nvfp4: what is asked of builds of NVFP4.
+        nvfp4: what is asked of builds of NVFP4. kv_cache: "fp8" asks engines to keep keys and values so.
         sensitivity: what types do to tensors, for builds that are fitted to a size.
         kept: {index of a weight: what is wrong with its values}; it stays BF16 (F32 where it would be), with all that
             its build stores or fuses with it.
@@ -43,6 +44,7 @@ def plan_build(
         asked=asked,
         imatrix=imatrix,
         nvfp4=nvfp4 or AskedNvfp4(),
+        kv_cache=kv_cache,
         sensitivity=sensitivity,
         kept=kept or {},
         stored=stored or {},

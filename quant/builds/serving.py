@@ -70,7 +70,7 @@ def serving(source: Source, plan: BuildPlan, context: int | None = None) -> Serv
     cached = plan.build.cached(source, context)
     if cached is None:
         return None
-    return Serving(context, plan.tensor_bytes, KV_BYTES * cached.keys_and_values, STATE_BYTES * cached.state)
+    return Serving(context, plan.tensor_bytes, plan.kv_bytes * cached.keys_and_values, STATE_BYTES * cached.state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,7 @@ def convert(  # every option of the command line, by name: users need no object 
     asked: AskedTypes | None = None,
     imatrix: Imatrix | None = None,
     nvfp4: AskedNvfp4 | None = None,
+    kv_cache: str = "bf16",
     sensitivity: Sensitivity | None = None,
     non_finite: str = "error",
     encoders: Encoders | None = None,
@@ -112,7 +113,7 @@ def convert(  # every option of the command line, by name: users need no object 
         resume: of earlier versions; going on goes without saying.
         tokenizer_pre: llama.cpp's name of the pre-tokenizer, for a GGUF whose tokenizer is not recognized.
         asked: types of a GGUF's tensors beyond its file type. imatrix: importance of their columns.
-        nvfp4: what is asked of builds of NVFP4.
+        nvfp4: what is asked of builds of NVFP4. kv_cache: "fp8" asks engines to keep keys and values so.
         sensitivity: what types do to tensors, `read_sensitivity(file)`, for builds that are fitted to a size.
         non_finite: "error" stops at a NaN or an infinity; "keep-bf16" reads the checkpoint once before and keeps the
             tensors that hold one unquantized, with what is fused with them.
@@ -139,7 +140,9 @@ def convert(  # every option of the command line, by name: users need no object 
     jobs, slab_bytes = slabs(source, len(names), max_memory, jobs)
     together = group_bytes(source, len(names), max_memory, jobs)
     workers = Workers(jobs, slab_bytes, together, encoders or {}, progress or silent, executor)
-    options = Options(asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), split, sensitivity)
+    options = Options(
+        asked, imatrix, max_shard_bytes, tokenizer_pre, nvfp4 or AskedNvfp4(), kv_cache, split, sensitivity
+    )
     refuse_unheard(names, options)
     conversion = Conversion(source, out, names, options, workers)
     if non_finite == "keep-bf16":

@@ -65,6 +65,15 @@ def test_its_own_dequantizer_gives_our_numbers(made, build):
         assert dense[owner].equal(ours.bfloat16().float()), owner
 
 
+@pytest.mark.parametrize("build", ["fp8-channel", "nvfp4-ct", "int4-ct"])
+def test_the_cache_in_fp8_is_what_compressed_tensors_reads(build):
+    source = open_source("ornith-1.0-9b")
+    configs = [plan_build(source, build, kv_cache=kind).config for kind in ("bf16", "fp8")]
+    scheme = QuantizationConfig.model_validate(configs[1]).kv_cache_scheme
+    assert (scheme.num_bits, scheme.type, scheme.strategy, scheme.dynamic) == (8, "float", "tensor", False)
+    assert configs[1] | {"kv_cache_scheme": None} == configs[0]
+
+
 def test_nvfp4_has_the_codes_of_nvfp4(made):
     ours, theirs = (load_file(made[name] / "model.safetensors") for name in ("nvfp4-ct", "nvfp4"))
     for name in [name for name in theirs if name.endswith("_scale_2")]:

@@ -19,6 +19,7 @@ import ornith_moe.quant.conversion.convert as convert_module
 from ornith_moe.quant.builds.build import AskedNvfp4
 from ornith_moe.quant.builds.modelopt import with_wildcards
 from ornith_moe.quant.builds.planning import plan_build
+from ornith_moe.quant.builds.serving import serving
 from ornith_moe.quant.builds.storages.fp8 import FP8Tensor
 from ornith_moe.quant.builds.underflow import lost_weights, small_blocks
 from ornith_moe.quant.conversion.convert import convert
@@ -212,6 +213,30 @@ def test_the_published_size():
     """Ornith-1.5-9B-NVFP4 by its header, to the byte: MLP and head in four bits, attention in FP8, MTP in BF16."""
     plan = plan_build(open_source("ornith-1.5-9b"), "nvfp4", nvfp4=AskedNvfp4(True, "fp8"))
     assert (plan.tensor_bytes, len(plan.tensors), plan.max_tensor_parallel) == (8_817_959_588, 1177, 16)
+
+
+def test_the_cache_in_fp8_is_a_flag_and_nothing_else(sources, made, tmp_path):
+    """In the words of modelopt's recipes with kv_fp8_cast, which write no tensor for it."""
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"}
+    for name, asked in (("nvfp4", AskedNvfp4()), ("nvfp4 head fp8", AskedNvfp4(True, "fp8"))):
+        (build,) = convert(
+            open_source(sources["fused"]), tmp_path / name, ["nvfp4"], nvfp4=asked, kv_cache="fp8"
+        ).builds
+        assert any("keep keys and values in FP8, with scales of 1.0" in note for note in build.notes)
+        for file, section, flag in (
+            ("config.json", "quantization_config", {"kv_cache_scheme": scheme}),
+            ("hf_quant_config.json", "quantization", {"kv_cache_quant_algo": "FP8"}),
+        ):
+            with_it, without = (json.loads((path / file).read_text("utf-8")) for path in (build.path, made[name]))
+            assert with_it[section] == without[section] | flag and with_it.keys() == without.keys()
+        with_it, without = (load_file(path / "model.safetensors") for path in (build.path, made[name]))
+        assert with_it.keys() == without.keys()
+        (build.path / MANIFEST).unlink()
+        again = verify(build.path, open_source(sources["fused"]))
+        assert again.ok and again.build == "nvfp4", again.problems
+    source = open_source("ornith-1.5-9b")
+    half, whole = (serving(source, plan_build(source, "nvfp4", kv_cache=kind)).kv_bytes for kind in ("fp8", "bf16"))
+    assert 2 * half == whole
 
 
 def test_every_projection_of_four_bits_has_an_input_scale():
