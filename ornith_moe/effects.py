@@ -32,20 +32,21 @@ from ornith_moe.layerwise import Layerwise, SourceWeights, files_of_zeros
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.conversion.noise import restored
+from ornith_moe.quant.conversion.noise import restored, storage_named
 from ornith_moe.quant.conversion.sensitivity import PLAIN
 from ornith_moe.quant.conversion.stream import Unit, read_unit
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.files import refuse_stray_links
 from ornith_moe.quant.fitting.loss import kind_of
 from ornith_moe.quant.fitting.sensitivity import Effect, Sensitivity
+from ornith_moe.quant.fitting.types import standing
 from ornith_moe.quant.gguf.imatrix import Imatrix
-from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX, fit
+from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX
 from ornith_moe.quant.source.source import Source, weight_matrix
 from ornith_moe.streamed import Progress, divergences
 
-TRIED = ("Q3_K", "IQ4_XS")  # types whose noise is neither lost in KL's own nor beyond what adds up
+TRIED = ("Q3_K", "IQ4_XS", "MLX3", "W4A16_NVFP4")  # whose noise is neither too small to see nor beyond what adds up
+MOST = 2  # types that are tried
 GROUPS = 4  # of layers
 LOT = 48  # trials at a time
 
@@ -75,10 +76,11 @@ class Trial(SourceWeights):
         for tensor, step in self.steps[name]:
             targets = step.transform.targets(start, count, total)
             rows = step.transform.forward(step.transform.taken(slab, start, total)).float32
-            entry = self.imatrix and self.imatrix.entry_of(tensor)
-            columns = self.imatrix.importance(tensor, weight.expert or 0, rows.shape[1]) if self.imatrix else None
-            given = (lambda columns=columns: columns) if entry else None
-            back = step.transform.inverse(restored(rows, Gguf(fit(self.kind, rows.shape[1]), given)))
+            importance = None
+            if self.imatrix and self.imatrix.entry_of(tensor):
+                importance = self.imatrix.importance(tensor, weight.expert or 0, rows.shape[1])
+            kind = standing(self.kind, rows.shape[1])
+            back = step.transform.inverse(restored(rows, storage_named(kind, importance)))
             values[slice(None) if targets is None else targets >= 0] = back
         return values
 
@@ -145,14 +147,14 @@ def trials(source: Source, measured: Sensitivity, imatrix: Imatrix | None, group
         run = int(layer[1]) * min(groups, layers) // layers if layer else -1 if name.startswith("token") else groups
         members.setdefault((run, kind_of(name)), []).append(name)
     usable = [kind for kind in measured.types if imatrix or kind not in NEEDS_IMATRIX]
-    kinds = [kind for kind in TRIED if kind in usable] or usable[len(usable) // 2 :][:1]
+    kinds = [kind for kind in TRIED if kind in usable][:MOST] or usable[len(usable) // 2 :][:1]
     for _, names in sorted(members.items()):
         steps: dict[str, list[tuple[str, Step]]] = {}
         for tensor in names:
             for weight, step in ways[tensor]:
                 steps.setdefault(weight, []).append((tensor, step))
         for kind in dict.fromkeys(kinds):
-            if all(fit(kind, measured.by_name[name].shape[-1]) in measured.by_name[name].errors for name in names):
+            if all(standing(kind, measured.by_name[name].shape[-1]) in measured.by_name[name].errors for name in names):
                 yield Trial(source, tuple(names), kind, {name: tuple(way) for name, way in steps.items()}, imatrix)
 
 

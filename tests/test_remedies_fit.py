@@ -112,7 +112,8 @@ def test_a_type_that_is_asked_for_is_measured(tmp_path, fitted):
 def test_a_sensitivity_that_nobody_heeds_is_left_out(tmp_path, fitted):
     source, found = fitted
     with pytest.raises(
-        PlanError, match="--sensitivity are for gguf:fit=SIZE, gguf:bpw=BITS; leave them out, or ask for one"
+        PlanError,
+        match="--sensitivity are for gguf:fit=SIZE, gguf:bpw=BITS, mlx:fit=SIZE, mlx:bpw=BITS; leave them out",
     ):
         convert(source, tmp_path / "out", ["gguf:Q8_0"], sensitivity=found)
     convert(source, tmp_path / "out", ["gguf:Q8_0"])
@@ -145,3 +146,12 @@ def test_more_types_are_measured(tmp_path, fitted):
     refused("make one with more --types", plan_build, source, "gguf:bpw=8", sensitivity=replace(found, tensors=tensors))
     more = measure_sensitivity(source, tmp_path / "t.json", types=["Q8_0"]).sensitivity
     plan_build(source, "gguf:bpw=9", sensitivity=more)
+
+
+@follows("the sensitivity has no types of MLX; make one with --types mlx")
+def test_types_of_mlx_are_measured(tmp_path):
+    source = open_source(tiny(tmp_path / "m", full_attention_interval=2))
+    found = measure_sensitivity(source, tmp_path / "s.json", types=["Q8_0"]).sensitivity
+    refused("make one with --types mlx", plan_build, source, "mlx:bpw=9", sensitivity=found)
+    more = measure_sensitivity(source, tmp_path / "t.json", types=["mlx"]).sensitivity
+    plan_build(source, "mlx:bpw=9", sensitivity=more)

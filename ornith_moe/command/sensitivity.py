@@ -1,4 +1,4 @@
-"""`ornith-moe sensitivity`: what each GGUF type would do to each tensor."""
+"""`ornith-moe sensitivity`: what each type would do to each tensor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def sensitivity(
     ),
     imatrix: ImatrixOption = None,
     types: Annotated[
-        str | None, typer.Option(metavar="TYPE,TYPE", help="Candidates; default K and IQ types and Q8_0.")
+        str | None,
+        typer.Option(metavar="TYPE,TYPE", help="Candidates, or gguf, mlx, nvfp4 for all of such a fit; default gguf."),
     ] = None,
     text: Annotated[
         Path | None,
@@ -44,14 +45,14 @@ def sensitivity(
     name: Name = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what every GGUF type would do to every tensor, for `--to gguf:fit=SIZE`; stopped, it goes on."""
-    from ornith_moe.quant.conversion.sensitivity import TYPES, measure_sensitivity
+    """Measure what every type would do to every tensor, for `--to gguf:fit=SIZE` and the like; stopped, it goes on."""
+    from ornith_moe.quant.conversion.sensitivity import measure_sensitivity
     from ornith_moe.quant.gguf.imatrix import open_imatrix
     from ornith_moe.quant.opening import open_any
 
     opened = open_any(source, mtp=mtp, name=name, mtp_from=mtp_from, lora=lora)
     importance = open_imatrix(imatrix) if imatrix else None
-    wanted = types.split(",") if types is not None else TYPES
+    wanted = types.split(",") if types is not None else ["gguf"]
     with progress_bar() as progress:
         report = measure_sensitivity(opened, output, imatrix=importance, types=wanted, jobs=jobs, progress=progress)
     found = report.sensitivity

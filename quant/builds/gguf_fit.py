@@ -1,21 +1,17 @@
 """gguf:fit=SIZE and gguf:bpw=BITS: a GGUF whose types lose the least within a size, as a sensitivity predicts.
 
-    gguf:fit=16GB     all files together, headers and alignment too, have at most 16e9 bytes; GiB is 2^30
-    gguf:bpw=4.5      tensors have at most 4.5 bits for each weight
-
-What may be chosen is in quant/fitting/fit.py, what is lost in loss.py beside it. A user's --tensor-type, or --keep,
-decides its tensors before, and types that need importance are chosen with an importance matrix only. The file says it
-is of the file type that most of its bytes are named after. Beside it lies its recipe, with which that file type alone
-makes the same bytes, here and in llama-quantize.
+What the names mean is in target.py, what may be chosen in quant/fitting/fit.py, what is lost in loss.py beside it. A
+user's --tensor-type, or --keep, decides its tensors before, and types that need importance are chosen with an
+importance matrix only. The file says it is of the file type that most of its bytes are named after. Beside it lies its
+recipe, with which that file type alone makes the same bytes, here and in llama-quantize.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ornith_moe.quant.builds.build import Alternative, Build, Options, find_build, recognize, register_family
@@ -23,6 +19,7 @@ from ornith_moe.quant.builds.gguf import GgufBuild, plan_gguf
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.stored import StoredBuild
+from ornith_moe.quant.builds.target import NEIGHBOURS, Fits, Target
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.fitting.fit import Fitted, Problem
 from ornith_moe.quant.fitting.loss import Loss
@@ -35,43 +32,9 @@ from ornith_moe.quant.source.architectures.weight import Place
 from ornith_moe.quant.source.source import Source
 
 PLAIN = FILE_TYPES["Q8_0"]  # quantizes whatever one may
-NEIGHBOURS = (0.7, 0.8, 0.9, 1.1, 1.25)  # sizes beside the one that is asked for
 NAMED = (
     "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0",
 )  # fmt: skip
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a name asks for: so many bytes of files (`fit`), or bits of a weight (`bpw`)."""
-
-    kind: str
-    value: float
-    unit: str = ""  # of bytes
-
-    @property
-    def number(self) -> str:
-        return f"{self.value:.9f}".rstrip("0").rstrip(".")
-
-    @property
-    def name(self) -> str:
-        return f"gguf:{self.kind}={self.number}{self.unit}"
-
-    @property
-    def label(self) -> str:
-        """In the name of a file."""
-        return f"{self.number}{self.unit or 'bpw'}"
-
-    def bytes(self, weights: int, other: int) -> int:
-        """Of the tensors that are chosen, where there are `weights` and all else takes `other` bytes."""
-        if self.kind == "bpw":
-            return math.floor(self.value * weights / 8)
-        return math.floor(self.value * UNITS[self.unit.upper().removesuffix("B")]) - other
-
-    def times(self, share: float) -> Target:
-        """Three digits of so much of it."""
-        return replace(self, value=float(f"{share * self.value:.3g}"))
 
 
 class FittedGguf(GgufBuild):
@@ -121,7 +84,7 @@ class GgufFit(GgufBuild):
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         problem, other = self._problem(source, options)
-        weights = _weights(source)
+        weights = weights_of(source)
         limit = self.target.bytes(weights, other)
         chosen = problem.within(limit)
         if chosen is None:
@@ -155,7 +118,7 @@ class GgufFit(GgufBuild):
         found = [Alternative(self.name, plan.build.chosen.nbytes + other, plan.build.chosen.kl)]
         for share in NEIGHBOURS:
             target = self.target.times(share)
-            chosen = problem.within(target.bytes(_weights(source), other))
+            chosen = problem.within(target.bytes(weights_of(source), other))
             if chosen:
                 found.append(Alternative(target.name, chosen.nbytes + other, chosen.kl))
         for name in NAMED:
@@ -169,32 +132,23 @@ class GgufFit(GgufBuild):
 
     def _problem(self, source: Source, options: Options) -> tuple[Problem, int]:
         """What may be chosen, and the bytes of a GGUF that holds nothing of it."""
-        if options.sensitivity is None:
-            raise PlanError(
-                f"{self}: needs a sensitivity, which 'ornith-moe sensitivity SRC' makes; give it with --sensitivity"
-            )
-        if options.sensitivity.imatrix != (options.imatrix.digest if options.imatrix else None):
-            with_it = "with an importance matrix" if options.sensitivity.imatrix else "without an importance matrix"
-            raise PlanError(
-                f"{self}: its sensitivity was measured {with_it} that is not the one given here; give the same with "
-                "--imatrix, or make it again"
-            )
+        sensitivity = sensitivity_for(self, options)
         plain = plan_gguf(source, GgufBuild(PLAIN), replace(options, asked=None, sensitivity=None))
         if options.imatrix:  # whose keys a file of Q8_0, which ignores importance, does not have
             plain.metadata = options.imatrix.metadata()
         found = {tensor.name: tensor for tensor in plain.tensors if tensor.dtype != "F32"}
-        _check(options.sensitivity, {name: tensor.shape for name, tensor in found.items()})
+        check_shapes(sensitivity, {name: tensor.shape for name, tensor in found.items()})
         asked = {name: "BF16" for name, tensor in found.items() if tensor.dtype == "BF16"}  # kept as it was
         for name, tensor in found.items():
             if options.asked and name not in asked and (kind := options.asked.type_of(name, True)):
                 asked[name] = fit(kind, tensor.shape[-1])
         for name, kind in asked.items():
-            if kind not in ("F32", "F16", "BF16", *options.sensitivity.by_name[name].errors):
+            if kind not in ("F32", "F16", "BF16", *sensitivity.by_name[name].errors):
                 raise PlanError(
                     f"{self}: {name} is to be {kind}, which the sensitivity has not measured of it; make one with "
                     f"--types {kind} and the others that may be chosen"
                 )
-        problem = Problem(Loss(options.sensitivity, source.layers), asked, options.imatrix is not None)
+        problem = Problem(Loss(sensitivity, source.layers), asked, options.imatrix is not None)
         chosen = sum(padded(tensor.nbytes) for tensor in found.values())
         if source.HAS_BYTES:
             return problem, self._size(source, plain, options) - chosen
@@ -213,17 +167,34 @@ class GgufFit(GgufBuild):
         )
 
     def _too_small(self, problem: Problem, other: int, weights: int) -> str:
-        least = problem.least()
-        bits, size = math.ceil(800 * least / weights) / 100, math.ceil((least + other) / 1e6)
-        smallest = Target("bpw", bits) if self.target.kind == "bpw" else Target("fit", size, "MB")
+        smallest = self.target.at_least(problem.least(), weights, other)
         return f"{self}: no measured types make it that small; give at least {smallest.name}"
 
 
-def _weights(source: Source) -> int:
+def weights_of(source: Source) -> int:
     return sum(math.prod(weight.shape) for weight in source.weights if weight.role != "vision")
 
 
-def _check(sensitivity: Sensitivity, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def sensitivity_for(build: Build, options: Options) -> Sensitivity:
+    """What is given of types.
+
+    Raises:
+        PlanError: nothing, or what was measured with other importance.
+    """
+    if options.sensitivity is None:
+        raise PlanError(
+            f"{build}: needs a sensitivity, which 'ornith-moe sensitivity SRC' makes; give it with --sensitivity"
+        )
+    if options.sensitivity.imatrix != (options.imatrix.digest if options.imatrix else None):
+        with_it = "with an importance matrix" if options.sensitivity.imatrix else "without an importance matrix"
+        raise PlanError(
+            f"{build}: its sensitivity was measured {with_it} that is not the one given here; give the same with "
+            "--imatrix, or make it again"
+        )
+    return options.sensitivity
+
+
+def check_shapes(sensitivity: Sensitivity, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The sensitivity is of this model."""
     known = {tensor.name: tensor.shape for tensor in sensitivity.tensors}
     if known == shapes:
@@ -263,7 +234,7 @@ def builds_within(source: Source, nbytes: int, options: Options) -> list[str]:
     fitting = [plan for plan in plans if plan.tensor_bytes <= nbytes and not plan.needs_imatrix]
     found = [max(fitting, key=lambda plan: plan.tensor_bytes).name] if fitting else []
     if options.sensitivity:
-        found.append(Target("fit", nbytes, "B").name)
+        found.append(Target("gguf", "fit", nbytes, "B").name)
     if not found:
         least = min(plans, key=lambda plan: plan.tensor_bytes)
         raise PlanError(
@@ -273,24 +244,4 @@ def builds_within(source: Source, nbytes: int, options: Options) -> list[str]:
     return found
 
 
-class GgufFits:
-    """The names of these builds."""
-
-    form = "gguf:fit=SIZE, gguf:bpw=BITS"
-    hears = GgufFit.hears
-
-    def build(self, name: str) -> Build | None:
-        found = re.fullmatch(r"\s*gguf:(fit|bpw)=(.*)", name, re.IGNORECASE)
-        if not found:
-            return None
-        kind, text = found[1].lower(), found[2].strip()
-        value = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([KMGT]?I?B?)", text, re.IGNORECASE)
-        sound = value and float(value[1]) > 0 and (value[2] == "" or kind == "fit")
-        if not value or not sound:
-            example = "gguf:fit=16GB" if kind == "fit" else "gguf:bpw=4.5"
-            raise PlanError(f"build {brief(name)}: expected a number as in {example}, got {brief(text)}")
-        prefix = re.sub("[kmgt]", lambda letter: letter[0].upper(), value[2].lower().removesuffix("b"))
-        return GgufFit(Target(kind, float(value[1]), f"{prefix}B" if kind == "fit" else ""))
-
-
-register_family(GgufFits())
+register_family(Fits("gguf", GgufFit, GgufFit.hears))

@@ -19,7 +19,7 @@ from ornith_moe.quant.builds.folder import SafetensorsBuild
 from ornith_moe.quant.builds.layout import Layout, safetensors_index
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.builds.storages.mlx import GROUP, MODES, ChannelsLast, MlxAffine, MlxFloat
+from ornith_moe.quant.builds.storages.mlx import FLOOR_DB, GROUP, MODES, ChannelsLast, MlxAffine, MlxFloat
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.fallbacks import Fallback
@@ -56,10 +56,11 @@ class MlxBuild(SafetensorsBuild):
         places = [model.mlx_places(weight) for weight in source.weights]
         kept = {place.name for index in options.kept for place in places[index]}
         dtype = self._dtype(source)
-        exceptions: dict[str, dict[str, int]] = {}
+        exceptions: dict[str, dict[str, Any]] = {}
         fell: dict[str, Fallback] = {}
         gate = MlxAffine(GATE_BITS, dtype)  # one object for all weights, of which there are ten thousands
         others = MlxFloat(self.mode) if self.mode in MODES else MlxAffine(self.bits or GATE_BITS, dtype)
+        of_bits = {bits: MlxAffine(bits, dtype) for bits in FLOOR_DB}
         for index, weight in enumerate(source.weights):
             plain = source.dtype(index) if weight.leaf in model.MLX_OWN_DTYPE else dtype
             for place in places[index]:
@@ -75,7 +76,10 @@ class MlxBuild(SafetensorsBuild):
                         storage = gate
                         exceptions[place.name.removesuffix(".weight")] = {"group_size": GROUP, "bits": GATE_BITS}
                     else:
-                        storage = others
+                        storage, path = others, place.name.removesuffix(".weight")
+                        if (bits := options.stored.get(path)) and bits != str(self.bits):
+                            storage = of_bits[int(bits)]
+                            exceptions[path] = {"group_size": GROUP, "bits": int(bits), "mode": "affine"}
                 plan.add(source, index, storage, place)
         plan.fallbacks = list(fell.values())
         if self.bits:
@@ -129,6 +133,12 @@ class MlxBuild(SafetensorsBuild):
         if not config:
             return self.bits is None and any(name.startswith(TEXT) for name in found.tensors)
         return (config.get("bits"), config.get("mode", "affine")) == (self.bits, self.mode)
+
+    def asked_in(self, found: StoredBuild) -> Options:
+        """Bits of the modules that the config names, as mlx-lm reads them."""
+        bits = {path: one.get("bits") for path, one in found.quantization_config.items() if isinstance(one, dict)}
+        known = {path: str(of) for path, of in bits.items() if type(of) is int and of in FLOOR_DB}
+        return Options(stored={} if self.mode in MODES else known)
 
     def instead(self, source: Source) -> str:
         return "fp8-channel needs no groups"

@@ -1,4 +1,4 @@
-"""Measure what every type of a GGUF would do to every tensor of a model: one reading, each slab encoded in all of them.
+"""Measure what every type would do to every tensor of a model: one reading, each slab encoded in all of them.
 
     for each unit of the source:      w = rows as the GGUF holds them
         for each candidate type:      error += h * (w - decode(encode(w)))^2
@@ -25,10 +25,8 @@ import numpy as np
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import Options, find_build
 from ornith_moe.quant.builds.plan import Step
-from ornith_moe.quant.builds.storages.gguf import Gguf
-from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.conversion.convert import peak_rss_bytes
-from ornith_moe.quant.conversion.noise import Sums, noise
+from ornith_moe.quant.conversion.noise import Sums, noise, storage_named
 from ornith_moe.quant.conversion.pool import in_order
 from ornith_moe.quant.conversion.resume import sample
 from ornith_moe.quant.conversion.stream import Unit, read_unit, unit_bytes, units
@@ -36,14 +34,11 @@ from ornith_moe.quant.conversion.workers import Progress, silent
 from ornith_moe.quant.errors import ConversionError, PlanError
 from ornith_moe.quant.files import open_output, published
 from ornith_moe.quant.fitting.sensitivity import Sensitivity, TensorErrors, read_sensitivity, sensitivity_bytes
+from ornith_moe.quant.fitting.types import GGUF, OTHERS, SETS, parse_kind, standing
 from ornith_moe.quant.gguf.imatrix import Imatrix
-from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX, fit
-from ornith_moe.quant.gguf.tensor_types import parse_type
+from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX
 from ornith_moe.quant.source.source import Source, weight_matrix
 
-TYPES = (
-    "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0",
-)  # fmt: skip
 PLAIN = "gguf:Q8_0"  # a build that quantizes whatever one may
 SLAB_BYTES = 4 << 20  # of source, on every machine
 MAX_LINE_BYTES = 1 << 16
@@ -66,7 +61,7 @@ def measure_sensitivity(
     output: str | Path,
     *,
     imatrix: Imatrix | None = None,
-    types: Sequence[str] = TYPES,
+    types: Sequence[str] = GGUF,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityReport:
@@ -76,7 +71,8 @@ def measure_sensitivity(
         source: an opened checkpoint.
         output: a JSON file. One of the same source, importance and types is read and left as it is.
         imatrix: importance of columns, which types below three bits need.
-        types: GGUF types that have an encoder, in any case.
+        types: of quant/fitting/types.py, in any case; GGUF types need an encoder. "gguf", "mlx" and "nvfp4" mean all
+            that such fits choose out of.
         jobs: threads, default all cores.
         progress: called with phase "measure", bytes done and bytes in all.
     Returns:
@@ -90,7 +86,8 @@ def measure_sensitivity(
     source.require("a sensitivity")
     if not output.absolute().parent.is_dir():
         raise PlanError(f"{output}: expected its folder to exist")
-    kinds = tuple(dict.fromkeys(parse_type(kind, "--types") for kind in types))
+    named = [kind for name in types for kind in SETS.get(name.strip().lower(), (name,))]
+    kinds = tuple(dict.fromkeys(parse_kind(kind, "--types") for kind in named))
     work = _Measurement(source, imatrix, kinds)
     made_of = source.name, sample(source), imatrix.digest if imatrix else None
     head = [*made_of, list(kinds)]
@@ -120,7 +117,7 @@ class _Measurement:
     def __init__(self, source: Source, imatrix: Imatrix | None, kinds: tuple[str, ...]):
         from ornith_moe.quant.codecs.gguf import ENCODERS
 
-        if lacking := [kind for kind in kinds if kind not in ENCODERS]:
+        if lacking := [kind for kind in kinds if kind not in ENCODERS and kind not in OTHERS]:
             raise PlanError(
                 f"--types: {lacking[0]} has no encoder in this version; choose out of {', '.join(ENCODERS)}"
             )
@@ -141,7 +138,8 @@ class _Measurement:
 
     def _candidates(self, name: str, kinds: Sequence[str]) -> tuple[str, ...]:
         usable = (kind for kind in kinds if name in self.covered or kind not in NEEDS_IMATRIX)
-        return tuple(dict.fromkeys(fit(kind, self.shapes[name][-1]) for kind in usable))
+        found = {kind: standing(kind, self.shapes[name][-1]) for kind in usable}
+        return tuple(dict.fromkeys(of for kind, of in found.items() if of == kind or kind not in OTHERS))
 
     def lengths(self) -> list[list[int]]:
         """How many sums each place of each unit has."""
@@ -176,12 +174,8 @@ class _Measurement:
             importance = None
             if self.imatrix and name in self.covered:
                 importance = self.imatrix.importance(name, weight.expert or 0, rows.shape[1])
-            result.append(noise(rows, importance, self._storages(name, importance)))
+            result.append(noise(rows, importance, [storage_named(kind, importance) for kind in self.kinds[name]]))
         return result
-
-    def _storages(self, name: str, importance: np.ndarray | None) -> list[Storage]:
-        given = None if importance is None else lambda: importance
-        return [Gguf(kind, given) for kind in self.kinds[name]]
 
     def tensors(self, found: dict[int, list[Sums]]) -> tuple[TensorErrors, ...]:
         """Sums of the units as those of tensors, in the order of units."""

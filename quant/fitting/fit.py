@@ -11,14 +11,18 @@ multiply together where their types are equal; the experts of a layer are one te
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from gguf import GGMLQuantizationType
 
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.choose import Choice, choose
 from ornith_moe.quant.fitting.loss import EXPONENT, Loss
+from ornith_moe.quant.fitting.sensitivity import TensorErrors
+from ornith_moe.quant.fitting.types import standing
 from ornith_moe.quant.gguf.header import padded
-from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX, fit
+from ornith_moe.quant.gguf.mixtures import NEEDS_IMATRIX
 from ornith_moe.quant.gguf.tensor_types import HEAD
 
 _FUSED = re.compile(r"\.ffn_(gate|up)(?=_exps\.|_shexp\.|\.)")
@@ -47,6 +51,29 @@ class _Option:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Format:
+    """What may be chosen for a kind of file: those of `types` that were measured.
+
+    Attributes:
+        plain: a type that holds a tensor as it was and may be chosen, "" for none.
+        nbytes: of a tensor in a type.
+        group: a name that tensors of one type share.
+    """
+
+    types: Collection[str]
+    nbytes: Callable[[TensorErrors, str], int]
+    group: Callable[[str], str] = str
+    plain: str = ""
+
+
+GGUF = Format(
+    tuple(GGMLQuantizationType.__members__),
+    lambda tensor, kind: padded(tensor.nbytes(kind)),
+    lambda name: _FUSED.sub(".ffn_gate_up", name),
+)
+
+
 class Problem:
     """What may become of each tensor: `asked` ones have their type, the others one that was measured.
 
@@ -54,12 +81,12 @@ class Problem:
         PlanError: nothing may become of one.
     """
 
-    def __init__(self, loss: Loss, asked: Mapping[str, str], imatrix: bool):
-        self.loss, self.imatrix = loss, imatrix
+    def __init__(self, loss: Loss, asked: Mapping[str, str], imatrix: bool, format: Format = GGUF):
+        self.loss, self.imatrix, self.format = loss, imatrix, format
         self.fixed = dict(asked)
         members: dict[str, list[str]] = {}
         for tensor in loss.sensitivity.tensors:
-            alone = tensor.name if tensor.name in asked else _FUSED.sub(".ffn_gate_up", tensor.name)
+            alone = tensor.name if tensor.name in asked else format.group(tensor.name)
             members.setdefault(alone, []).append(tensor.name)
         self.groups = [tuple(names) for names in members.values()]
         for names in self.groups:
@@ -71,15 +98,18 @@ class Problem:
     def options(self, names: Sequence[str]) -> list[_Option]:
         """What the tensors of a group can be, the same type in all but where its blocks do not fill their rows."""
         by_name, found = self.loss.sensitivity.by_name, {}
-        for kind in self.loss.sensitivity.types:
-            types = {name: self.fixed.get(name) or fit(kind, by_name[name].shape[-1]) for name in names}
+        kinds = [kind for kind in self.loss.sensitivity.types if kind in self.format.types]
+        for kind in [*kinds, *filter(None, [self.format.plain])]:
+            types = {name: self.fixed.get(name) or standing(kind, by_name[name].shape[-1]) for name in names}
             if all(name in self.fixed or self._may(name, of) for name, of in types.items()):
-                nbytes = sum(padded(by_name[name].nbytes(of)) for name, of in types.items())
+                nbytes = sum(self.format.nbytes(by_name[name], of) for name, of in types.items())
                 found[tuple(types.values())] = _Option(types, nbytes)
         return list(found.values())
 
     def _may(self, name: str, kind: str) -> bool:
         tensor = self.loss.sensitivity.by_name[name]
+        if kind == self.format.plain:
+            return True
         return kind in tensor.errors and (kind not in NEEDS_IMATRIX or (self.imatrix and tensor.important))
 
     def least(self) -> int:

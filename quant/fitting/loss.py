@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ornith_moe.quant.fitting.sensitivity import Sensitivity
-from ornith_moe.quant.gguf.mixtures import fit
+from ornith_moe.quant.fitting.types import PLAIN, standing
 from ornith_moe.quant.gguf.tensor_types import EMBEDDING, HEAD
 
 HEAD_WEIGHT, EXPONENT = 0.18, 0.75
@@ -79,7 +79,7 @@ class Loss:
         return math.exp(sum(ratios) / len(ratios)) if ratios else 1.0
 
     def _stands_for(self, name: str, kind: str) -> str:
-        return fit(kind, self.sensitivity.by_name[name].shape[-1])
+        return standing(kind, self.sensitivity.by_name[name].shape[-1])
 
     @property
     def head(self) -> str:
@@ -106,14 +106,14 @@ class Loss:
         return self._measured.get(self.head, HEAD_WEIGHT) * self._share(self.head, kind)
 
     def _share(self, name: str, kind: str) -> float:
-        return 0.0 if kind in ("F32", "F16", "BF16") else self.sensitivity.by_name[name].relative(kind)
+        return 0.0 if kind in PLAIN else self.sensitivity.by_name[name].relative(kind)
 
     def kl(self, types: Mapping[str, str]) -> float | None:
         """Of a model whose tensors have these types; None if one is of a type that was not measured."""
         of_rest = head = 0.0
         for tensor in self.sensitivity.tensors:
             kind = types.get(tensor.name, "F32")
-            if kind not in ("F32", "F16", "BF16", *tensor.errors):
+            if kind not in (*PLAIN, *tensor.errors):
                 return None
             if tensor.name == self.head:
                 head = self.of_head(kind)

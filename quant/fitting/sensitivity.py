@@ -18,8 +18,8 @@ each with `shape`, `important`, `energy` and `errors` by type. Where KL was meas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.codecs.sizes import row_bytes
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import json_bytes, read_json
-from ornith_moe.quant.gguf.mixtures import fit
-from ornith_moe.quant.gguf.tensor_types import parse_type
+from ornith_moe.quant.fitting.types import parse_kind, standing
 from ornith_moe.quant.source.slab import matrix_shape
 
 FORMAT = 1
@@ -82,6 +81,12 @@ class Sensitivity:
     def by_name(self) -> dict[str, TensorErrors]:
         return {tensor.name: tensor for tensor in self.tensors}
 
+    def only(self, names: Collection[str]) -> Sensitivity:
+        """Of these tensors, with the effects that tell of no other."""
+        tensors = tuple(tensor for tensor in self.tensors if tensor.name in names)
+        effects = tuple(effect for effect in self.effects if all(name in names for name in effect.tensors))
+        return replace(self, tensors=tensors, effects=effects)
+
 
 def sensitivity_bytes(found: Sensitivity) -> bytes:
     """The file that holds it."""
@@ -114,7 +119,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
             _text(value["source"]),
             _text(value["sample"]),
             imatrix if imatrix is None else _text(imatrix),
-            tuple(parse_type(_text(kind), "types") for kind in value["types"]),
+            tuple(parse_kind(_text(kind), "types") for kind in value["types"]),
             tensors,
             _text(value["text"]) if effects else None,
             tuple(_effect(entry, {tensor.name: tensor for tensor in tensors}) for entry in effects),
@@ -129,10 +134,11 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> TensorErrors:
     shape = tuple(entry["shape"])
     if not 2 <= len(shape) <= 4 or not all(type(size) is int and 0 < size < MAX_DIMENSION for size in shape):
         raise ValueError(f"{name} has shape {list(shape)}")
-    errors = {parse_type(kind, name): _number(error, name) for kind, error in entry["errors"].items()}
+    errors = {parse_kind(kind, name): _number(error, name) for kind, error in entry["errors"].items()}
     energy = _number(entry["energy"], name)
     for kind, error in errors.items():
-        row_bytes(kind, shape[-1])
+        if standing(kind, shape[-1]) != kind:
+            raise ValueError(f"{name} is {kind} and has {shape[-1]} columns")
         if energy > 0 and error > MOST_NOISE * energy:
             raise ValueError(f"{name} is {kind} with an error of {brief(error)} and an energy of {brief(energy)}")
     return TensorErrors(_text(name), shape, entry["important"] is True, energy, errors)
@@ -141,11 +147,11 @@ def _tensor(name: str, entry: Mapping[str, Any]) -> TensorErrors:
 def _effect(entry: Mapping[str, Any], known: Mapping[str, TensorErrors]) -> Effect:
     names, kind, error = (
         tuple(map(_text, entry["tensors"])),
-        parse_type(_text(entry["type"]), "effects"),
+        parse_kind(_text(entry["type"]), "effects"),
         entry["kl_se"],
     )
     for name in names:
-        if name not in known or fit(kind, known[name].shape[-1]) not in known[name].errors:
+        if name not in known or standing(kind, known[name].shape[-1]) not in known[name].errors:
             raise ValueError(f"an effect is of {brief(name)} in {kind}, whose error is not known")
     if not names or len(set(names)) < len(names):
         raise ValueError("an effect is of no tensors, or of one twice")
