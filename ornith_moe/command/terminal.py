@@ -71,7 +71,7 @@ def _reader_gone() -> NoReturn:
 @contextmanager
 def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A callback that draws one bar per phase with time left, and the rate in bytes or, `counted`, how many are done;
-    silent when stderr is no terminal."""
+    silent when stderr is no terminal. ("retry", n, 0) notes that blocks of "fetch" were asked for again, n times."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -91,6 +91,9 @@ def progress_bar(counted: bool = False) -> Iterator[Callable[[str, int, int], No
                 if phase not in tasks and err.is_terminal:
                     tasks[phase] = None
                     bar.console.print("compile  machine code of the codecs, kept for the next run")
+                return
+            if phase == "retry":
+                bar.update(tasks["fetch"], description=f"fetch, {done} again")
                 return
             if phase not in tasks:
                 tasks[phase] = bar.add_task(phase, total=total)

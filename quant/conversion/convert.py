@@ -18,7 +18,7 @@ import errno
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from ornith_moe.quant.conversion.publish import finish, publish, underflow
 from ornith_moe.quant.conversion.remedies import why_failed
 from ornith_moe.quant.conversion.resume import check_out, drop, goes_on, is_finished, made_from, refuse_taken, sample
 from ornith_moe.quant.conversion.scan import give_what_is_needed, non_finite_weights
-from ornith_moe.quant.conversion.stream import group_rows, units
+from ornith_moe.quant.conversion.stream import Unit, group_rows, unit_bytes, units
 from ornith_moe.quant.conversion.workers import EXECUTORS, Encoders, PlacedBuild, Progress, Workers, silent
 from ornith_moe.quant.errors import BuildsFailed, ConversionError, PlanError, brief
 from ornith_moe.quant.fallbacks import Fallback
@@ -120,7 +120,8 @@ def convert(  # every option of the command line, by name: users need no object 
         encoders: `ornith_moe.gpu_encoders.gpu_encoders(device)`; the bytes are those of the CPU.
         executor: "local", or "ray" for the machines of a Ray cluster that share the file system.
         progress: called with phase ("scan", "measure", "convert", "check"), bytes done and bytes in all; with
-            ("compile", 0, 0) whenever machine code of a codec is made, which costs seconds once on a machine.
+            ("compile", 0, 0) whenever machine code of a codec is made, which costs seconds once on a machine; of a
+            source on the Hub with "fetch", bytes that have come and bytes that are read in all, and ("retry", n, 0).
     Returns:
         ConversionReport.
     Raises:
@@ -170,6 +171,7 @@ class Conversion:
 
     def keep_non_finite(self) -> None:
         """Plan anew with the weights that hold a NaN or an infinity kept, if there are any."""
+        self._follow(units(self.source, self.workers.slab_bytes))
         kept = non_finite_weights(self.source, self.workers)
         if kept:
             self.options = replace(self.options, kept=kept)
@@ -228,6 +230,8 @@ class Conversion:
         read = {step.weight for step in steps}  # of a vision tower alone, a thousandth of a checkpoint
         cut = [unit for unit in units(self.source, workers.slab_bytes, group_rows(steps)) if unit.weight in read]
         groups, apart = find_groups(self.source, work, workers.group_bytes)
+        missing = [unit for index, unit in enumerate(cut) if index not in journal.extents]
+        self._follow([*missing, *(unit for unit in cut if unit.weight in apart)])
         give_what_is_needed(self.source, work, workers, apart)
         with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, workers.encoders):
             run = Pass(self.source, work, cut, files, journal, workers, groups)
@@ -243,6 +247,17 @@ class Conversion:
                 more["underflow"] = lost
             finish(self.source, build, sha256, more)
         journal.record_checked()
+
+    def _follow(self, wanted: Iterable[Unit]) -> None:
+        """Tell of the bytes that come from elsewhere for the units that are read next."""
+        total, progress = sum(unit_bytes(self.source, unit) for unit in wanted), self.workers.progress
+
+        def come(count: int, retries: int) -> None:
+            progress("fetch", min(count, total), total)  # whole blocks, so more than is read
+            if retries:
+                progress("retry", retries, 0)
+
+        self.source.follow(come)
 
     def report(self) -> ConversionReport:
         """What was made.

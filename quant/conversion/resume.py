@@ -32,8 +32,14 @@ SAMPLED_WEIGHTS, SAMPLE_BYTES = 4096, 4096
 
 
 def sample(source: Source) -> str:
-    """Digest of the first rows of each weight of `source`, or of as many of them as a second allows."""
+    """Digest of the first rows of each weight of `source`, or of as many of them as a second allows.
+
+    Of one that lies elsewhere, of what stands for its bytes: rows from everywhere would be all blocks of it.
+    """
     digest = xxhash.xxh3_128(json.dumps(source.config, sort_keys=True).encode())
+    if source.identity:
+        digest.update("\n".join([source.identity, *(weight.name for weight in source.weights)]).encode())
+        return digest.hexdigest()
     step = -(-len(source.weights) // SAMPLED_WEIGHTS)
     for index in range(0, len(source.weights), step):
         dtype, (rows, columns) = source.dtype(index), weight_matrix(source.weights[index])

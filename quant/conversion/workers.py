@@ -13,8 +13,8 @@ from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.storage import Storage
 from ornith_moe.quant.source.slab import Slab
 
-# phase, bytes done, bytes in all; ("compile", 0, 0) and "check" come from any thread, "check" one call at a time and
-# beside "convert"
+# phase, bytes done, bytes in all; ("compile", 0, 0), "fetch", ("retry", how many, 0) and "check" come from any thread,
+# "check" one call at a time and beside "convert"
 EXECUTORS = ("local", "ray")  # threads of this process, or the machines of a cluster
 Progress = Callable[[str, int, int], None]
 Encoders = Mapping[str, Callable[[Storage, Slab], tuple[np.ndarray, ...]]]  # instead of a storage's own, by its name

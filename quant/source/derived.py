@@ -6,7 +6,7 @@ Grafted     multi-token prediction of another checkpoint (mtp_from.py)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ class Derived(Source):
 
     def modified_ns(self) -> int:
         return self.base.modified_ns()
+
+    def follow(self, follow: Callable[[int, int], None]) -> None:
+        self.base.follow(follow)
 
     def tensor_of(self, index: int) -> str:
         return self.base.tensor_of(index)

@@ -53,6 +53,11 @@ class Grafted(Derived):
         source, index = self._of(index)
         return source.codes(index)
 
+    @property
+    def identity(self) -> str:
+        both = self.base.identity, self.donor.identity
+        return "\n".join(both) if all(both) else ""
+
     def read(self, index: int, start: int, rows: int) -> Slab:
         source, index = self._of(index)
         return source.read(index, start, rows)

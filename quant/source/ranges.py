@@ -6,7 +6,7 @@
 A conversion reads each byte once, so nothing is gained by storing it: the 397B becomes its builds on a disk that has
 room for these alone. The folder lies beside the Hub's cache and is named after the commit, so that a conversion that
 was stopped finds the same source again. A block that does not come whole is fetched again, ATTEMPTS times, waiting
-longer each time.
+longer each time. Whoever follows is told of each block that comes and of each that is asked for again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 from ornith_moe.quant.errors import CheckpointError, brief
 from ornith_moe.quant.files import json_bytes, published, write_file
@@ -32,7 +32,13 @@ FIRST_BYTES = 1 << 20  # of a shard: most headers are shorter
 ATTEMPTS, WAIT_SECONDS, ANSWER_SECONDS = 6, 0.5, 60.0
 SIDES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
-Fetch = Callable[[str, int, int], bytes]  # bytes [start, stop) of a URL
+Follow = Callable[[int, int], None]  # bytes that have come, and how often some were asked for again; from any thread
+
+
+class Fetch(Protocol):
+    """Bytes [start, stop) of a URL; calls `again` before each attempt but the first."""
+
+    def __call__(self, url: str, start: int, stop: int, again: Callable[[], None] = ..., /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,17 @@ class Ranges:
         self._shards, self._fetch = shards, fetch
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._pool, self._lock = ThreadPoolExecutor(CONNECTIONS), Lock()
+        self._come, self._retries = 0, 0
+        self._follow: Follow = lambda come, retries: None
+
+    @property
+    def identity(self) -> str:
+        """What stands for all the bytes, since the URLs name a commit."""
+        return "\n".join(f"{shard.url} {shard.size}" for _, shard in sorted(self._shards.items()))
+
+    def follow(self, follow: Follow) -> None:
+        """Tell `follow` from now on; it counts from here."""
+        self._come, self._retries, self._follow = 0, 0, follow
 
     def __reduce__(self) -> tuple[type[Ranges], tuple[Mapping[str, Shard], Fetch]]:
         return Ranges, (self._shards, self._fetch)
@@ -81,16 +98,27 @@ class Ranges:
                 failed = key in self._blocks and self._blocks[key].done() and self._blocks[key].exception()
                 if key not in self._blocks or failed:
                     span = one * BLOCK, min((one + 1) * BLOCK, shard.size)
-                    self._blocks[key] = self._pool.submit(self._fetch, shard.url, *span)
+                    self._blocks[key] = self._pool.submit(self._fetched, shard.url, *span)
                 self._blocks.move_to_end(key)
             found = self._blocks[name, number]
             while len(self._blocks) > MOST_BLOCKS:
                 self._blocks.popitem(last=False)
         return found
 
+    def _fetched(self, url: str, start: int, stop: int) -> bytes:
+        block = self._fetch(url, start, stop, lambda: self._tell(0, 1))
+        self._tell(len(block), 0)
+        return block
 
-def fetch(url: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a URL of the Hub, with the user's token if there is one.
+    def _tell(self, come: int, retries: int) -> None:
+        with self._lock:
+            self._come, self._retries = self._come + come, self._retries + retries
+            told = self._come, self._retries
+        self._follow(*told)
+
+
+def fetch(url: str, start: int, stop: int, again: Callable[[], None] = lambda: None) -> bytes:
+    """Bytes [start, stop) of a URL of the Hub, with the user's token if there is one; as `Fetch`.
 
     Raises:
         CheckpointError: they did not come whole in any attempt.
@@ -98,6 +126,7 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
+            again()
             time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
         try:
             return _once(url, start, stop)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from ornith_moe.quant.source.architectures.weight import Weight
 from ornith_moe.quant.source.checkpoint import Checkpoint, TensorInfo
 from ornith_moe.quant.source.nvfp4 import GROUP, Nvfp4Scales, read_nvfp4
 from ornith_moe.quant.source.quantized import E4M3, Codes, Scales, read_quantized
+from ornith_moe.quant.source.ranges import Ranges
 from ornith_moe.quant.source.slab import Slab, matrix_shape
 
 
@@ -101,6 +102,17 @@ class Source(ABC):
     def modified_ns(self) -> int:
         """When a file of it was last written to, in nanoseconds since 1970; 0 of what lies in no file."""
         return 0
+
+    @property
+    def identity(self) -> str:
+        """What stands for all its bytes, so that none need be read to know them again; "" if nothing does."""
+        return ""
+
+    def follow(self, follow: Callable[[int, int], None]) -> None:  # noqa: B027  # most have nothing to tell
+        """Tell `follow`, from any thread, of bytes that come from elsewhere, and how often some were asked for again.
+
+        It counts from here on; what lies on this machine tells nothing.
+        """
 
     def tensor_of(self, index: int) -> str:
         """Name of the tensor that holds weight `index`."""
@@ -182,6 +194,14 @@ class CheckpointSource(Source):
     def position(self, index: int) -> tuple[Any, ...]:
         tensor, first, _ = self.rows[index]
         return tensor.path.name, tensor.offset, first
+
+    @property
+    def identity(self) -> str:
+        return self.checkpoint.opened.identity if isinstance(self.checkpoint.opened, Ranges) else ""
+
+    def follow(self, follow: Callable[[int, int], None]) -> None:
+        if isinstance(self.checkpoint.opened, Ranges):
+            self.checkpoint.opened.follow(follow)
 
     def changed(self) -> bool:
         return self.checkpoint.changed()

@@ -4,23 +4,29 @@ Reference: the builds of the same folder on the disk, byte for byte. Not covered
 """
 
 import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fixtures
 import pytest
+from rich.console import Console
 
+from ornith_moe.command import terminal
 from ornith_moe.quant.conversion.convert import PARTIAL, convert
 from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source import ranges
 from ornith_moe.quant.source.checkpoint import open_checkpoint
 from ornith_moe.quant.source.ranges import Ranges, Shard
+from ornith_moe.quant.source.weights import source_from_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BUILDS = ("fp8-channel", "gguf:Q8_0")
@@ -149,12 +155,47 @@ def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
         open_checkpoint(stored[0].parent)
 
 
+def test_a_conversion_tells_what_comes_and_what_is_asked_for_again(moe, hub, tmp_path, monkeypatch):
+    """And a bar of its own is drawn of it on a terminal, nothing elsewhere."""
+    endpoint, handler = hub
+    monkeypatch.setattr(ranges, "BLOCK", 1 << 20)
+    monkeypatch.setattr(ranges, "WAIT_SECONDS", 0.01)
+    checkpoint = open_checkpoint(moe)
+    shards = {
+        path.name: Shard(f"{endpoint}/org/moe/resolve/main/{path.name}", path.stat().st_size)
+        for path in checkpoint.files
+    }
+    source = source_from_checkpoint(replace(checkpoint, opened=Ranges(shards, ranges.fetch)))
+    told = []
+    report = convert(source, tmp_path / "out", ["gguf:Q8_0"], progress=lambda *one: told.append(one))
+    come = [one[1:] for one in told if one[0] == "fetch"]
+    retries = [one[1] for one in told if one[0] == "retry"]
+    assert {total for _, total in come} == {report.bytes_read} and max(come)[0] == report.bytes_read
+    spans = [[int(place) for place in span.removeprefix("bytes=").split("-")] for _, span in handler.requests]
+    fetched = sum(stop + 1 - start for start, stop in dict.fromkeys(map(tuple, spans)))
+    assert fetched < 1.2 * report.bytes_read, "to know the source again, nothing of it is read"
+    assert max(retries) == sum(1 for count in range(1, len(handler.requests) + 1) if count % 3 == 0) > 1
+    text = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=text, force_terminal=True, width=160))
+    with terminal.progress_bar() as progress:
+        for one in told:
+            progress(*one)
+    drawn = re.sub(r"\x1b\[[?\d;]*\w", "", text.getvalue()).splitlines()[-3:]
+    assert re.search(rf"fetch, {max(retries)} again .* 100 %", "\n".join(drawn)), drawn
+    text = io.StringIO()
+    monkeypatch.setattr(terminal, "err", Console(file=text, width=100))
+    with terminal.progress_bar() as progress:
+        progress("fetch", 1, 2)
+        progress("retry", 1, 0)
+    assert not text.getvalue()
+
+
 def test_blocks_are_fetched_ahead_and_few_are_kept(monkeypatch):
     monkeypatch.setattr(ranges, "BLOCK", 100)
     monkeypatch.setattr(ranges, "MOST_BLOCKS", 4)
     content, fetched = bytes(range(250)) * 8, []
 
-    def fetch(url, start, stop):
+    def fetch(url, start, stop, again):
         fetched.append(start)
         return content[start:stop]
 
