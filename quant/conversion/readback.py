@@ -20,7 +20,7 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from threading import Lock
 
 import xxhash
@@ -69,39 +69,53 @@ class _File:
         self.extents.extend(sorted(self.waiting))
         self.waiting.clear()
 
-    def read(self, memory: mmap.mmap, stop: int) -> Iterator[int]:
-        """Read to byte `stop`, its end or a multiple of CHUNK; gives the bytes of each chunk once they are read."""
+    def read(self, stop: int, disk: ThreadPoolExecutor) -> Iterator[int]:
+        """Read to byte `stop`, its end or a multiple of CHUNK; gives the bytes of each chunk once they are read.
+
+        `disk` fetches the next chunk while one is hashed.
+        """
         if self.direct is None:
             os.fdatasync(self.descriptor)
-        while self.position < stop:
-            count = min(CHUNK, self.size - self.position)
-            with memoryview(memory) as whole, whole[:count] as view:
-                self._fill(whole, view)
-                self.sha256.update(view)
-                self._compare(view)
-            self.position += count
-            yield count
-
-    def _fill(self, whole: memoryview, view: memoryview) -> None:
-        """The next bytes of the file; zeros where it ends before."""
-        done = 0
-        if self.direct is not None:
+        with mmap.mmap(-1, CHUNK) as memory, mmap.mmap(-1, CHUNK) as other:
+            coming = disk.submit(self._fill, memory, self.position)
             try:
-                done = os.preadv(self.direct, [whole], self.position)  # whole pages, beyond the end too
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                os.close(self.direct)
-                self.direct = None
-                os.fdatasync(self.descriptor)
-        if self.direct is None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, self.position, len(view), os.POSIX_FADV_DONTNEED)
-        while done < len(view):
-            got = os.preadv(self.descriptor, [view[done:]], self.position + done)
-            if got == 0:
-                view[done:] = bytes(len(view) - done)
-                return
-            done += got
+                while self.position < stop:
+                    following = self.position + coming.result()
+                    if following < stop:
+                        coming = disk.submit(self._fill, other, following)
+                    count = following - self.position
+                    with memoryview(memory) as whole, whole[:count] as view:
+                        self.sha256.update(view)
+                        self._compare(view)
+                    self.position = following
+                    memory, other = other, memory
+                    yield count
+            finally:
+                wait([coming])  # it writes into this memory
+
+    def _fill(self, memory: mmap.mmap, position: int) -> int:
+        """The bytes of the file from `position` on, a chunk of them; zeros where it ends before."""
+        count = min(CHUNK, self.size - position)
+        with memoryview(memory) as whole, whole[:count] as view:
+            done = 0
+            if self.direct is not None:
+                try:
+                    done = os.preadv(self.direct, [whole], position)  # whole pages, beyond the end too
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    os.close(self.direct)
+                    self.direct = None
+                    os.fdatasync(self.descriptor)
+            if self.direct is None and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
+            while done < count:
+                got = os.preadv(self.descriptor, [view[done:]], position + done)
+                if got == 0:
+                    view[done:] = bytes(count - done)
+                    break
+                done += got
+        return count
 
     def _compare(self, view: memoryview) -> None:
         first, last = self.position, self.position + len(view)
@@ -144,7 +158,7 @@ class ReadBack:
         self._owned_bytes = [sum(stop - start for start, stop in ranges) for ranges in owned]
         self._files = [_File(*file) for file in zip(descriptors, sizes, owned, strict=True)]
         self._tell, self._lock, self._done, self._total = tell, Lock(), 0, sum(sizes)
-        self._pool = ThreadPoolExecutor(jobs)
+        self._pool, self._disk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(jobs)
         self._reading: dict[int, Future[None]] = {}  # by file
 
     def written(self, unit: int, extents: Iterable[Extent]) -> None:
@@ -186,16 +200,16 @@ class ReadBack:
         return {number: self._files[number].sha256.hexdigest() for number in live}, damaged
 
     def _read(self, file: _File, stop: int) -> None:
-        with mmap.mmap(-1, CHUNK) as memory:
-            for count in file.read(memory, stop):
-                with self._lock:
-                    self._done += count
-                    self._tell(self._done, self._total)
+        for count in file.read(stop, self._disk):
+            with self._lock:
+                self._done += count
+                self._tell(self._done, self._total)
 
     def __enter__(self) -> ReadBack:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._disk.shutdown()
         for file in self._files:
             file.close()

@@ -6,6 +6,8 @@ Reference: the bytes themselves, put together in memory. Not covered: what a pow
 import errno
 import os
 import random
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -79,3 +81,28 @@ def test_a_disk_that_takes_no_whole_chunks(tmp_path, monkeypatch):
     assert refused and got == expected
     monkeypatch.setattr(writer, "past_the_cache", lambda *file: None)
     assert write(tmp_path, [PAGE] * 9, range(9)) == (expected, expected)
+
+
+def test_a_few_chunks_leave_at_a_time_and_no_unit_is_done_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "CHUNK", 2 * PAGE)
+    write_all, gate, begun, done = writer.write_all, threading.Event(), [], []
+
+    def held(descriptor, view, offset):
+        begun.append(offset)
+        assert gate.wait(60)
+        write_all(descriptor, view, offset)
+
+    monkeypatch.setattr(writer, "write_all", held)
+    chunks = [bytes([number]) * 2 * PAGE for number in range(writer.DEPTH + 2)]
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(descriptor, size := sum(map(len, chunks)))
+    with Writer([descriptor], [size], [[(0, size)]], done.append) as files:
+        for number, payload in enumerate(chunks):
+            if number == writer.DEPTH:
+                while len(begun) < writer.DEPTH:
+                    time.sleep(0.01)
+                assert not done and sorted(begun) == [2 * PAGE * n for n in range(writer.DEPTH)]
+                gate.set()
+            files.write(number, [Piece("build", 0, number * 2 * PAGE, 2 * PAGE, "", memoryview(payload))])
+    assert os.pread(descriptor, size, 0) == b"".join(chunks) and sorted(done) == list(range(len(chunks)))
+    os.close(descriptor)
