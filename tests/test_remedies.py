@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {  # a part of a message, {} where a value stands -> the test that follows it
+    "--report draws builds that are fitted to a size; ask for one":
+        "tests/quant/builds/test_gguf_fit.py::test_the_commands",
     "the same command goes on": "tests/test_cli.py::test_a_signal_is_one_sentence",
     "with --resume goes on": "tests/test_cli.py::test_an_interrupted_compare_goes_on",
     "leave --client out for more": "tests/test_cli.py::test_compare_streams_all_builds",

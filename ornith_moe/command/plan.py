@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,7 +38,7 @@ from ornith_moe.command.options import (
     sensitivity_of,
     split_of,
 )
-from ornith_moe.command.terminal import out, print_json, say
+from ornith_moe.command.terminal import out, print_json, progress_bar, say
 from ornith_moe.quant.fallbacks import by_kind
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ def plan(
     card: Annotated[
         int | None,
         typer.Option("--for", metavar="SIZE", parser=parse_size, help="Find GGUFs for a card of this memory, as 24GB."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.html", help="Draw predicted KL against size here too, and as a PNG beside it."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -133,7 +138,10 @@ def plan(
     files = [plan.build.files(plan, cut) for plan in plans]
     needed = [serving(opened, plan, context) for plan in plans]
     options = replace(cut, asked=asked, imatrix=importance)
-    others = [find_build(plan.name).alternatives(opened, plan, options) for plan in plans]
+    with progress_bar(counted=True) as progress:
+        others = [find_build(plan.name).alternatives(opened, plan, options, progress) for plan in plans]
+    if report:
+        _draw(report, opened.name, plans, others)
     if as_json:
         builds = [plan_json(*each) for each in zip(plans, files, needed, others, strict=True)]
         reasons = {build: str(error) for build, error in failed.items()}
@@ -146,6 +154,19 @@ def plan(
             print_alternatives(each)
     for first in failed.values():
         raise first
+
+
+def _draw(path: Path, source: str, plans: Sequence[BuildPlan], others: Sequence[Sequence[Alternative]]) -> None:
+    from ornith_moe.quant.errors import PlanError
+
+    curves = [list(each) for each in others if each]
+    if not curves:
+        raise PlanError("plan: --report draws builds that are fitted to a size; ask for one, as --to gguf:fit=16GB")
+    try:
+        from ornith_moe.bench.curve import write
+    except ImportError as error:
+        raise PlanError(f"plan: --report needs {error.name}; pip install 'ornith-moe[bench]'") from None
+    write(path, source, curves, {plan.name for plan in plans})
 
 
 def print_alternatives(alternatives: Sequence[Alternative]) -> None:

@@ -39,6 +39,10 @@ _ASKED_BY = {  # field of `Options` that not every build heeds: options of the c
 }
 
 
+def quiet(phase: str, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
 @dataclass(frozen=True)
 class AskedNvfp4:
     """What is asked of builds of NVFP4 beyond their names."""
@@ -160,8 +164,13 @@ class Build(ABC):
         """What whoever serves it keeps of a sequence of `context` tokens."""
         return source.architecture.cached(context)
 
-    def alternatives(self, source: Source, plan: BuildPlan, options: Options) -> list[Alternative]:
-        """What else could be asked for, and what each would lose; [] of a build that predicts nothing."""
+    def alternatives(
+        self, source: Source, plan: BuildPlan, options: Options, progress: Callable[[str, int, int], None] = quiet
+    ) -> list[Alternative]:
+        """What else could be asked for, and what each would lose; [] of a build that predicts nothing.
+
+        `progress` is called with phase "solve", sizes solved and in all.
+        """
         return []
 
     def left_out(self, source: Source) -> list[LeftOut]:

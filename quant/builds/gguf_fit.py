@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ornith_moe.quant.builds.build import Alternative, Build, Options, find_build, recognize, register_family
+from ornith_moe.quant.builds.build import Alternative, Build, Options, find_build, quiet, recognize, register_family
 from ornith_moe.quant.builds.gguf import GgufBuild, plan_gguf
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan
@@ -111,16 +111,20 @@ class GgufFit(GgufBuild):
     def recognize(self, found: StoredBuild) -> bool:
         return False  # what is made of it says it is of a file type
 
-    def alternatives(self, source: Source, plan: BuildPlan, options: Options) -> list[Alternative]:
+    def alternatives(
+        self, source: Source, plan: BuildPlan, options: Options, progress: Callable[[str, int, int], None] = quiet
+    ) -> list[Alternative]:
         """Fits of neighbouring sizes, and the named mixes whose types were all measured."""
         assert isinstance(plan.build, FittedGguf)
         problem, other = self._problem(source, options)
         found = [Alternative(self.name, plan.build.chosen.nbytes + other, plan.build.chosen.kl)]
-        for share in NEIGHBOURS:
+        for number, share in enumerate(NEIGHBOURS):
+            progress("solve", number, len(NEIGHBOURS))
             target = self.target.times(share)
             chosen = problem.within(target.bytes(weights_of(source), other))
             if chosen:
                 found.append(Alternative(target.name, chosen.nbytes + other, chosen.kl))
+        progress("solve", len(NEIGHBOURS), len(NEIGHBOURS))
         for name in NAMED:
             named = plan_gguf(source, GgufBuild(FILE_TYPES[name]), replace(options, asked=None))
             kl = problem.loss.kl(named.types)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
-from ornith_moe.quant.builds.build import Alternative, Options, find_build, recognize, register_family
+from ornith_moe.quant.builds.build import Alternative, Options, find_build, quiet, recognize, register_family
 from ornith_moe.quant.builds.gguf import GgufBuild, plan_gguf
 from ornith_moe.quant.builds.gguf_fit import PLAIN, check_shapes, sensitivity_for
 from ornith_moe.quant.builds.mlx import MlxBuild
@@ -67,13 +68,18 @@ class MlxFit(MlxBuild):
     def recognize(self, found: StoredBuild) -> bool:
         return False  # what is made of it says its bits
 
-    def alternatives(self, source: Source, plan: BuildPlan, options: Options) -> list[Alternative]:
+    def alternatives(
+        self, source: Source, plan: BuildPlan, options: Options, progress: Callable[[str, int, int], None] = quiet
+    ) -> list[Alternative]:
         """Fits of this and of neighbouring sizes, and every number of bits in all tensors."""
         case, found = _Case(self, source, options), []
-        for share in (1.0, *NEIGHBOURS):
+        shares = (1.0, *NEIGHBOURS)
+        for number, share in enumerate(shares):
+            progress("solve", number, len(shares))
             target = self.target if share == 1 else self.target.times(share)
             if chosen := case.within(target):
                 found.append(Alternative(target.name, chosen.nbytes + case.other, chosen.kl))
+        progress("solve", len(shares), len(shares))
         for kind in MLX:
             kl = case.problem.loss.kl(dict.fromkeys(case.paths, kind))
             if kl is not None:

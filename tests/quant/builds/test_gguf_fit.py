@@ -96,7 +96,12 @@ def test_the_commands(tmp_path, model):
     assert "gguf:bpw=5" in names and "gguf:Q6_K" in names and "gguf:IQ4_XS" not in names, "which was not measured"
     kls = [each["predicted_kl"] for each in told["alternatives"] if each["build"].startswith("gguf:bpw")]
     assert kls == sorted(kls, reverse=True) and len(kls) > 3
-    assert "predicted KL" in ornith_moe("plan", source.folder, *to).stdout
+    page = tmp_path / "curve.html"
+    assert "predicted KL" in ornith_moe("plan", source.folder, *to, "--report", page).stdout
+    assert all(each["build"] in page.read_text() for each in told["alternatives"])
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    refused = ornith_moe("plan", source.folder, "--to", "gguf:Q8_0", "--report", page, code=1)
+    assert "ask for one, as --to gguf:fit=16GB" in refused.stderr
     made = json.loads(ornith_moe("convert", source.folder, tmp_path / "out", *to, "--json").stdout)["builds"][0]
     assert made["tensor_bytes"] == told["tensor_bytes"]
     types = {name: tensor.dtype for name, tensor in read_gguf_tensors(Path(made["path"])).items()}
