@@ -1,11 +1,12 @@
 """Named mixes against fits of their sizes: KL of both at the same held-out positions.
 
-    python demo/fit.py [--folder .demo]       after `make demo`, whose nano and importance matrix it takes
+    python demo/fit.py [--folder .demo] [--text FILE]       after `make demo`, whose nano and importance matrix it takes
 
 Each named mix is made with the importance matrix; a fit with the same, asked for by the bytes of the mix's file, never
 has more. The source and all of them run side by side, layer by layer (ornith_moe/streamed.py), on the windows of
 demo/run.py that compare importance. The weights of the prediction (quant/fitting/loss.py) come from a nano of 200 steps
-and these held-out texts; a nano of 800 (`demo/run.py --steps 800`) is one that they have not seen.
+and these held-out texts; a nano of 800 (`demo/run.py --steps 800`) is one that they have not seen. With --text the
+weights are measured of this very nano, on that text (ornith_moe/effects.py).
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ WINDOWS, WINDOW_TOKENS = 64, 128
 MIXES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M")
 
 
-def run(folder: Path) -> list[dict[str, Any]]:
+def run(folder: Path, text: Path | None = None) -> list[dict[str, Any]]:
     """For each mix: bytes, KL of the mix and of the fit, predicted KL, relative change and its standard error."""
-    nano, importance, out = folder / "ornith-nano", folder / "imatrix" / "imatrix.gguf", folder / "fits"
+    nano, importance = folder / "ornith-nano", folder / "imatrix" / "imatrix.gguf"
+    out = folder / ("fits-measured" if text else "fits")
     measured = out / "sensitivity.json"
     out.mkdir(exist_ok=True)
     given = ("--imatrix", str(importance), "--json")
-    ornith_moe("sensitivity", str(nano), "--output", str(measured), *given)
+    effects = ("--text", str(text)) if text else ()
+    ornith_moe("sensitivity", str(nano), "--output", str(measured), *effects, *given)
     pairs, rows = {}, {}
     for mix in MIXES:
         (named,) = ornith_moe("convert", str(nano), str(out), "--to", f"gguf:{mix}", *given)["builds"]
@@ -63,10 +66,11 @@ def run(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="KL of named mixes and of fits of the same size, in llama.cpp.")
     parser.add_argument("--folder", type=Path, default=ROOT / ".demo", help="that of make demo")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="measure the weights of the prediction on this text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     quiet()
-    rows = run(arguments.folder)
+    rows = run(arguments.folder, arguments.text)
     if arguments.json:
         print(json.dumps({"fits": rows}, indent=2))
         return
