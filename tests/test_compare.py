@@ -11,6 +11,7 @@ import shutil
 import sys
 
 import fixtures
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -28,9 +29,12 @@ from ornith_moe.compare import (
     read_text,
     top1_agreement,
 )
+from ornith_moe.quant.builds.stored import read_gguf_tensors
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, OrnithError, VerificationError
 from ornith_moe.quant.source.weights import open_source
+from ornith_moe.quant.verification.decoded import open_decoded
+from ornith_moe.streamed import compare_streamed
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +302,27 @@ def test_llama_cpp_agrees_with_transformers_and_is_quiet(qwen, qwen_gguf, capfd)
     assert capfd.readouterr() == ("", "")
     assert found.positions == 46 and found.top1 == 1 and found.kl_max < 1e-7
     assert found.perplexity_a == pytest.approx(found.perplexity_b, rel=1e-4)
+
+
+def test_llama_cpp_of_decoded_weights_has_the_streamed_kl(qwen, tmp_path):
+    """What it adds to KL of a quantized file is of activations, which it rounds to eight bits there."""
+    source, tokens = open_source(qwen, mtp="drop"), np.random.default_rng(0).integers(0, 500, (2, 24))
+    paths = {build.build: build.path for build in convert(source, tmp_path, ["gguf:F32", "gguf:Q2_K"]).builds}
+    plain = read_gguf_tensors(paths.pop("gguf:F32"))
+    found = compare_streamed(source, [open_decoded(path, source) for path in paths.values()], tokens, range(23))
+    with open_client(qwen) as a:
+        for path, ours in zip(paths.values(), found.builds, strict=True):
+            for name, tensor in read_gguf_tensors(path).items():  # decoded by the gguf package, into the file of F32
+                if tensor.dtype != "F32":
+                    values = gguf.quants.dequantize(
+                        tensor.read(0, tensor.nbytes), gguf.GGMLQuantizationType[tensor.dtype]
+                    )
+                    with plain[name].path.open("r+b") as file:
+                        file.seek(plain[name].offset)
+                        file.write(values.astype("<f4").tobytes())
+            with open_client(plain["output.weight"].path) as b:
+                theirs = compare(a, b, tokens, range(23))
+            assert ours.kl_mean > 1e-4 and theirs.kl_mean == pytest.approx(ours.kl_mean, rel=1e-3)
 
 
 def test_a_short_list_from_llama_cpp_holds_the_likeliest(qwen_gguf):
