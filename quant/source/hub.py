@@ -11,6 +11,7 @@ that, a copy in the cache serves, or the failure is one sentence.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,7 +112,8 @@ def _asked(source: str) -> Iterator[_Place]:
         raise CheckpointError(f"{source}: needs huggingface_hub; pip install 'ornith-moe[hub]'") from None
     unreachable = _unreachable(repository)
     try:
-        yield _Place(source, repository, revision, unreachable)
+        with _bars(sys.stderr is not None and sys.stderr.isatty()):
+            yield _Place(source, repository, revision, unreachable)
     except LocalEntryNotFoundError:
         raise CheckpointError(
             f"{source}: expected the Hub to answer or a copy in its cache, got neither "
@@ -171,7 +173,8 @@ def _by_ranges(place: _Place) -> Checkpoint | None:
         return None
     cache = Path(constants.HF_HOME) / "ornith-moe" / f"models--{repository.replace('/', '--')}"
     folder = cache / "snapshots" / str(info.sha)  # as in the Hub's own, so that it says whose it is
-    snapshot_download(repository, revision=info.sha, allow_patterns=list(SIDES), local_dir=folder)
+    with _bars(False):  # a conversion draws its own
+        snapshot_download(repository, revision=info.sha, allow_patterns=list(SIDES), local_dir=folder)
     stand_in(folder, place.source, shards, fetch)
     return open_checkpoint(folder, payload=Ranges(shards, fetch))
 
@@ -187,6 +190,21 @@ def _offline(yes: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """The library's bars of what it fetches, which it draws where there is no terminal too, only if `wanted`."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if wanted or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _unreachable(repository: str) -> str:

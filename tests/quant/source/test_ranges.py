@@ -142,6 +142,7 @@ def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
         env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert not done.stderr, "no terminal, no bars"
     convert(open_any(moe, mtp_from=moe), tmp_path / "local", BUILDS)
     mine, local = contents(tmp_path / "out"), contents(tmp_path / "local")
     assert mine.keys() == local.keys() and not (tmp_path / "out" / PARTIAL).exists()
