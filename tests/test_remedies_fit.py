@@ -113,7 +113,7 @@ def test_a_sensitivity_that_nobody_heeds_is_left_out(tmp_path, fitted):
     source, found = fitted
     with pytest.raises(
         PlanError,
-        match="--sensitivity are for gguf:fit=SIZE, gguf:bpw=BITS, mlx:fit=SIZE, mlx:bpw=BITS; leave them out",
+        match="--sensitivity are for gguf:fit=SIZE, gguf:bpw=BITS, mlx:fit=SIZE, mlx:bpw=BITS, nvfp4:fit=SIZE, ",
     ):
         convert(source, tmp_path / "out", ["gguf:Q8_0"], sensitivity=found)
     convert(source, tmp_path / "out", ["gguf:Q8_0"])
@@ -155,3 +155,11 @@ def test_types_of_mlx_are_measured(tmp_path):
     refused("make one with --types mlx", plan_build, source, "mlx:bpw=9", sensitivity=found)
     more = measure_sensitivity(source, tmp_path / "t.json", types=["mlx"]).sensitivity
     plan_build(source, "mlx:bpw=9", sensitivity=more)
+
+
+@follows("the sensitivity lacks NVFP4 or FP8; make one with --types nvfp4")
+def test_types_of_modelopt_are_measured(tmp_path, fitted):
+    source, found = fitted
+    refused("make one with --types nvfp4", plan_build, source, "nvfp4:bpw=9", sensitivity=found)
+    more = measure_sensitivity(source, tmp_path / "t.json", types=["nvfp4"]).sensitivity
+    plan_build(source, "nvfp4:bpw=12", sensitivity=more)

@@ -61,14 +61,25 @@ class ModelOptBuild(SafetensorsBuild):
     engines = ("vLLM", "SGLang", "TensorRT-LLM")
     unread = "has no reader of ModelOpt's layout"
     hears = frozenset({"nvfp4", "kv_cache"})
+    lists = False  # modules, whatever their algorithms
 
     def __init__(self, name: str, algorithm: str, roles: tuple[str, ...]):
         self.name, self.algorithm, self.roles = name, algorithm, roles
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         self.check(source, options.nvfp4)
+        asked, listed = options.nvfp4, options.stored
+        kinds = (
+            (listed.get(layer_of(weight.owner), "") if weight.is_linear else "")
+            if listed
+            else self.wants(weight, asked)
+            for weight in source.weights
+        )
+        return self.planned(source, options, {index: kind for index, kind in enumerate(kinds) if kind})
+
+    def planned(self, source: Source, options: Options, wanted: dict[int, str]) -> BuildPlan:
+        """The plan in which these weights have these algorithms."""
         model, plan = source.architecture, BuildPlan(self)
-        wanted = {i: kind for i, weight in enumerate(source.weights) if (kind := self.wants(weight, options.nvfp4))}
         grouped = [index for index, kind in wanted.items() if kind in GROUPED]
         quantized = whole_groups(source, grouped, GROUP, options.kept)
         plan.fallbacks = fallbacks(source, set(grouped) - quantized, GROUP, options.kept)
@@ -85,7 +96,7 @@ class ModelOptBuild(SafetensorsBuild):
             if kind != "W4A16_NVFP4":
                 value = input_scale(source, index, kind, options.imatrix)
                 plan.tensors.append(OutputTensor(f"{weight.owner}{INPUT_SCALE}", "F32", (), 4, (value,)))
-        plan.config = quantization_config(source, algorithms)
+        plan.config = quantization_config(source, algorithms, self.lists)
         if options.kv_cache == "fp8":
             plan.keep_cache_in_fp8({"dynamic": False, "num_bits": 8, "type": "float"})
         if scaled := sum(kind != "W4A16_NVFP4" for kind in algorithms.values()):
@@ -135,16 +146,24 @@ class ModelOptBuild(SafetensorsBuild):
         """By what becomes of the activations of experts."""
         if not super().recognize(found):
             return False
-        layers = found.quantization_config.get("quantized_layers")
-        entries = layers.values() if isinstance(layers, dict) else ()
-        algorithms = [entry.get("quant_algo") for entry in entries if isinstance(entry, dict)]
-        return self.algorithm in [found.quantization_config.get("quant_algo"), *algorithms]
+        listed = [*listed_algorithms(found).values()]
+        if listed and all(kind == "FP8" for kind in listed):  # a fit that had room
+            return self.algorithm == "W4A16_NVFP4"
+        return self.algorithm in [found.quantization_config.get("quant_algo"), *listed]
 
     def asked_in(self, found: StoredBuild) -> Options:
         tensors = found.tensors
         fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
         head = "lm_head.weight_scale_2" in tensors
-        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"))
+        listed = {module: kind for module, kind in listed_algorithms(found).items() if kind in (*GROUPED, "FP8")}
+        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"), stored=listed)
+
+
+def listed_algorithms(found: StoredBuild) -> dict[str, object]:
+    """{module: algorithm} of a folder that lists them, as one of several algorithms does."""
+    layers = found.quantization_config.get("quantized_layers")
+    pairs = layers.items() if isinstance(layers, dict) else ()
+    return {module: entry.get("quant_algo") for module, entry in pairs if isinstance(entry, dict)}
 
 
 def input_scale(source: Source, index: int, algorithm: str, imatrix: Imatrix | None) -> float:
@@ -167,14 +186,15 @@ def input_scale(source: Source, index: int, algorithm: str, imatrix: Imatrix | N
     return float(np.float32(entry.largest or UNREACHED) / np.float32(448 if algorithm == "FP8" else 2688))
 
 
-def quantization_config(source: Source, algorithms: dict[str, str]) -> dict[str, Any]:
+def quantization_config(source: Source, algorithms: dict[str, str], lists: bool = False) -> dict[str, Any]:
     """What config.json says, as `convert_hf_quant_config_format` makes it.
 
     Args:
         algorithms: {module: algorithm} of those that are quantized.
+        lists: they are listed even if there is one algorithm.
     """
     kinds = dict.fromkeys(algorithms.values())
-    uniform = len(kinds) < 2
+    uniform = len(kinds) < 2 and not lists
     groups = {f"group_{i}": group_config(kind) for i, kind in enumerate(kinds)}
     config: dict[str, Any] = {"config_groups": groups}
     if uniform:

@@ -59,12 +59,14 @@ class Format:
         plain: a type that holds a tensor as it was and may be chosen, "" for none.
         nbytes: of a tensor in a type.
         group: a name that tensors of one type share.
+        may: whether a tensor may have a type.
     """
 
     types: Collection[str]
     nbytes: Callable[[TensorErrors, str], int]
     group: Callable[[str], str] = str
     plain: str = ""
+    may: Callable[[str, str], bool] = lambda name, kind: True
 
 
 GGUF = Format(
@@ -108,8 +110,8 @@ class Problem:
 
     def _may(self, name: str, kind: str) -> bool:
         tensor = self.loss.sensitivity.by_name[name]
-        if kind == self.format.plain:
-            return True
+        if kind == self.format.plain or not self.format.may(name, kind):
+            return self.format.may(name, kind)
         return kind in tensor.errors and (kind not in NEEDS_IMATRIX or (self.imatrix and tensor.important))
 
     def least(self) -> int:
