@@ -89,32 +89,34 @@ def draw(title: str, curves: Sequence[Sequence[Alternative]], asked: Collection[
     figure = Figure(figsize=(9, 5.2), layout="constrained")
     figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontweight="bold")
     axes = figure.subplots()
+    largest = max((each.nbytes for curve in curves for each in curve), default=0)
+    unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+
+    def at(some: Sequence[Alternative]) -> tuple[list[float], list[float]]:
+        return [each.nbytes / size for each in some], [each.kl for each in some]
+
     for number, curve in enumerate(curves):
         fits = [each for each in curve if "=" in each.build]
         named = [each for each in curve if "=" not in each.build]
         colour = OURS if number == 0 else COLOURS[(number - 1) % len(COLOURS)]
         family = curve[0].build.partition(":")[0]
-        axes.plot(
-            _gb(fits), _kl(fits), "o-", color=colour, markerfacecolor="white", label=f"{family}, fitted to a size"
-        )
+        axes.plot(*at(fits), "o-", color=colour, markerfacecolor="white", label=f"{family}, fitted to a size")
         chosen = [each for each in fits if each.build in asked]
-        axes.plot(_gb(chosen), _kl(chosen), "o", color=colour, markersize=9, label=f"{family}, asked for")
+        axes.plot(*at(chosen), "o", color=colour, markersize=9, label=f"{family}, asked for")
         marker = MARKERS[number % len(MARKERS)]
-        axes.plot(_gb(named), _kl(named), marker, color="black", markerfacecolor="white", label=f"{family}, named")
-        for each in named:
+        axes.plot(*at(named), marker, color="black", markerfacecolor="white", label=f"{family}, named")
+        for place, each in enumerate(named):  # in turn above and below: neighbours are near
             text = each.build.partition(":")[2].replace("$", r"\$")
-            axes.annotate(text, (each.nbytes / 1e9, each.kl), (5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="size of the files, GB", ylabel="predicted KL, nats per token")
+            axes.annotate(
+                text,
+                (each.nbytes / size, each.kl),
+                (5, -11 if place % 2 else 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set(xscale="log", yscale="log", xlabel=f"size of the files, {unit}", ylabel="predicted KL, nats per token")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     return figure
-
-
-def _gb(some: Sequence[Alternative]) -> list[float]:
-    return [each.nbytes / 1e9 for each in some]
-
-
-def _kl(some: Sequence[Alternative]) -> list[float]:
-    return [each.kl for each in some]

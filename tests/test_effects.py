@@ -5,12 +5,14 @@ and compared with the source by ornith_moe/streamed.py. Not covered: whether mea
 constants do, which docs/quality.md says of trained weights.
 """
 
+import json
 from dataclasses import replace
 
 import fixtures
 import numpy as np
 import pytest
 import torch
+from command import ornith_moe
 from remedies import refused, tiny
 
 from ornith_moe.effects import measure_effects, trials
@@ -116,3 +118,17 @@ def test_effects_of_one_text_and_importance(tmp_path):
     weighed = replace(measured, imatrix="0" * 32)
     refused("give the same with --imatrix", measure_effects, source, windows, weighed, groups=1)
     assert measure_effects(source, windows, measured, groups=1) == found
+
+
+def test_the_command_keeps_effects_in_the_file(tmp_path):
+    model, out, text = tiny(tmp_path / "m"), tmp_path / "s.json", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    given = ("sensitivity", model, "--output", out, "--types", "q8_0,q4_0")
+    ornith_moe(*given)
+    more = (*given, "--text", text, "--windows", 2, "--layer-groups", 1)
+    told = json.loads(ornith_moe(*more, "--json").stdout)
+    found = read_sensitivity(out)
+    assert [effect["kl"] for effect in told["effects"]] == [effect.kl for effect in found.effects] and found.effects
+    before = out.read_bytes()
+    shown = ornith_moe(*more).stdout
+    assert out.read_bytes() == before and "KL of a kind of tensor" in shown and "ffn_down_exps" in shown
