@@ -135,7 +135,7 @@ TensorType = Annotated[
 SensitivityFile = Annotated[
     Path | None,
     typer.Option(
-        "--sensitivity", metavar="FILE", help="What types do to tensors, by 'sensitivity'; for gguf:fit=, gguf:bpw=."
+        "--sensitivity", metavar="FILE", help="What types do to tensors, by 'sensitivity'; for gguf:fit=, mlx:fit=, nvfp4:fit=."
     ),
 ]
 RecipeFile = Annotated[
