@@ -135,7 +135,9 @@ TensorType = Annotated[
 SensitivityFile = Annotated[
     Path | None,
     typer.Option(
-        "--sensitivity", metavar="FILE", help="What types do to tensors, by 'sensitivity'; for gguf:fit=, mlx:fit=, nvfp4:fit=."
+        "--sensitivity",
+        metavar="FILE",
+        help="What types do to tensors, by 'sensitivity'; for builds of fit= and bpw=.",
     ),
 ]
 RecipeFile = Annotated[
