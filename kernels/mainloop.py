@@ -272,7 +272,7 @@ def multiply(
         if CUT.pair:
             up = up.T
     if SCALES == "channel":
-        row_scale = _row_scale(a_scale_ptr, plan, strides, row, offs_m, CUT)
+        row_scale = _row_scale(a_scale_ptr, plan, strides, e, row, offs_m, CUT)
         acc *= row_scale * _column_scale(sb_ptr, n, N, strides, CUT)
         if CUT.pair:
             up *= row_scale * _column_scale(sb_ptr, n + second, N, strides, CUT)
@@ -283,11 +283,12 @@ def multiply(
 
 
 @triton.jit
-def _row_scale(a_scale_ptr, plan, strides, row, offs_m, CUT: tl.constexpr):
+def _row_scale(a_scale_ptr, plan, strides, e, row, offs_m, CUT: tl.constexpr):
     """[BLOCK_M, 1]"""
-    source = row + (offs_m - row)[:, None]
     if CUT.top_k:
-        source = tl.load(plan.row_to_slot + source) // CUT.top_k
+        source = tl.load(plan.row_to_slot + row + (offs_m - row)[:, None]) // CUT.top_k
+    else:  # `project`, which reads its rows again too
+        source = rows_of(plan, e, row, CUT)[:, None]
     return tl.load(a_scale_ptr + source * strides.a_scale_m)
 
 

@@ -100,7 +100,7 @@ def max_tiles(slots: int, experts: int, block_m: int) -> int:
 def _local_expert(indices_ptr, slot, slots, E):
     """Expert of each slot, or -1: no slot, or not of these E."""
     expert = tl.load(indices_ptr + slot, mask=slot < slots, other=-1).to(tl.int64)
-    return tl.where((slot < slots) & (expert >= 0) & (expert < E), expert, -1).to(tl.int32)
+    return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
 @triton.jit
@@ -167,6 +167,15 @@ def place_kernel(
         tl.store(offsets_ptr + E, rows)
         tl.store(num_tiles_ptr, num_tiles)
 
+    # Before the slots: after them AMD takes eight registers more.
+    tile = (pid * TILES + tl.arange(0, TILES)).to(tl.int32)
+    tile_offsets = tile_ends - tiles
+    expert = tl.max(tl.where(tile_offsets[None, :] <= tile[:, None], offs_e[None, :], 0), axis=1)
+    used = tile < num_tiles
+    row = tl.gather(offsets, expert, axis=0) + (tile - tl.gather(tile_offsets, expert, axis=0)) * block_m
+    tl.store(tile_to_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < max_tiles)
+    tl.store(tile_to_row_ptr + tile, tl.where(used, row, -1), mask=tile < max_tiles)
+
     slot = pid * CHUNK + tl.arange(0, CHUNK)
     expert = _local_expert(indices_ptr, slot, slots, E)
     local = expert >= 0
@@ -176,14 +185,6 @@ def place_kernel(
     tl.store(slot_to_row_ptr + slot, row, mask=slot < slots)
     tl.store(row_to_slot_ptr + row, slot.to(tl.int32), mask=local)
     tl.store(row_to_slot_ptr + slot, tl.full([CHUNK], -1, tl.int32), mask=(slot >= rows) & (slot < slots))
-
-    tile = (pid * TILES + tl.arange(0, TILES)).to(tl.int32)
-    tile_offsets = tile_ends - tiles
-    expert = tl.max(tl.where(tile_offsets[None, :] <= tile[:, None], offs_e[None, :], 0), axis=1)
-    used = tile < num_tiles
-    row = tl.gather(offsets, expert, axis=0) + (tile - tl.gather(tile_offsets, expert, axis=0)) * block_m
-    tl.store(tile_to_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < max_tiles)
-    tl.store(tile_to_row_ptr + tile, tl.where(used, row, -1), mask=tile < max_tiles)
 
 
 def build_plan(indices: torch.Tensor, experts: int, block_m: int) -> RoutingPlan:

@@ -40,6 +40,8 @@ def project_kernel(
             acc, more = multiply(
                 a, a_scale_ptr, b, b_scale_ptr, plan, strides, e, row, offs_m, n_first + n, BLOCK_N, N, K, CUT
             )
+            if CUT.scales == "channel":  # held through the K loop, the rows take 41 registers more (sm90)
+                offs_m = rows_of(plan, e, row, CUT)
             m, offs_n, mask_m, mask = place(plan, e, row, offs_m, n, W, CUT)
             tile_ptr = out_ptr + (row.to(tl.int64) * W + n)
             tl.store(tile_ptr + (m * W + offs_n), narrow(acc, out_ptr.dtype.element_ty), mask=mask)

@@ -1,21 +1,14 @@
 """What kernels were started, while they run."""
 
+from importlib import import_module
+from pkgutil import iter_modules
 from types import SimpleNamespace
 
-from ornith_moe.kernels import (
-    combine,
-    dswiglu,
-    fp8_cast,
-    gate_up,
-    gguf_encode,
-    grouped_wgrad,
-    launch,
-    plan,
-    project,
-    routing,
-)
+from ornith_moe import kernels
+from ornith_moe.kernels import launch
 
-MODULES = (combine, dswiglu, fp8_cast, gate_up, gguf_encode, grouped_wgrad, plan, project, routing)
+_ALL = [import_module(f"{kernels.__name__}.{each.name}") for each in iter_modules(kernels.__path__)]
+MODULES = tuple(module for module in _ALL if module is not launch and hasattr(module, "launch"))
 
 
 def watch(monkeypatch, around=None):

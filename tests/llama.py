@@ -46,7 +46,7 @@ Tensor._fields_ = (
     ("name", ctypes.c_char * 64),
 )
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Tensor), ctypes.c_bool, ctypes.c_void_p)
-LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
 def array(tensor: Tensor, dtype) -> np.ndarray:
@@ -57,11 +57,10 @@ def array(tensor: Tensor, dtype) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(raw[:4].view(dtype), shape, strides)
 
 
-def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{weight: (sums of squares fp64 [E, K], counts [E])} over chunks of token ids [C, T], each on its own."""
+def open_library() -> ctypes.CDLL:
+    """llama.cpp, quiet, with the types of what `collect` calls."""
     library = ctypes.CDLL(str(Path(xllamacpp.__file__).parent / "xllamacpp.abi3.so"))
-    quiet = LOG(lambda *_: None)
-    library.llama_log_set(quiet, None)
+    library.llama_log_set(QUIET, None)
     library.llama_backend_init()
     for name in ("llama_model_default_params", "llama_context_default_params"):
         getattr(library, name).restype = Opaque
@@ -78,7 +77,29 @@ def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.nd
     library.llama_set_n_threads.argtypes = [pointer, ctypes.c_int32, ctypes.c_int32]
     library.llama_free.argtypes = library.llama_model_free.argtypes = [pointer]
     library.ggml_op_name.argtypes, library.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
+    return library
 
+
+def context_parameters(library: ctypes.CDLL, length: int, watch: object) -> Opaque:
+    """fp32 caches of `length` tokens and no flash attention, which has no rows to watch."""
+    parameters = library.llama_context_default_params()
+    raw = ctypes.addressof(parameters)
+    assert ctypes.c_float.from_address(raw + CB_EVAL - 8).value in (0.0, -1.0)
+    for offset in (TYPE_K, TYPE_V):
+        assert ctypes.c_int.from_address(raw + offset).value == F16
+        ctypes.c_int.from_address(raw + offset).value = F32
+    assert ctypes.c_int.from_address(raw + FLASH_ATTENTION).value == -1  # auto
+    ctypes.c_int.from_address(raw + FLASH_ATTENTION).value = 0
+    assert ctypes.c_void_p.from_address(raw + CB_EVAL).value is None
+    for word in range(3):  # n_ctx, n_batch, n_ubatch
+        ctypes.c_uint32.from_address(raw + 4 * word).value = length
+    ctypes.c_void_p.from_address(raw + CB_EVAL).value = ctypes.cast(watch, ctypes.c_void_p).value
+    return parameters
+
+
+def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{weight: (sums of squares fp64 [E, K], counts [E])} over chunks of token ids [C, T], each on its own."""
+    library = open_library()
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(name, matrices, matrix, rows):
@@ -107,21 +128,9 @@ def collect(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray, np.nd
                 add(name, weight.ne[2], expert, rows[tokens, slots % rows.shape[1]])
         return True
 
-    parameters = library.llama_context_default_params()
-    raw = ctypes.addressof(parameters)
-    assert ctypes.c_float.from_address(raw + CB_EVAL - 8).value in (0.0, -1.0)
-    for offset in (TYPE_K, TYPE_V):
-        assert ctypes.c_int.from_address(raw + offset).value == F16
-        ctypes.c_int.from_address(raw + offset).value = F32
-    assert ctypes.c_int.from_address(raw + FLASH_ATTENTION).value == -1  # auto
-    ctypes.c_int.from_address(raw + FLASH_ATTENTION).value = 0
-    assert ctypes.c_void_p.from_address(raw + CB_EVAL).value is None
-    for word in range(3):  # n_ctx, n_batch, n_ubatch
-        ctypes.c_uint32.from_address(raw + 4 * word).value = chunks.shape[1]
-    ctypes.c_void_p.from_address(raw + CB_EVAL).value = ctypes.cast(watch, ctypes.c_void_p).value
-
     model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     assert model, path
+    parameters = context_parameters(library, chunks.shape[1], watch)
     context = library.llama_init_from_model(model, parameters)
     assert context
     library.llama_set_n_threads(context, 1, 1)  # four by default, which wait for one another by spinning

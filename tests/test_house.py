@@ -3,6 +3,8 @@
     quant:   files of its own <- source <- simd <- codecs <- gguf <- fitting <- builds <- conversion <- verification
     all:     quant <- kernels <- ornith_moe <- bench <- the command line (cli.py, command/) <- tests, demo
 
+And functions stay small, in every folder.
+
 Reference: the syntax trees of the files. Not covered: what is imported by a name made at run time.
 """
 
@@ -20,6 +22,8 @@ WINGS = (  # of quant, from the ground up
 )  # fmt: skip
 FOLDERS = ("quant", "kernels", "ornith_moe", "bench")
 HOUSES = (*FOLDERS, "command")
+PLACES = (*FOLDERS, "tests", "demo", "examples")
+MACHINE_CODE = {"triton.jit", "compiled", "intrinsic"}  # decorators of what a compiler takes whole
 DOORS = ("ornith_moe.__main__", "ornith_moe.cli", "ornith_moe.command")  # `ornith-moe bench` runs what bench/ holds
 
 
@@ -126,3 +130,50 @@ def test_what_computes_on_a_device_says_so():
         path for path in on_device if not re.search(r"mark\.device|\bTRITON\b", path.read_text(encoding="utf-8"))
     ]
     assert len(on_device) > 10 and not unmarked
+
+
+def oversized(path: Path) -> Iterator[str]:
+    """Functions of more than 60 lines beside their docstring, or more than 12 parameters.
+
+    What is compiled whole may be long, and take 25. A command takes what its users can type. Any other says why, in a
+    comment behind its name.
+    """
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        assert node.end_lineno is not None
+        docstring = node.body[0] if ast.get_docstring(node) is not None else None
+        said = docstring.end_lineno - docstring.lineno + 1 if docstring and docstring.end_lineno else 0
+        long = node.end_lineno - node.lineno + 1 - said > 60
+        taken = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+        if MACHINE_CODE & {ast.unparse(decorator) for decorator in node.decorator_list}:
+            small = taken <= 25
+        elif path.parent.name == "command" and node.name == path.stem:
+            small = True
+        else:
+            small = not long and taken <= 12
+        if not small and "#" not in lines[node.lineno - 1]:
+            yield f"{path}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("folder", PLACES)
+def test_functions_stay_small(folder):
+    paths = list((ROOT / folder).rglob("*.py"))
+    assert paths and not [name for path in paths for name in oversized(path)]
+
+
+def test_a_function_that_has_grown_is_seen(tmp_path):
+    def found(code: str, name: str = "some.py") -> list[str]:
+        path = tmp_path / name
+        path.write_text(code, encoding="utf-8")
+        return [each.split()[-1] for each in oversized(path)]
+
+    names = ", ".join(f"a{i}" for i in range(26))
+    long = "".join(f"    b{i} = a\n" for i in range(60))
+    assert found(f"def f(a):\n{long}") == ["f"]
+    assert found(f"class C:\n    def f({names[:55]}): ...\n") == ["f"]
+    assert found(f"def f(a):  # a table\n{long}") == []
+    assert found(f'def f(a):\n    """{"x" * 3}\n{"y" * 9}\n"""\n{long[:-13]}') == []
+    assert found(f"@triton.jit\ndef f(a):\n{long}") == [] and found(f"@triton.jit\ndef f({names}): ...") == ["f"]

@@ -204,7 +204,8 @@ class _Workers:
         # Lines of the source in the binary change no instruction and cost the compilers 7 % of their time.
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env["TRITON_DISABLE_LINE_INFO"] = "1"
-        command = [sys.executable, "-c", f"import {__name__} as compile; compile._serve()"]
+        paths = f"import sys; sys.path[:] = {sys.path!r}"  # a kernel may lie where only this process finds it
+        command = [sys.executable, "-c", f"{paths}; import {__name__} as compile; compile._serve()"]
         pipe = subprocess.PIPE
         self.idle: list[subprocess.Popen] = []
         while len(self.idle) < self.count:

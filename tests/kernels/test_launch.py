@@ -1,11 +1,9 @@
-"""kernels/launch.py: a launch tells the truth about what it reads and writes, and no function here grows too large.
+"""kernels/launch.py: a launch tells the truth about what it reads and writes.
 
 The truth is memory itself: every tensor of a launch before and after it, in the interpreter or on a GPU.
 """
 
-import ast
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from launches import MODULES, watch
 from moe_cases import DEVICE, Layer
 
-from ornith_moe import kernels
 from ornith_moe.kernels import fp8_cast, gguf_encode, launch, routing
 from ornith_moe.kernels.examine import catalog
 from ornith_moe.kernels.examine.model import estimate
@@ -107,15 +104,3 @@ def test_times_of_a_plan_are_those_of_its_launches():
         plan = build_plan(indices, 8, 16)
     assert [time.label for time in times] == ["plan count", "plan scan", "plan place"]
     assert all(time.seconds > 0 for time in times) and torch.equal(plan.offsets, build_plan(indices, 8, 16).offsets)
-
-
-def test_functions_stay_small():
-    """60 lines and 12 parameters, 25 parameters of a jit function."""
-    for path in (Path(p) for root in kernels.__path__ for p in Path(root).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                jit = any(ast.unparse(each) == "triton.jit" for each in node.decorator_list)
-                parameters = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
-                name = f"{path.name}:{node.lineno} {node.name}"
-                assert parameters <= (25 if jit else 12), f"{name} has {parameters} parameters"
-                assert jit or node.end_lineno - node.lineno < 60, f"{name} is too long"

@@ -75,7 +75,7 @@ def test_change_is_noticed(folder):
     assert checkpoint.changed()
 
 
-def break_folder(folder, how):
+def break_folder(folder, how):  # long: a table, one kind of damage after another
     """Damage the checkpoint; returns words the message must hold."""
     first, second = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     index = folder / "model.safetensors.index.json"
