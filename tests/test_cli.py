@@ -144,7 +144,7 @@ def test_an_interrupted_compare_goes_on(moe, converted, router_text, tmp_path):
     stopping = (
         "import os, signal; from ornith_moe import layerwise; run = layerwise.Layerwise.advance\n"
         "def stop(self, number, *a, **k):\n"
-        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    if number == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return run(self, number, *a, **k)\n"
         "layerwise.Layerwise.advance = stop\n"
         "import sys; from ornith_moe.cli import main; sys.argv = ['ornith-moe', *sys.argv[1:]]; main()"

@@ -35,6 +35,7 @@ ALLOWED = {  # (file, call): why it need not go through files.py
         "AutoConfig.from_pretrained",
     ): "a foreign client; links of the folder are checked",
     ("ornith_moe/streamed.py", "tempfile.TemporaryDirectory"): "of the system's, for activations",
+    ("ornith_moe/effects.py", "tempfile.TemporaryDirectory"): "likewise",
     ("ornith_moe/streamed_state.py", "os.fdopen"): "a descriptor of files.py",
     ("ornith_moe/streamed_state.py", "np.memmap"): "of an open file",
     ("ornith_moe/streamed_state.py", "path.open"): "activations that it has made",
