@@ -21,6 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from threading import Lock
 
 import xxhash
@@ -31,6 +32,7 @@ from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import past_the_cache
 
 CHUNK = 4 << 20  # read at a time
+AHEAD = 4  # of a file, and on their way at a time
 SPAN = 64 << 20  # whole bytes that a file must have gained to be read on
 
 
@@ -39,7 +41,7 @@ class _File:
 
     def __init__(self, descriptor: int, size: int, owned: Sequence[Range]):
         self.descriptor, self.size, self.owned = descriptor, size, deque(owned)
-        self.direct = past_the_cache(descriptor, os.O_RDONLY)
+        self.direct = self.opened = past_the_cache(descriptor, os.O_RDONLY)
         self.waiting: list[tuple[int, int, str, int]] = []  # beyond a hole: (offset, length, digest, unit), a heap
         self.extents: deque[tuple[int, int, str, int]] = deque()  # before it, in order, not read yet
         self.whole = 0  # bytes from the start on without a hole
@@ -72,42 +74,43 @@ class _File:
     def read(self, stop: int, disk: ThreadPoolExecutor) -> Iterator[int]:
         """Read to byte `stop`, its end or a multiple of CHUNK; gives the bytes of each chunk once they are read.
 
-        `disk` fetches the next chunk while one is hashed.
+        `disk` fetches the chunks that follow while one is hashed.
         """
         if self.direct is None:
             os.fdatasync(self.descriptor)
-        with mmap.mmap(-1, CHUNK) as memory, mmap.mmap(-1, CHUNK) as other:
-            coming = disk.submit(self._fill, memory, self.position)
+        starts = iter(range(self.position, stop, CHUNK))
+        with ExitStack() as stack:
+            memories = [stack.enter_context(mmap.mmap(-1, CHUNK)) for _ in range(AHEAD)]
+            pairs = zip(memories, starts, strict=False)  # as many as there are of both
+            coming = deque((memory, disk.submit(self._fill, memory, start)) for memory, start in pairs)
             try:
-                while self.position < stop:
-                    following = self.position + coming.result()
-                    if following < stop:
-                        coming = disk.submit(self._fill, other, following)
-                    count = following - self.position
+                while coming:
+                    memory, count = coming[0][0], coming[0][1].result()
+                    coming.popleft()
                     with memoryview(memory) as whole, whole[:count] as view:
                         self.sha256.update(view)
                         self._compare(view)
-                    self.position = following
-                    memory, other = other, memory
+                    self.position += count
+                    if (start := next(starts, None)) is not None:
+                        coming.append((memory, disk.submit(self._fill, memory, start)))
                     yield count
             finally:
-                wait([coming])  # it writes into this memory
+                wait([fetched for _, fetched in coming])  # they write into this memory
 
     def _fill(self, memory: mmap.mmap, position: int) -> int:
         """The bytes of the file from `position` on, a chunk of them; zeros where it ends before."""
-        count = min(CHUNK, self.size - position)
+        count, direct = min(CHUNK, self.size - position), self.direct
         with memoryview(memory) as whole, whole[:count] as view:
             done = 0
-            if self.direct is not None:
+            if direct is not None:
                 try:
-                    done = os.preadv(self.direct, [whole], position)  # whole pages, beyond the end too
+                    done = os.preadv(direct, [whole], position)  # whole pages, beyond the end too
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    os.close(self.direct)
-                    self.direct = None
+                    self.direct = direct = None
                     os.fdatasync(self.descriptor)
-            if self.direct is None and hasattr(os, "posix_fadvise"):
+            if direct is None and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
             while done < count:
                 got = os.preadv(self.descriptor, [view[done:]], position + done)
@@ -137,8 +140,8 @@ class _File:
             self.extents.popleft()
 
     def close(self) -> None:
-        if self.direct is not None:
-            os.close(self.direct)
+        if self.opened is not None:
+            os.close(self.opened)
 
 
 class ReadBack:
@@ -158,7 +161,7 @@ class ReadBack:
         self._owned_bytes = [sum(stop - start for start, stop in ranges) for ranges in owned]
         self._files = [_File(*file) for file in zip(descriptors, sizes, owned, strict=True)]
         self._tell, self._lock, self._done, self._total = tell, Lock(), 0, sum(sizes)
-        self._pool, self._disk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(jobs)
+        self._pool, self._disk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(AHEAD)
         self._reading: dict[int, Future[None]] = {}  # by file
 
     def written(self, unit: int, extents: Iterable[Extent]) -> None:
