@@ -64,6 +64,15 @@ def test_a_thousand_tokens(preset, megabytes):
     assert 2 * cached(1024).keys_and_values == megabytes << 20 and cached(1).state == cached(1024).state > 0
 
 
+@pytest.mark.parametrize(
+    ("preset", "sequences", "published"), [("qwen3.5-35b-a3b", 4, "251"), ("qwen3.6-27b", 3, "448.88")]
+)
+def test_a_state_is_what_users_of_llama_cpp_report(preset, sequences, published):
+    """Logs of others, MiB: an article on Qwen3.5-35B-A3B at b8183, of four slots; ggml-org/llama.cpp #23792."""
+    state = open_source(preset).architecture.cached(65536).state
+    assert f"{sequences * 4 * state / 2**20:.{len(published.partition('.')[2])}f}" == published
+
+
 def test_weights_and_a_sequence_of_as_many_tokens_as_are_asked_for():
     model = open_source("qwen3.5-9b")
     plans = [plan_build(model, build) for build in ("gguf:Q8_0", "gguf:mmproj")]
