@@ -19,7 +19,7 @@ from ornith_moe.quant.builds.gguf import GgufBuild, plan_gguf
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.stored import StoredBuild
-from ornith_moe.quant.builds.target import NEIGHBOURS, Fits, Target
+from ornith_moe.quant.builds.target import Fits, Target
 from ornith_moe.quant.errors import PlanError, brief
 from ornith_moe.quant.fitting.fit import Fitted, Problem
 from ornith_moe.quant.fitting.loss import Loss
@@ -118,13 +118,10 @@ class GgufFit(GgufBuild):
         assert isinstance(plan.build, FittedGguf)
         problem, other = self._problem(source, options)
         found = [Alternative(self.name, plan.build.chosen.nbytes + other, plan.build.chosen.kl)]
-        for number, share in enumerate(NEIGHBOURS):
-            progress("solve", number, len(NEIGHBOURS))
-            target = self.target.times(share)
-            chosen = problem.within(target.bytes(weights_of(source), other))
-            if chosen:
-                found.append(Alternative(target.name, chosen.nbytes + other, chosen.kl))
-        progress("solve", len(NEIGHBOURS), len(NEIGHBOURS))
+        weights = weights_of(source)
+        found += self.target.alternatives(
+            lambda target: problem.within(target.bytes(weights, other)), other, progress, itself=False
+        )
         for name in NAMED:
             named = plan_gguf(source, GgufBuild(FILE_TYPES[name]), replace(options, asked=None))
             kl = problem.loss.kl(named.types)

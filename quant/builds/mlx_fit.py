@@ -23,7 +23,7 @@ from ornith_moe.quant.builds.mlx import MlxBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.mlx import GROUP
 from ornith_moe.quant.builds.stored import StoredBuild
-from ornith_moe.quant.builds.target import NEIGHBOURS, Fits, Target
+from ornith_moe.quant.builds.target import Fits, Target
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.fit import Fitted, Format, Problem
 from ornith_moe.quant.fitting.loss import Loss
@@ -72,14 +72,8 @@ class MlxFit(MlxBuild):
         self, source: Source, plan: BuildPlan, options: Options, progress: Callable[[str, int, int], None] = quiet
     ) -> list[Alternative]:
         """Fits of this and of neighbouring sizes, and every number of bits in all tensors."""
-        case, found = _Case(self, source, options), []
-        shares = (1.0, *NEIGHBOURS)
-        for number, share in enumerate(shares):
-            progress("solve", number, len(shares))
-            target = self.target if share == 1 else self.target.times(share)
-            if chosen := case.within(target):
-                found.append(Alternative(target.name, chosen.nbytes + case.other, chosen.kl))
-        progress("solve", len(shares), len(shares))
+        case = _Case(self, source, options)
+        found = self.target.alternatives(case.within, case.other, progress)
         for kind in MLX:
             kl = case.problem.loss.kl(dict.fromkeys(case.paths, kind))
             if kl is not None:

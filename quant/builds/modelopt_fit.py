@@ -28,7 +28,7 @@ from ornith_moe.quant.builds.modelopt import MIXERS, MLP, SMALL, ModelOptBuild
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.nvfp4 import GROUP
 from ornith_moe.quant.builds.stored import StoredBuild
-from ornith_moe.quant.builds.target import NEIGHBOURS, Fits, Target
+from ornith_moe.quant.builds.target import Fits, Target
 from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.fitting.fit import Fitted, Format, Problem
 from ornith_moe.quant.fitting.loss import Loss
@@ -92,13 +92,8 @@ class ModelOptFit(ModelOptBuild):
         self, source: Source, plan: BuildPlan, options: Options, progress: Callable[[str, int, int], None] = quiet
     ) -> list[Alternative]:
         """Fits of this and of neighbouring sizes, and nvfp4."""
-        case, found, shares = _Case(self, source, options), [], (1.0, *NEIGHBOURS)
-        for number, share in enumerate(shares):
-            progress("solve", number, len(shares))
-            target = self.target if share == 1 else self.target.times(share)
-            if chosen := case.within(target):
-                found.append(Alternative(target.name, chosen.nbytes + case.other, chosen.kl))
-        progress("solve", len(shares), len(shares))
+        case = _Case(self, source, options)
+        found = self.target.alternatives(case.within, case.other, progress)
         kl = case.problem.loss.kl(case.named)
         if kl is not None:
             found.append(Alternative("nvfp4", case.named_bytes + case.other, kl))

@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ornith_moe.quant.builds.build import Build
+from ornith_moe.quant.builds.build import Alternative, Build
 from ornith_moe.quant.errors import PlanError, brief
+from ornith_moe.quant.fitting.fit import Fitted
 
 NEIGHBOURS = (0.7, 0.8, 0.9, 1.1, 1.25)  # sizes beside the one that is asked for
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -49,6 +50,24 @@ class Target:
     def times(self, share: float) -> Target:
         """Three digits of so much of it."""
         return replace(self, value=float(f"{share * self.value:.3g}"))
+
+    def alternatives(
+        self,
+        within: Callable[[Target], Fitted | None],
+        other: int,
+        progress: Callable[[str, int, int], None],
+        *,
+        itself: bool = True,
+    ) -> list[Alternative]:
+        """What is chosen `within` this and neighbouring sizes, where anything is; all else takes `other` bytes."""
+        found, shares = [], (*((1.0,) if itself else ()), *NEIGHBOURS)
+        for number, share in enumerate(shares):
+            progress("solve", number, len(shares))
+            target = self if share == 1 else self.times(share)
+            if chosen := within(target):
+                found.append(Alternative(target.name, chosen.nbytes + other, chosen.kl))
+        progress("solve", len(shares), len(shares))
+        return found
 
     def at_least(self, least: int, weights: int, other: int) -> Target:
         """The smallest that `least` bytes of chosen tensors fit in."""

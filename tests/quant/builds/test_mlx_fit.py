@@ -89,7 +89,7 @@ def test_bytes_do_not_depend_on_the_cut(model, made, tmp_path, monkeypatch):
 
 def test_alternatives_grow_better_with_size(model, monkeypatch):
     source, found = model
-    monkeypatch.setattr("ornith_moe.quant.builds.mlx_fit.NEIGHBOURS", (0.9, 1.1))
+    monkeypatch.setattr("ornith_moe.quant.builds.target.NEIGHBOURS", (0.9, 1.1))
     plan = plan_build(source, "mlx:bpw=6", sensitivity=found)
     others = find_build("mlx:bpw=6").alternatives(source, plan, Options(sensitivity=found))
     fits = [each.kl for each in others if "bpw" in each.build]

@@ -125,7 +125,7 @@ def test_all_the_room_there_is_is_fp8_or_as_it_was(model, tmp_path):
 
 def test_alternatives(model, names, monkeypatch):
     source, found = model
-    monkeypatch.setattr("ornith_moe.quant.builds.modelopt_fit.NEIGHBOURS", (1.1,))
+    monkeypatch.setattr("ornith_moe.quant.builds.target.NEIGHBOURS", (1.1,))
     plan = plan_build(source, names[1], sensitivity=found)
     others = find_build(names[1]).alternatives(source, plan, Options(sensitivity=found))
     assert [each.build for each in others if each.build == "nvfp4"] and len(others) == 3
