@@ -18,10 +18,12 @@ import errno
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 from ornith_moe.quant.budget import budgeted
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, find_build, refuse_unheard
@@ -250,14 +252,17 @@ class Conversion:
 
     def _follow(self, wanted: Iterable[Unit]) -> None:
         """Tell of the bytes that come from elsewhere for the units that are read next."""
-        total, progress = sum(unit_bytes(self.source, unit) for unit in wanted), self.workers.progress
+        total = sum(unit_bytes(self.source, unit) for unit in wanted if self.source.is_remote(unit.weight))
+        come, progress, lock = Counter[str](), self.workers.progress, Lock()
 
-        def come(count: int, retries: int) -> None:
-            progress("fetch", min(count, total), total)  # whole blocks, so more than is read
-            if retries:
-                progress("retry", retries, 0)
+        def follow(count: int, again: int) -> None:
+            with lock:
+                come.update(fetch=count, retry=again)
+                progress("fetch", min(come["fetch"], total), total)  # whole blocks, so more than is read
+                if come["retry"]:
+                    progress("retry", come["retry"], 0)
 
-        self.source.follow(come)
+        self.source.follow(follow)
 
     def report(self) -> ConversionReport:
         """What was made.

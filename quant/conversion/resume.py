@@ -39,9 +39,10 @@ def sample(source: Source) -> str:
     digest = xxhash.xxh3_128(json.dumps(source.config, sort_keys=True).encode())
     if source.identity:
         digest.update("\n".join([source.identity, *(weight.name for weight in source.weights)]).encode())
-        return digest.hexdigest()
     step = -(-len(source.weights) // SAMPLED_WEIGHTS)
     for index in range(0, len(source.weights), step):
+        if source.identity and source.is_remote(index):
+            continue
         dtype, (rows, columns) = source.dtype(index), weight_matrix(source.weights[index])
         wanted = max(SAMPLE_BYTES // max(columns * ITEM_BYTES[dtype], 1), 1)
         codes = source.codes(index)

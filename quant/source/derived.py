@@ -57,6 +57,9 @@ class Derived(Source):
     def follow(self, follow: Callable[[int, int], None]) -> None:
         self.base.follow(follow)
 
+    def is_remote(self, index: int) -> bool:
+        return self.base.is_remote(index)
+
     def tensor_of(self, index: int) -> str:
         return self.base.tensor_of(index)
 

@@ -9,7 +9,7 @@ MTP computes with; its rest is not read and need not be there. It may be in FP8 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -55,8 +55,7 @@ class Grafted(Derived):
 
     @property
     def identity(self) -> str:
-        both = self.base.identity, self.donor.identity
-        return "\n".join(both) if all(both) else ""
+        return "\n".join(filter(None, (self.base.identity, self.donor.identity)))
 
     def read(self, index: int, start: int, rows: int) -> Slab:
         source, index = self._of(index)
@@ -75,6 +74,14 @@ class Grafted(Derived):
 
     def modified_ns(self) -> int:
         return max(self.base.modified_ns(), self.donor.modified_ns())
+
+    def follow(self, follow: Callable[[int, int], None]) -> None:
+        self.base.follow(follow)
+        self.donor.follow(follow)
+
+    def is_remote(self, index: int) -> bool:
+        source, index = self._of(index)
+        return source.is_remote(index)
 
     def tensor_of(self, index: int) -> str:
         source, within = self._of(index)

@@ -32,7 +32,7 @@ FIRST_BYTES = 1 << 20  # of a shard: most headers are shorter
 ATTEMPTS, WAIT_SECONDS, ANSWER_SECONDS = 6, 0.5, 60.0
 SIDES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
-Follow = Callable[[int, int], None]  # bytes that have come, and how often some were asked for again; from any thread
+Follow = Callable[[int, int], None]  # bytes that have come, or 1 if some are asked for again; from any thread
 
 
 class Fetch(Protocol):
@@ -56,7 +56,6 @@ class Ranges:
         self._shards, self._fetch = shards, fetch
         self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
         self._pool, self._lock = ThreadPoolExecutor(CONNECTIONS), Lock()
-        self._come, self._retries = 0, 0
         self._follow: Follow = lambda come, retries: None
 
     @property
@@ -65,8 +64,8 @@ class Ranges:
         return "\n".join(f"{shard.url} {shard.size}" for _, shard in sorted(self._shards.items()))
 
     def follow(self, follow: Follow) -> None:
-        """Tell `follow` from now on; it counts from here."""
-        self._come, self._retries, self._follow = 0, 0, follow
+        """Tell `follow` from now on."""
+        self._follow = follow
 
     def __reduce__(self) -> tuple[type[Ranges], tuple[Mapping[str, Shard], Fetch]]:
         return Ranges, (self._shards, self._fetch)
@@ -106,15 +105,9 @@ class Ranges:
         return found
 
     def _fetched(self, url: str, start: int, stop: int) -> bytes:
-        block = self._fetch(url, start, stop, lambda: self._tell(0, 1))
-        self._tell(len(block), 0)
+        block = self._fetch(url, start, stop, lambda: self._follow(0, 1))
+        self._follow(len(block), 0)
         return block
-
-    def _tell(self, come: int, retries: int) -> None:
-        with self._lock:
-            self._come, self._retries = self._come + come, self._retries + retries
-            told = self._come, self._retries
-        self._follow(*told)
 
 
 def fetch(url: str, start: int, stop: int, again: Callable[[], None] = lambda: None) -> bytes:

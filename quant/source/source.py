@@ -105,14 +105,19 @@ class Source(ABC):
 
     @property
     def identity(self) -> str:
-        """What stands for all its bytes, so that none need be read to know them again; "" if nothing does."""
+        """What stands for all bytes that come from elsewhere, so that none need be read to know them; "" if nothing
+        does.
+        """
         return ""
 
     def follow(self, follow: Callable[[int, int], None]) -> None:  # noqa: B027  # most have nothing to tell
-        """Tell `follow`, from any thread, of bytes that come from elsewhere, and how often some were asked for again.
-
-        It counts from here on; what lies on this machine tells nothing.
+        """Tell `follow`, from any thread, of (bytes that have come from elsewhere, 0), and of (0, 1) where some are
+        asked for again; what lies on this machine tells nothing.
         """
+
+    def is_remote(self, index: int) -> bool:
+        """Whether weight `index` comes from elsewhere."""
+        return False
 
     def tensor_of(self, index: int) -> str:
         """Name of the tensor that holds weight `index`."""
@@ -202,6 +207,9 @@ class CheckpointSource(Source):
     def follow(self, follow: Callable[[int, int], None]) -> None:
         if isinstance(self.checkpoint.opened, Ranges):
             self.checkpoint.opened.follow(follow)
+
+    def is_remote(self, index: int) -> bool:
+        return isinstance(self.checkpoint.opened, Ranges)
 
     def changed(self) -> bool:
         return self.checkpoint.changed()

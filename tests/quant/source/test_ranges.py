@@ -6,6 +6,7 @@ Reference: the builds of the same folder on the disk, byte for byte. Not covered
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from ornith_moe.quant.errors import CheckpointError
 from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source import ranges
 from ornith_moe.quant.source.checkpoint import open_checkpoint
+from ornith_moe.quant.source.mtp_from import with_mtp_from
 from ornith_moe.quant.source.ranges import Ranges, Shard
 from ornith_moe.quant.source.weights import source_from_checkpoint
 
@@ -156,17 +158,39 @@ def test_a_hub_that_drops_connections_gives_the_same_builds(moe, hub, tmp_path):
         open_checkpoint(stored[0].parent)
 
 
+def by_ranges(folder, endpoint):
+    """The checkpoint of a folder, whose weights come from a server."""
+    checkpoint = open_checkpoint(folder)
+    shards = {
+        path.name: Shard(f"{endpoint}/org/moe/resolve/main/{path.name}", path.stat().st_size)
+        for path in checkpoint.files
+    }
+    return replace(checkpoint, opened=Ranges(shards, ranges.fetch))
+
+
+@pytest.mark.parametrize("base_too", [False, True])
+def test_what_comes_of_a_donor_is_told_like_what_comes_of_the_source(moe, hub, tmp_path, monkeypatch, base_too):
+    endpoint, handler = hub
+    monkeypatch.setattr(handler, "faults", ("",))
+    monkeypatch.setattr(ranges, "BLOCK", 1 << 20)
+    base = source_from_checkpoint(by_ranges(moe, endpoint) if base_too else open_checkpoint(moe), mtp="drop")
+    source = with_mtp_from(base, by_ranges(moe, endpoint))
+    told = []
+    report = convert(source, tmp_path / "out", ["bf16"], progress=lambda *one: told.append(one))
+    come = [one[1:] for one in told if one[0] == "fetch"]
+    mtp = sum(2 * math.prod(weight.shape) for weight in source.donor.weights)
+    total = report.bytes_read if base_too else mtp
+    assert 0 < mtp < report.bytes_read / 2 and {of_all for _, of_all in come} == {total}
+    assert come == sorted(come) and come[0][0] < total == come[-1][0], "from the first block to the last"
+    assert len(come) == len(handler.requests), "of each block that was asked for"
+
+
 def test_a_conversion_tells_what_comes_and_what_is_asked_for_again(moe, hub, tmp_path, monkeypatch):
     """And a bar of its own is drawn of it on a terminal, nothing elsewhere."""
     endpoint, handler = hub
     monkeypatch.setattr(ranges, "BLOCK", 1 << 20)
     monkeypatch.setattr(ranges, "WAIT_SECONDS", 0.01)
-    checkpoint = open_checkpoint(moe)
-    shards = {
-        path.name: Shard(f"{endpoint}/org/moe/resolve/main/{path.name}", path.stat().st_size)
-        for path in checkpoint.files
-    }
-    source = source_from_checkpoint(replace(checkpoint, opened=Ranges(shards, ranges.fetch)))
+    source = source_from_checkpoint(by_ranges(moe, endpoint))
     told = []
     report = convert(source, tmp_path / "out", ["gguf:Q8_0"], progress=lambda *one: told.append(one))
     come = [one[1:] for one in told if one[0] == "fetch"]
