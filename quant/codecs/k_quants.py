@@ -264,6 +264,19 @@ def decode_q6_k(blocks, out):
             store(out, SUPER * block + 16 * j, (q - np.float32(32)) * step)
 
 
+@compiled
+def pack_header(scales, lows, d, out):
+    """d and dmin, then eight pairs of 6 bits: four whole with their spare bits, and the low halves of the others."""
+    for block in range(out.shape[0]):
+        for j in range(4):
+            s, high_s = scales[block, j], scales[block, j + 4]
+            m, high_m = lows[block, j], lows[block, j + 4]
+            out[block, j] = d[block, j]
+            out[block, 4 + j] = np.uint8(s | high_s >> 4 << 6)
+            out[block, 8 + j] = np.uint8(m | high_m >> 4 << 6)
+            out[block, 12 + j] = np.uint8(high_s & 15 | high_m << 4)
+
+
 class Affine(BlockCodec):
     """A super-block with scales s and minimums m; `search` is first, delta and steps of the scales to try."""
 
@@ -325,14 +338,6 @@ class Q5_K(Affine):
 
     def decode_blocks(self, blocks: np.ndarray, out: np.ndarray) -> None:
         decode_q45_k(blocks, 5, out)
-
-
-def pack_header(scales: np.ndarray, lows: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
-    """d and dmin, then eight pairs of 6 bits: four whole with their spare bits, and the low halves of the others."""
-    out[:, :4] = d
-    out[:, 4:8] = scales[:, :4] | scales[:, 4:] >> 4 << 6
-    out[:, 8:12] = lows[:, :4] | lows[:, 4:] >> 4 << 6
-    out[:, 12:16] = scales[:, 4:] & 15 | lows[:, 4:] << 4
 
 
 class Q3_K(BlockCodec):
