@@ -49,6 +49,7 @@ class AskedNvfp4:
 
     head: bool = False  # the output head is NVFP4 too
     rest: str = "bf16"  # attention: as in the source, or "fp8"
+    held: frozenset[str] | None = None  # modules that a build which exists has in NVFP4; None: those of the source
 
 
 @dataclass(frozen=True)

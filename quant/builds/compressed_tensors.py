@@ -6,6 +6,8 @@
     int4-ct-g32    the same with one scale for 32
 
 Routed and shared experts, or the MLP of a dense model; everything else is as in the source and on the ignore list.
+What a source holds in NVFP4 beyond them is in nvfp4-ct too, and patterns of that list which would reach it are spelled
+out.
 int4 needs no data and runs where NVFP4 does not: Ampere, and AMD, whose MI355 multiplies MXFP4.
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 from ornith_moe.quant.builds.build import AskedNvfp4, Options, register
 from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_groups
 from ornith_moe.quant.builds.fp8_channel import KV_CACHE, compressed_tensors_config
-from ornith_moe.quant.builds.modelopt import MLP
+from ornith_moe.quant.builds.modelopt import MLP, held_in_nvfp4, modules
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.int4 import Int4
 from ornith_moe.quant.builds.storages.mxfp4 import GROUP as MXFP4_GROUP
@@ -33,6 +35,7 @@ from ornith_moe.quant.errors import PlanError
 from ornith_moe.quant.source.source import Source
 
 ATTENTION = r"re:.*self_attn.*"
+PACKED = ".weight_packed"
 WIDE, NARROW = 128, 32
 
 
@@ -58,8 +61,8 @@ class PackedBuild(SafetensorsBuild):
 
     def decide(self, source: Source, options: Options) -> BuildPlan:
         model, plan = source.architecture, BuildPlan(self)
-        roles = (*MLP, "head") if self.takes_head(source, options) else MLP
-        wanted = [i for i, weight in enumerate(source.weights) if weight.is_linear and weight.role in roles]
+        roles, held = (*MLP, "head") if self.takes_head(source, options) else MLP, self.held(source, options)
+        wanted = [i for i, w in enumerate(source.weights) if w.is_linear and (w.role in roles or i in held)]
         group = self.group(source, wanted)
         quantized = whole_groups(source, wanted, group, options.kept)
         left = set(wanted) - quantized
@@ -68,8 +71,8 @@ class PackedBuild(SafetensorsBuild):
         for index, weight in enumerate(source.weights):
             storage = self.storage(group, weight.shape) if index in quantized else Keep()
             plan.add(source, index, storage, group=model.scale_group(weight))
-        ignore = [name for name in model.CHANNEL_IGNORE if name != "lm_head" or "head" not in roles]
-        ignore += [ATTENTION, *(model.CHANNEL_IGNORE_MTP if source.has_mtp else ())]
+        ignore = [*model.CHANNEL_IGNORE, ATTENTION, *(model.CHANNEL_IGNORE_MTP if source.has_mtp else ())]
+        ignore = [name for item in ignore for name in beside(item, source, wanted)]
         skipped = {
             weight.owner if weight.expert is None else rf"re:^{re.escape(model.fused_group(weight))}\..*": None
             for weight in (source.weights[index] for index in sorted(left))
@@ -83,8 +86,21 @@ class PackedBuild(SafetensorsBuild):
         """Whether the output head is quantized too."""
         return False
 
+    def held(self, source: Source, options: Options) -> set[int]:
+        """Weights that are quantized whatever their role."""
+        return set()
+
     def recognize(self, found: StoredBuild) -> bool:
         return super().recognize(found) and found.quantization_config.get("format") == self.kind
+
+
+def beside(item: str, source: Source, wanted: list[int]) -> list[str]:
+    """An item of an ignore list; if it means any of the weights `wanted`, the names of all others that it means."""
+    means = re.compile(item[3:] if item.startswith("re:") else re.escape(item) + "$").match
+    quantized = {source.weights[index].owner for index in wanted}
+    if not any(map(means, quantized)):
+        return [item]
+    return [name for name in modules(source) if means(name) and name not in quantized]
 
 
 class NVFP4PackedBuild(PackedBuild):
@@ -114,8 +130,12 @@ class NVFP4PackedBuild(PackedBuild):
             )
         return options.nvfp4.head
 
+    def held(self, source: Source, options: Options) -> set[int]:
+        return held_in_nvfp4(source, options.nvfp4)
+
     def asked_in(self, found: StoredBuild) -> Options:
-        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head="lm_head.weight_packed" in found.tensors))
+        held = frozenset(name.removesuffix(PACKED) for name in found.tensors if name.endswith(PACKED))
+        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head="lm_head" in held, held=held))
 
 
 class MXFP4Build(PackedBuild):

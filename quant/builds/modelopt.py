@@ -4,9 +4,10 @@
     nvfp4-w4a4   routed experts only, or that MLP, and an `input_scale` for each: activations become NVFP4 too
 
 Everything else is as in the source, unless `AskedNvfp4` says more: the head in NVFP4, attention in FP8 with one scale
-for a matrix. MTP and vision always are as in the source: engines build them in BF16. A folder of one algorithm says so
-in two words and lists what is not quantized, with ModelOpt's wildcards; one of two lists what is. Experts are written
-one by one: readers drop the scales of fused ones (vllm#49638).
+for a matrix. What a source holds in NVFP4 beyond that, attention or the head, keeps its codes in `nvfp4` if all that is
+fused with it can. MTP and vision are never quantized: engines build them in BF16. A folder of one algorithm says so in
+two words and lists what is not quantized, with ModelOpt's wildcards; one of two lists what is. Experts are written one
+by one: readers drop the scales of fused ones (vllm#49638).
 
 `input_scale` is 1.0, as in ModelOpt's own recipe without data (`nvfp4_experts_only_input_scale1`): activations of up to
 2688 have room. With an importance matrix that tells the largest activations it is amax / 2688 (FP8: / 448), amax of all
@@ -35,7 +36,7 @@ from ornith_moe.quant.builds.folder import SafetensorsBuild, fallbacks, whole_gr
 from ornith_moe.quant.builds.layout import Layout
 from ornith_moe.quant.builds.plan import BuildPlan, OutputTensor
 from ornith_moe.quant.builds.storages.fp8 import FP8Tensor
-from ornith_moe.quant.builds.storages.nvfp4 import GROUP, NVFP4
+from ornith_moe.quant.builds.storages.nvfp4 import GROUP, NVFP4, is_nvfp4
 from ornith_moe.quant.builds.storages.plain import Keep
 from ornith_moe.quant.builds.stored import StoredBuild
 from ornith_moe.quant.builds.tensor_parallel import max_tensor_parallel
@@ -49,6 +50,7 @@ CONFIG_FILE = "hf_quant_config.json"
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is: llama.cpp and vLLM ask for that name
 GROUPED = ("NVFP4", "W4A16_NVFP4")  # algorithms with a scale for every 16 columns
 MLP, MIXERS = ("expert", "shared_expert", "mlp"), ("attention", "linear_attention")  # roles
+SCALE_2 = ".weight_scale_2"
 INPUT_SCALE, UNREACHED = ".input_scale", 0.5  # the largest activation of a layer that no token reached
 SMALL = ("in_proj_a", "in_proj_b")  # a few rows each; every recipe leaves them alone
 
@@ -69,11 +71,12 @@ class ModelOptBuild(SafetensorsBuild):
     def decide(self, source: Source, options: Options) -> BuildPlan:
         self.check(source, options.nvfp4)
         asked, listed = options.nvfp4, options.stored
+        held = held_in_nvfp4(source, asked) if self.algorithm == "W4A16_NVFP4" else set()
         kinds = (
             (listed.get(layer_of(weight.owner), "") if weight.is_linear else "")
             if listed
-            else self.wants(weight, asked)
-            for weight in source.weights
+            else self.wants(weight, asked) or (self.algorithm if index in held else "")
+            for index, weight in enumerate(source.weights)
         )
         return self.planned(source, options, {index: kind for index, kind in enumerate(kinds) if kind})
 
@@ -156,7 +159,21 @@ class ModelOptBuild(SafetensorsBuild):
         fp8 = any(FP8Tensor.of(name, tensors) for name in tensors)
         head = "lm_head.weight_scale_2" in tensors
         listed = {module: kind for module, kind in listed_algorithms(found).items() if kind in (*GROUPED, "FP8")}
-        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16"), stored=listed)
+        held = frozenset(name.removesuffix(SCALE_2) for name in tensors if name.endswith(SCALE_2))
+        return replace(super().asked_in(found), nvfp4=AskedNvfp4(head, "fp8" if fp8 else "bf16", held), stored=listed)
+
+
+def held_in_nvfp4(source: Source, asked: AskedNvfp4) -> set[int]:
+    """Weights that are in NVFP4 whatever their role, with all that is fused with them: their source holds them so."""
+    group = source.architecture.fused_group
+    roles = (*MLP, *MIXERS, "head")
+    linear = [i for i, w in enumerate(source.weights) if w.is_linear and w.role in roles and w.leaf not in SMALL]
+
+    def is_held(index: int) -> bool:
+        return is_nvfp4(source, index) if asked.held is None else source.weights[index].owner in asked.held
+
+    others = {group(source.weights[index]) for index in linear if not is_held(index)}
+    return {index for index in linear if group(source.weights[index]) not in others}
 
 
 def listed_algorithms(found: StoredBuild) -> dict[str, object]:

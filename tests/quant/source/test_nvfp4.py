@@ -8,6 +8,7 @@ converter, which tests/quant/builds/test_gguf_nvfp4.py has.
 import json
 import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import modelopt_models
@@ -23,6 +24,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
+from ornith_moe.quant.builds.build import AskedNvfp4
+from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.conversion.convert import convert
 from ornith_moe.quant.errors import CheckpointError, OrnithError
 from ornith_moe.quant.source.weights import open_source
@@ -142,6 +145,78 @@ def test_what_is_nvfp4_again_is_copied(sources, root, layout):
         assert scales["nvfp4"].equal(whole) and scales["nvfp4-ct"].equal((1 / whole).reshape(1))
     blocks = {tensor.name: tensor.data for tensor in GGUFReader(builds["gguf:NVFP4"].path).tensors}
     assert blocks["blk.1.ffn_down_exps.scale"][1] == scales["nvfp4"]
+
+
+HELD = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "linear_attn.out_proj",
+    "lm_head",
+)
+HALF = "linear_attn.in_proj_qkv"  # in_proj_z, which engines fuse with it, is not NVFP4
+
+
+def with_attention(folder, layout):
+    """The checkpoint with attention and head in NVFP4 too; the names of these weights."""
+    tensors = load_file(folder / "model.safetensors")
+    names = [n for n in tensors if n.removesuffix(".weight").endswith((*HELD, HALF)) and not n.startswith("mtp.")]
+    for name in names:
+        parts = compressed(tensors.pop(name).float())
+        if layout == "nvfp4":
+            parts = {"weight": parts["weight_packed"], "weight_scale": parts["weight_scale"],
+                     "weight_scale_2": 1 / parts["weight_global_scale"][0]}  # fmt: skip
+        tensors |= {name.removesuffix("weight") + key: tensor for key, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return [name for name in names if HALF not in name]
+
+
+def is_listed(config, module):
+    """Whether a config's skip list means a module, as vLLM reads it."""
+    if config["quant_method"] == "modelopt":
+        return any(fnmatch(module, item) for item in config["ignore"])
+    patterns = [
+        item.removeprefix("re:") if item.startswith("re:") else re.escape(item) + "$" for item in config["ignore"]
+    ]
+    return any(re.match(pattern, module) for pattern in patterns)
+
+
+@pytest.mark.parametrize("layout", ["nvfp4", "theirs"])
+def test_attention_that_is_nvfp4_stays_so(sources, root, tmp_path, layout):
+    """Its codes and scales are not touched, no list names it, and what is fused with BF16 is BF16."""
+    folder = Path(shutil.copytree(sources[layout], tmp_path / "m"))
+    held, stored = with_attention(folder, layout), load_file(folder / "model.safetensors")
+    source, packed = open_source(folder), "_packed" if layout == "theirs" else ""
+    linear = {w.owner: w.name for w in source.weights if w.is_linear and w.role not in ("mtp", "vision", "expert")}
+    assert len(held) == 6
+    for build in convert(source, tmp_path / "out", ["nvfp4", "nvfp4-ct"]).builds:
+        result = verify(build.path, source)
+        assert result.ok and any("30 weights keep the codes" in note for note in build.notes), result.problems
+        tensors, ours = load_file(build.path / "model.safetensors"), "_packed" if build.build == "nvfp4-ct" else ""
+        for name in held:
+            assert tensors[name + ours].equal(stored[name + packed]), name
+            assert tensors[f"{name}_scale"].view(torch.uint8).equal(stored[f"{name}_scale"].view(torch.uint8))
+            assert torch.allclose(product(tensors, name), product(stored, name), rtol=1e-6, atol=0)
+        half = next(name for name in linear.values() if HALF in name)
+        assert tensors[half].dtype == torch.bfloat16 and tensors[half].equal(product(stored, half).bfloat16())
+        config = json.loads((build.path / "config.json").read_text())["quantization_config"]
+        for module, name in linear.items():
+            assert is_listed(config, module) == (f"{name}_scale" not in tensors), module
+        again = open_source(build.path)
+        assert sum(again.codes(index) is not None for index in range(len(again.weights))) == 30
+        if layout == "nvfp4":  # as `compare` has the original
+            original = verify(build.path, open_source(root / "bf16" / "m"))
+            assert original.roles["attention"]["sqnr_db"] > 15
+            assert [half in problem for problem in original.problems] == [True], "its BF16 is that of NVFP4"
+
+
+def test_attention_is_fp8_where_that_is_asked(sources, tmp_path):
+    folder = Path(shutil.copytree(sources["nvfp4"], tmp_path / "m"))
+    held = with_attention(folder, "nvfp4")
+    plan = plan_build(open_source(folder), "nvfp4", nvfp4=AskedNvfp4(rest="fp8"))
+    assert {plan.types[name] for name in held} == {"F8_E4M3", "U8"}
+    assert plan.config["quantized_layers"]["lm_head"]["quant_algo"] == "W4A16_NVFP4"
 
 
 @pytest.mark.parametrize(
