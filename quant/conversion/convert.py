@@ -217,7 +217,7 @@ class Conversion:
                 digests = {name: self.digests[name] for name in todo}
                 head = Head(self.source.fingerprint, digests, self.workers.slab_bytes)
                 journal.begin(head)
-            self.resumed_units = len(journal.extents)
+            self.resumed_units = len(journal.written)
             if not journal.checked:
                 self._make(work, journal, replace(self.workers, slab_bytes=head.slab_bytes))
             self.failed |= why_failed(self.source, [build.plan for build in work], journal.failures)
@@ -232,7 +232,7 @@ class Conversion:
         read = {step.weight for step in steps}  # of a vision tower alone, a thousandth of a checkpoint
         cut = [unit for unit in units(self.source, workers.slab_bytes, group_rows(steps)) if unit.weight in read]
         groups, apart = find_groups(self.source, work, workers.group_bytes)
-        missing = [unit for index, unit in enumerate(cut) if index not in journal.extents]
+        missing = [unit for index, unit in enumerate(cut) if index not in journal.written]
         self._follow([*missing, *(unit for unit in cut if unit.weight in apart)])
         give_what_is_needed(self.source, work, workers, apart)
         with reserved(work, fresh=not self.resumed_units) as files, one_thread_each(work, workers.encoders):

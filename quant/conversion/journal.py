@@ -8,6 +8,9 @@ there.
 
 A journal is a claim, not a proof: bytes of a journalled unit may have been lost in a power cut, so every extent is read
 back and compared before anything gets its final name. Digests are xxh3-128: they guard against accidents, not attacks.
+
+In memory is where the line of each unit begins, and what was lost: 94 bytes a unit, where ten extents would be 2,192;
+the 397B in four builds has 190,000 units.
 """
 
 from __future__ import annotations
@@ -56,8 +59,8 @@ class Journal:
     def __init__(self, folder: Path):
         self.path = folder / JOURNAL
         self.head: Head | None = None  # None: nothing is begun
-        self.extents: dict[int, list[Extent]] = {}
-        self.lost: dict[int, list[Lost]] = {}
+        self.written: dict[int, int] = {}  # {unit: where its line begins}
+        self.lost: dict[int, list[Lost]] = {}  # of units of which anything is
         self.failures: list[Failure] = []
         self.checked = False  # every byte was read back; what is left to do is to rename
         self._mutex = Lock()
@@ -82,14 +85,18 @@ class Journal:
         kept = 0
         for number, line in enumerate(iter(lambda: self._file.readline(MAX_LINE_BYTES), b"")):
             try:
-                with one_budget(Budget()):  # for the line: many are no reason to drop the rest as damaged
-                    self._take(number, parse_json(line, self.path.name) if line.endswith(b"\n") else None)
+                self._take(number, kept, self._entry(line))
             except (ValueError, TypeError, KeyError, OverflowError, CheckpointError):
                 break
             kept += len(line)
         return kept
 
-    def _take(self, number: int, entry: Any) -> None:
+    def _entry(self, line: bytes) -> Any:
+        """What a line says; None if it is torn."""
+        with one_budget(Budget()):  # for the line: many are no reason to drop the rest as damaged
+            return parse_json(line, self.path.name) if line.endswith(b"\n") else None
+
+    def _take(self, number: int, start: int, entry: Any) -> None:
         if number == 0:
             builds = {str(build): str(digest) for build, digest in dict(entry["builds"]).items()}
             if not 0 < entry["slab_bytes"] <= MAX_SLAB_BYTES:
@@ -101,22 +108,34 @@ class Journal:
             self.failures.append(Failure(**entry["failed"]))
         else:
             unit, extents, lost = entry
-            extents = [(int(f), int(o), int(n), str(d)) for f, o, n, d in extents]
-            self.extents[int(unit)], self.lost[int(unit)] = extents, [(int(b), int(t), int(n)) for b, t, n in lost]
+            _extents(extents)  # raises what is wrong with them
+            self._claim(int(unit), start, [(int(b), int(t), int(n)) for b, t, n in lost])
+
+    def _claim(self, unit: int, start: int, lost: list[Lost]) -> None:
+        self.forget(unit)
+        self.written[unit] = start
+        if lost:
+            self.lost[unit] = lost
+
+    def forget(self, unit: int) -> None:
+        """As if it was not written."""
+        self.written.pop(unit, None), self.lost.pop(unit, None)
+
+    def extents(self, unit: int) -> list[Extent]:
+        """What a unit that is written has left."""
+        self._file.seek(self.written[unit])
+        return _extents(self._entry(self._file.readline(MAX_LINE_BYTES))[1])
 
     def forget_all_beyond(self, units: int, sizes: list[int]) -> None:
         """Drop what a damaged journal says of units and bytes that do not exist; they are written again."""
-
-        def sound(unit: int, extents: list[Extent]) -> bool:
-            inside = (0 <= f < len(sizes) and 0 <= o and 0 < n <= sizes[f] - o for f, o, n, _ in extents)
-            return 0 <= unit < units and all(inside)
-
-        self.extents = {unit: extents for unit, extents in self.extents.items() if sound(unit, extents)}
+        for unit in [*self.written]:
+            inside = (0 <= f < len(sizes) and 0 <= o and 0 < n <= sizes[f] - o for f, o, n, _ in self.extents(unit))
+            if not (0 <= unit < units and all(inside)):
+                self.forget(unit)
 
     def record(self, unit: int, extents: list[Extent], lost: list[Lost]) -> None:
         with self._mutex:
-            self.extents[unit], self.lost[unit] = extents, lost
-            self._write([unit, extents, lost])
+            self._claim(unit, self._write([unit, extents, lost]), lost)
 
     def record_failure(self, failure: Failure) -> None:
         with self._mutex:
@@ -128,9 +147,12 @@ class Journal:
         self._write(CHECKED)
         os.fsync(self._file.fileno())
 
-    def _write(self, entry: object) -> None:
+    def _write(self, entry: object) -> int:
+        """Append a line; where it begins."""
+        start = self._file.seek(0, os.SEEK_END)
         self._file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
+        return start
 
     def close(self) -> None:
         self._file.close()
@@ -140,3 +162,7 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _extents(found: Any) -> list[Extent]:
+    return [(int(f), int(o), int(n), str(d)) for f, o, n, d in found]

@@ -16,6 +16,7 @@ import os
 import resource
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -128,7 +129,7 @@ class Pass:
         digests, damaged = self._write_and_read_back()
         if damaged:
             for index in damaged:
-                del self.journal.extents[index]
+                self.journal.forget(index)
             digests, damaged = self._write_and_read_back()
         if damaged:
             weight = self.source.weights[self.work[min(damaged)].weight]
@@ -143,8 +144,8 @@ class Pass:
             self.workers.progress("check", done, total)
 
         with ReadBack(self.files, self.sizes, self._owned(), self.workers.jobs, tell) as back:
-            for index, extents in self.journal.extents.items():
-                back.written(index, extents)
+            for index in self.journal.written:
+                back.written(index, self.journal.extents(index))
             with compiling(lambda function: self.workers.progress("compile", 0, 0)):
                 self._write(back)
             live = [build.first_file + i for build in self.alive for i in range(len(build.layout.files))]
@@ -153,8 +154,8 @@ class Pass:
 
     def _write(self, back: ReadBack) -> None:
         sizes = [unit_bytes(self.source, unit) for unit in self.work]
-        done, total = sum(sizes[index] for index in self.journal.extents), sum(sizes)
-        batches = [batch for batch in self.encoder.batches() if not self.journal.extents.keys() >= set(batch)]
+        done, total = sum(sizes[index] for index in self.journal.written), sum(sizes)
+        batches = [batch for batch in self.encoder.batches() if not self.journal.written.keys() >= set(batch)]
         encoded: dict[int, tuple[list[Extent], list[Lost]]] = {}  # of units whose bytes have not all left
 
         def left(index: int) -> None:
@@ -168,7 +169,7 @@ class Pass:
                     return
                 for index, result in zip(batch, results, strict=True):
                     self.bytes_read += sizes[index]
-                    if index in self.journal.extents:
+                    if index in self.journal.written:
                         continue  # of a batch that was written in part
                     pieces = [piece for piece in result.pieces if piece.build not in self.failed]
                     extents = [(piece.file, piece.offset, piece.length, piece.digest) for piece in pieces]
@@ -195,10 +196,9 @@ class Pass:
     def lost(self, build: PlacedBuild) -> dict[str, int]:
         """{tensor: weights that are below the range of its scales and became zero or noise} of a build."""
         counts = dict.fromkeys((tensor.name for tensor in build.plan.tensors), 0)
-        for unit in self.journal.extents:
-            for number, tensor, count in self.journal.lost.get(unit, ()):
-                if self.placed[number] is build:
-                    counts[build.plan.tensors[tensor].name] += count
+        for number, tensor, count in chain.from_iterable(self.journal.lost.values()):
+            if self.placed[number] is build:
+                counts[build.plan.tensors[tensor].name] += count
         return {name: count for name, count in counts.items() if count}
 
     def _owned(self) -> list[list[tuple[int, int]]]:
@@ -208,4 +208,15 @@ class Pass:
             for tensor, (file, offset) in zip(build.plan.tensors, build.layout.places, strict=True):
                 if tensor.nbytes and not tensor.constant:
                     owned[build.first_file + file].append((offset, offset + tensor.nbytes))
-        return [sorted(ranges) for ranges in owned]
+        return [_joined(sorted(ranges)) for ranges in owned]
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in their order, those that touch as one: most tensors lie one behind another."""
+    joined = ranges[:1]
+    for first, end in ranges[1:]:
+        if first == joined[-1][1]:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
+    return joined
