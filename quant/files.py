@@ -15,6 +15,7 @@ than `MAX_DIGITS` digits and values nested deeper than `MAX_DEPTH` are refused: 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -229,11 +230,22 @@ def kind(mode: int) -> str:
     return names.get(stat.S_IFMT(mode), "a device")
 
 
+def follow(path: Path) -> Path:
+    """Where `path` leads through every link. Raises OSError: a loop of them, of which Path.resolve says nothing from
+    Python 3.13 on."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+    return path.resolve()
+
+
 def _target(path: Path, error: type[OrnithError]) -> Path:
     """Where `path` leads, refused outside its folder and the blobs of a Hub cache."""
     try:
-        root, target = path.parent.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a loop of links
+        root, target = path.parent.resolve(), follow(path)
+    except OSError:
         raise error(f"{path.parent}: {path.name} is a link that leads nowhere") from None
     blobs = [parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):

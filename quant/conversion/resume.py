@@ -22,7 +22,7 @@ from ornith_moe.quant.conversion.journal import Head, Journal
 from ornith_moe.quant.conversion.publish import final_paths, manifest_path
 from ornith_moe.quant.conversion.workers import PlacedBuild
 from ornith_moe.quant.errors import ConversionError, OrnithError, PlanError
-from ornith_moe.quant.files import read_json
+from ornith_moe.quant.files import follow, read_json
 from ornith_moe.quant.gguf.imatrix import Imatrix
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
 from ornith_moe.quant.source.source import Source, weight_matrix
@@ -119,8 +119,8 @@ def drop(staging: Path, journal: Journal | None = None) -> None:
 def check_out(source: Source, out: Path, staging: Path) -> None:
     """Whether `out` can be the folder for builds of `source`."""
     try:
-        target = out.resolve()
-    except (OSError, RuntimeError):
+        target = follow(out)
+    except OSError:
         raise PlanError(f"{out}: is a link that leads nowhere; choose another folder for the builds") from None
     if os.path.lexists(out) and not out.is_dir():
         raise PlanError(f"{out}: expected a folder for the builds, found something else")

@@ -181,7 +181,8 @@ def test_the_command_writes_rows_and_prints_one_object(tmp_path, monkeypatch):
     assert ours.peer is False and ours.rounds == len(ours.seconds) == len(ours.control) and ours.ratio and ours.share
     assert ours.case["routing"] == "record.npy" and ours.case["pass"] == "forward"
     assert told["rows"][0]["median_s"] == ours.median_s and told["settings"]["quick"] is True
-    assert run.control["what"] == "torch.mm" and run.limits and run.machine["versions"]["torch"] == torch.__version__
+    assert run.control["what"] == "torch.mm" and run.limits
+    assert torch.__version__.startswith(run.machine["versions"]["torch"])  # of PyPI's 2.13.0 it says 2.13.0+cu130
 
 
 @pytest.mark.parametrize(
