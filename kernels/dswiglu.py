@@ -89,9 +89,10 @@ def dswiglu_kernel(
             gate = widen(tl.load(gate_ptr + offs_2n, mask=mask, other=0.0))
             sigmoid = 1.0 / (1.0 + tl.exp(-gate))
             silu = gate * sigmoid
-            slope = sigmoid + silu * (1.0 - sigmoid)  # before `up` is there: gfx950 takes four registers less
-            dup = narrow(acc * silu, dtype)
+            # The slope before `up` is there, `dup` after: else gfx950 takes 4 registers more, gfx942 17 or 32.
+            slope = sigmoid + silu * (1.0 - sigmoid)
             up = widen(tl.load(gate_ptr + I + offs_2n, mask=mask, other=0.0))
+            dup = narrow(acc * silu, dtype)
             dgate = narrow(acc * up * slope, dtype)
             dgate_ptr = dpre_ptr + first + row.to(tl.int64) * I
             tl.store(dgate_ptr + offs_2n, dgate, mask=mask)
