@@ -124,8 +124,15 @@ def peak_bytes(folder):
 
 
 def peak_of(run):
-    """Most bytes of tensors that `run` has allocated at a time, buffers of collectives too."""
+    """Most bytes of tensors that `run` has allocated at a time, buffers of collectives too.
+
+    The least of five runs: on a busy machine gloo's thread frees a buffer after the next one is made, 1.07 MB for 0.57.
+    """
     run()  # machine code and process groups once
+    return min(_peak_once(run) for _ in range(5))
+
+
+def _peak_once(run):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     held = peak = 0
