@@ -65,10 +65,13 @@ def test_a_thousand_tokens(preset, megabytes):
 
 
 @pytest.mark.parametrize(
-    ("preset", "sequences", "published"), [("qwen3.5-35b-a3b", 4, "251"), ("qwen3.6-27b", 3, "448.88")]
+    ("preset", "sequences", "published"),
+    [("qwen3.5-35b-a3b", 4, "251"), ("qwen3.6-27b", 3, "448.88"), ("qwen3.5-9b", 1, "50.25")],
 )
 def test_a_state_is_what_users_of_llama_cpp_report(preset, sequences, published):
-    """Logs of others, MiB: an article on Qwen3.5-35B-A3B at b8183, of four slots; ggml-org/llama.cpp #23792."""
+    """Logs of others, MiB: an article on Qwen3.5-35B-A3B at b8183, of four slots; ggml-org/llama.cpp #23792; one
+    sequence of the 9B at b8744, lmstudio-ai/lmstudio-bug-tracker #1563 (50.251, with 1 KB around the state).
+    """
     state = open_source(preset).architecture.cached(65536).state
     assert f"{sequences * 4 * state / 2**20:.{len(published.partition('.')[2])}f}" == published
 
