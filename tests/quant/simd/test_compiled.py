@@ -12,6 +12,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numba
 import pytest
 from numba.core.caching import FunctionCache
 
@@ -61,7 +62,8 @@ def test_machine_code_is_made_once_told_and_kept(tmp_path):
     assert run(COLD, tmp_path) == []
 
 
-def test_a_call_without_compiling_is_not_told():
+def test_a_call_without_compiling_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))  # else it may be there from a run before
     told = []
     with compiling(told.append):
         twice = compiled(lambda x: 2 * x)
