@@ -134,26 +134,33 @@ class TestSelection:
 
     @pytest.mark.parametrize("word", ornith_moe.hf.WORDS)
     def test_every_word_trains_by_its_recipe(self, word):
-        """Loss and all gradients of a model, against the same model around the reference of the recipe."""
-        model = hf_models.model("qwen3_moe", word, hidden_size=128, moe_intermediate_size=128)
-        recipe = ornith_moe.hf.WORDS[word].name
-        assert set(ornith_moe.hf.explain(model).values()) == {f"fused: plain SwiGLU, recipe {recipe}, cpu backend"}
-        loss, gradients = loss_and_gradients(model)
+        """Loss and all gradients of a model, against the same model around the reference of the recipe.
+
+        In a third of models a cast to FP8 rounds some value the other way, as sums before it differ in their last bit:
+        up to 2e-4 of the loss and 3e-2 of a gradient. In all others nothing but fp32 is left; eight have one of these.
+        """
+        recipe, errors = ornith_moe.hf.WORDS[word].name, []
 
         def reference(self, x, indices, weights):
             weights_of = self.gate_up_proj, self.down_proj
             return moe_mlp_reference(x, indices, weights, *weights_of, recipe=recipe, scale="bf16")
 
+        ALL_EXPERTS_FUNCTIONS.register("reference", reference)
         try:
-            ALL_EXPERTS_FUNCTIONS.register("reference", reference)
-            expected_loss, expected = loss_and_gradients(model, "reference")
+            for _ in range(1 if recipe == "bf16" else 8):
+                model = hf_models.model("qwen3_moe", word, hidden_size=128, moe_intermediate_size=128)
+                told = f"fused: plain SwiGLU, recipe {recipe}, cpu backend"
+                assert set(ornith_moe.hf.explain(model).values()) == {told}
+                loss, gradients = loss_and_gradients(model)
+                expected_loss, expected = loss_and_gradients(model, "reference")
+                error, worst = hf_models.gradient_error(gradients, expected)
+                errors.append((abs(loss - expected_loss).item() / expected_loss.item(), error, worst))
+                if errors[-1][0] < 1e-5 and error < 1e-4:
+                    break
+            else:
+                pytest.fail(f"(of the loss, of the worst gradient, its parameter): {errors}")
         finally:
             ALL_EXPERTS_FUNCTIONS._global_mapping.pop("reference")
-        # A cast may round one value the other way: over 12 seeds up to 1.1e-4 of the loss, 2.2e-2 of a gradient.
-        loss_bound, bound = (1e-5, 1e-4) if recipe == "bf16" else (3e-4, 3e-2)
-        assert abs(loss - expected_loss) < loss_bound * expected_loss
-        error, worst = hf_models.gradient_error(gradients, expected)
-        assert error < bound, worst
 
 
 @pytest.mark.device
