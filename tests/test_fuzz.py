@@ -83,6 +83,11 @@ def judge(tmp_path_factory):
     made.close()
 
 
+def limit_memory(judge, monkeypatch):
+    """To little more than a fork has that does nothing: it holds what its parent holds, gigabytes after some tests."""
+    monkeypatch.setattr(worker, "MEMORY", judge.run(["ok", "."])["rss"] + MORE // 2)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_the_judge_finds(judge, tmp_path, monkeypatch, name):
     """Each in a folder as the cases have it, where a hang or a death before has cost the next its process."""
@@ -93,8 +98,7 @@ def test_the_judge_finds(judge, tmp_path, monkeypatch, name):
     (tmp_path / "there").write_text("x")
     (folder / "case" / "leads out").unlink(missing_ok=True)
     (folder / "case" / "leads out").symlink_to(tmp_path)
-    if name == "memory":  # a fork holds what its parent holds at that time
-        monkeypatch.setattr(worker, "MEMORY", judge.run(["ok", "."])["rss"] + MORE // 2)
+    limit_memory(judge, monkeypatch)
     if "hang" in name:
         monkeypatch.setattr(worker, "SECONDS", 0.3)
     found = judge.run([name, str(tmp_path)])
@@ -106,5 +110,6 @@ def test_the_judge_finds(judge, tmp_path, monkeypatch, name):
         assert found["lost"] == [str(folder / ("base/m" if "over" in name else "case/in/m"))]
 
 
-def test_the_judge_knows_a_usage_error(judge):
+def test_the_judge_knows_a_usage_error(judge, monkeypatch):
+    limit_memory(judge, monkeypatch)
     assert judge.run(["ok"])["outcome"] == judge.run(["no such command"])["outcome"] == "usage"
