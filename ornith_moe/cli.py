@@ -8,6 +8,8 @@ quantizes when it runs, so `--help` and `plan` start at once.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import re
 import signal
 import sys
@@ -78,6 +80,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def main() -> None:
     """Entry point: turns every expected failure into one sentence and an exit code."""
+    atexit.register(_spare_the_search)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
             signal.signal(number, _stop)
@@ -89,6 +92,12 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error, 1)
     except Stopped as stopped:
         _fail(stopped, 130)
+
+
+def _spare_the_search() -> None:
+    """Python ends by looking for cycles among all objects, 0.3 s once numba is loaded; Triton would tell of leaks."""
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _fail(reason: object, code: int) -> NoReturn:

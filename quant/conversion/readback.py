@@ -16,12 +16,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import heapq
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from itertools import islice
+from queue import Empty, SimpleQueue
 from struct import Struct
 from threading import Lock
 
@@ -31,6 +31,7 @@ from ornith_moe.quant.conversion.journal import Extent
 from ornith_moe.quant.conversion.writer import Range
 from ornith_moe.quant.errors import ConversionError
 from ornith_moe.quant.files import past_the_cache
+from ornith_moe.quant.memory import huge_pages
 
 CHUNK = 4 << 20  # read at a time
 AHEAD = 4  # of a file, and on their way at a time
@@ -72,54 +73,52 @@ class _File:
         self.extents.extend(sorted(self.waiting))
         self.waiting.clear()
 
-    def read(self, stop: int, disk: ThreadPoolExecutor) -> Iterator[int]:
+    def read(self, stop: int, disk: ThreadPoolExecutor, free: SimpleQueue[memoryview]) -> Iterator[int]:
         """Read to byte `stop`, its end or a multiple of CHUNK; gives the bytes of each chunk once they are read.
 
-        `disk` fetches the chunks that follow while one is hashed.
+        `disk` fetches the chunks that follow while one is hashed, into memory that is `free`.
         """
         if self.direct is None:
             os.fdatasync(self.descriptor)
         starts = iter(range(self.position, stop, CHUNK))
-        with ExitStack() as stack:
-            memories = [stack.enter_context(mmap.mmap(-1, CHUNK)) for _ in range(AHEAD)]
-            pairs = zip(memories, starts, strict=False)  # as many as there are of both
-            coming = deque((memory, disk.submit(self._fill, memory, start)) for memory, start in pairs)
-            try:
-                while coming:
-                    memory, count = coming[0][0], coming[0][1].result()
-                    coming.popleft()
-                    with memoryview(memory) as whole, whole[:count] as view:
-                        self.sha256.update(view)
-                        self._compare(view)
-                    self.position += count
-                    if (start := next(starts, None)) is not None:
-                        coming.append((memory, disk.submit(self._fill, memory, start)))
-                    yield count
-            finally:
-                wait([fetched for _, fetched in coming])  # they write into this memory
+        coming = deque(disk.submit(self._fetch, start, free) for start in islice(starts, AHEAD))
+        try:
+            while coming:
+                memory, count = coming.popleft().result()
+                self.sha256.update(memory[:count])
+                self._compare(memory[:count])
+                free.put(memory)
+                self.position += count
+                if (start := next(starts, None)) is not None:
+                    coming.append(disk.submit(self._fetch, start, free))
+                yield count
+        finally:
+            wait(coming)
 
-    def _fill(self, memory: mmap.mmap, position: int) -> int:
-        """The bytes of the file from `position` on, a chunk of them; zeros where it ends before."""
-        count, direct = min(CHUNK, self.size - position), self.direct
-        with memoryview(memory) as whole, whole[:count] as view:
-            done = 0
-            if direct is not None:
-                try:
-                    done = os.preadv(direct, [whole], position)  # whole pages, beyond the end too
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    self.direct = direct = None
-                    os.fdatasync(self.descriptor)
-            if direct is None and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
-            while done < count:
-                got = os.preadv(self.descriptor, [view[done:]], position + done)
-                if got == 0:
-                    view[done:] = bytes(count - done)
-                    break
-                done += got
-        return count
+    def _fetch(self, position: int, free: SimpleQueue[memoryview]) -> tuple[memoryview, int]:
+        """Memory with the bytes of the file from `position` on, and how many; zeros where it ends before."""
+        count, direct, done = min(CHUNK, self.size - position), self.direct, 0
+        try:
+            memory = free.get_nowait()
+        except Empty:
+            memory = memoryview(huge_pages(CHUNK))
+        if direct is not None:
+            try:
+                done = os.preadv(direct, [memory], position)  # whole pages, beyond the end too
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.direct = direct = None
+                os.fdatasync(self.descriptor)
+        if direct is None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, position, count, os.POSIX_FADV_DONTNEED)
+        while done < count:
+            got = os.preadv(self.descriptor, [memory[done:count]], position + done)
+            if got == 0:
+                memory[done:count] = bytes(count - done)
+                break
+            done += got
+        return memory, count
 
     def _compare(self, view: memoryview) -> None:
         first, last = self.position, self.position + len(view)
@@ -163,6 +162,7 @@ class ReadBack:
         self._files = [_File(*file) for file in zip(descriptors, sizes, owned, strict=True)]
         self._tell, self._lock, self._done, self._total = tell, Lock(), 0, sum(sizes)
         self._pool, self._disk = ThreadPoolExecutor(jobs), ThreadPoolExecutor(AHEAD)
+        self._free: SimpleQueue[memoryview] = SimpleQueue()  # of CHUNK bytes each
         self._reading: dict[int, Future[None]] = {}  # by file
 
     def written(self, unit: int, extents: Iterable[Extent]) -> None:
@@ -204,7 +204,7 @@ class ReadBack:
         return {number: self._files[number].sha256.hexdigest() for number in live}, damaged
 
     def _read(self, file: _File, stop: int) -> None:
-        for count in file.read(stop, self._disk):
+        for count in file.read(stop, self._disk, self._free):
             with self._lock:
                 self._done += count
                 self._tell(self._done, self._total)

@@ -13,7 +13,6 @@ when all of its bytes have left: only then may a journal claim it.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ornith_moe.quant.files import past_the_cache
+from ornith_moe.quant.memory import huge_pages
 
 CHUNK = 4 << 20  # written at a time; a power of two, and whole pages
 DEPTH = 4  # chunks on their way at a time
@@ -47,7 +49,7 @@ class _Chunk:
 
     start: int
     missing: int  # bytes that weights own and that have not come
-    memory: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, CHUNK))
+    memory: np.ndarray  # of bytes
     ranges: list[Range] = field(default_factory=list)  # that have come, in the file
     units: list[int] = field(default_factory=list)  # each once for each of its ranges
 
@@ -72,7 +74,7 @@ class Writer:
         self._open: dict[tuple[int, int], _Chunk] = {}  # by file and start; the oldest first
         self._through: set[tuple[int, int]] = set()  # chunks of which a part went through the page cache
         self._waiting: dict[int, int] = {}  # unit -> its ranges in open chunks
-        self._free: list[mmap.mmap] = []
+        self._free: list[np.ndarray] = []
         self._pool = ThreadPoolExecutor(DEPTH)
         self._leaving: deque[tuple[tuple[int, int], _Chunk, Future[None]]] = deque()
 
@@ -104,7 +106,8 @@ class Writer:
                 write_all(self._descriptors[piece.file], part, position)
             else:
                 chunk = self._open.get(key) or self._begin(key)
-                chunk.memory[position - start : position - start + len(part)] = part
+                inside = slice(position - start, position - start + len(part))
+                chunk.memory[inside] = np.frombuffer(part, np.uint8)  # numpy lets other threads work meanwhile
                 chunk.ranges.append((position, position + len(part)))
                 chunk.units.append(unit)
                 chunk.missing -= len(part)
@@ -118,10 +121,10 @@ class Writer:
             self._write_through(next(iter(self._open)))
         file, start = key
         owned = self._owned[file][start]
-        memory = self._free.pop() if self._free else mmap.mmap(-1, CHUNK)
+        memory = self._free.pop() if self._free else np.frombuffer(huge_pages(CHUNK), np.uint8)
         if owned < CHUNK:  # header, alignment or constants are in it, and lie there already
-            found = os.preadv(self._descriptors[file], [memory], start)
-            memory[found:] = bytes(CHUNK - found)
+            found = os.preadv(self._descriptors[file], [memory.data], start)
+            memory[found:] = 0
         chunk = self._open[key] = _Chunk(start, owned, memory)
         return chunk
 
@@ -133,7 +136,8 @@ class Writer:
         if len(self._leaving) >= DEPTH:
             self._arrive()
         chunk = self._open.pop(key)
-        self._leaving.append((key, chunk, self._pool.submit(_leave, direct, chunk)))
+        leaving = self._pool.submit(write_all, direct, chunk.memory.data, chunk.start)
+        self._leaving.append((key, chunk, leaving))
 
     def _arrive(self) -> None:
         """Wait for the chunk that left first."""
@@ -153,10 +157,8 @@ class Writer:
         """What has come of a chunk, through the page cache; and what will come."""
         file, start = key
         chunk = self._open[key]
-        with memoryview(chunk.memory) as view:
-            for first, stop in chunk.ranges:
-                with view[first - start : stop - start] as part:
-                    write_all(self._descriptors[file], part, first)
+        for first, stop in chunk.ranges:
+            write_all(self._descriptors[file], chunk.memory[first - start : stop - start].data, first)
         self._through.add(key)
         del self._open[key]
         self._free.append(chunk.memory)
@@ -180,11 +182,6 @@ class Writer:
             self._pool.shutdown()
             for direct in self._opened:
                 os.close(direct)
-
-
-def _leave(direct: int, chunk: _Chunk) -> None:
-    with memoryview(chunk.memory) as view:
-        write_all(direct, view, chunk.start)
 
 
 def write_all(descriptor: int, view: memoryview, offset: int) -> None:

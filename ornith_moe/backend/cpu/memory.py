@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ornith_moe.quant.memory import advise, huge_pages
+
 LARGE_BYTES = 4 << 20
 _HUGE_PAGE = 2 << 20
 _KEPT_SHARE = 4  # of the machine's memory: a quarter
@@ -28,7 +30,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if nbytes < LARGE_BYTES or _wants_nan():
         return torch.empty(shape, dtype=dtype, device="cpu")
-    return _tensor(_from_pool(nbytes) or _map(nbytes), shape, dtype)
+    return _tensor(_from_pool(nbytes) or _new(nbytes), shape, dtype)
 
 
 def weight_gradient(shape: Sequence[int], dtype: torch.dtype, active: list[int]) -> torch.Tensor:
@@ -41,7 +43,7 @@ def weight_gradient(shape: Sequence[int], dtype: torch.dtype, active: list[int])
         return torch.zeros(shape, dtype=dtype, device="cpu")
     many = _MANY * len(active) >= shape[0]
     reused = _from_pool(nbytes) if many else None
-    gradient = _tensor(reused or _map(nbytes), shape, dtype, keep=many)
+    gradient = _tensor(reused or _new(nbytes), shape, dtype, keep=many)
     if reused is not None:
         start = 0
         for stop in [*active, shape[0]]:  # ascending
@@ -61,11 +63,8 @@ def _wants_nan() -> bool:
     return torch.are_deterministic_algorithms_enabled() and fills
 
 
-def _map(nbytes: int) -> mmap.mmap:
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, **private)  # shared memory, Python's default, gets no huge pages
-    _advise(memory, "MADV_HUGEPAGE")
-    return memory
+def _new(nbytes: int) -> mmap.mmap:
+    return huge_pages(nbytes + _HUGE_PAGE)
 
 
 def _tensor(memory: mmap.mmap, shape: Sequence[int], dtype: torch.dtype, keep: bool = True) -> torch.Tensor:
@@ -93,13 +92,5 @@ def _from_pool(nbytes: int) -> mmap.mmap | None:
 def _give_back(memory: mmap.mmap) -> None:
     kept = sum(map(len, _pool)) + len(memory)
     if kept <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _KEPT_SHARE:
-        _advise(memory, "MADV_FREE")
+        advise(memory, "MADV_FREE")
         _pool.append(memory)
-
-
-def _advise(memory: mmap.mmap, name: str) -> None:
-    if hasattr(mmap, name):
-        try:
-            memory.madvise(getattr(mmap, name))
-        except OSError:
-            pass  # a kernel without it
