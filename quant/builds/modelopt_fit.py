@@ -8,6 +8,8 @@ in_proj_z; gate and up; all experts of a layer. What may become of what is that 
     shared expert, MLP        NVFP4, FP8 or as in the source
     attention, DeltaNet       FP8 or as in the source
     head                      NVFP4 or as in the source
+    any of them that the      NVFP4, with the codes of the source: nothing else is smaller or loses less
+    source has in NVFP4
 
 The config lists every module that is quantized, as `MIXED_PRECISION` does. FP8 casts activations too, which no error of
 weights tells. Headers grow with what is chosen, so a choice that is too large by them is made again in less.
@@ -24,7 +26,7 @@ from dataclasses import replace
 from ornith_moe.quant.builds.build import Alternative, Options, find_build, quiet, recognize, register_family
 from ornith_moe.quant.builds.gguf import GgufBuild, plan_gguf
 from ornith_moe.quant.builds.gguf_fit import PLAIN, check_shapes, sensitivity_for, weights_of
-from ornith_moe.quant.builds.modelopt import MIXERS, MLP, SMALL, ModelOptBuild
+from ornith_moe.quant.builds.modelopt import MIXERS, MLP, SMALL, ModelOptBuild, held_in_nvfp4
 from ornith_moe.quant.builds.plan import BuildPlan
 from ornith_moe.quant.builds.storages.nvfp4 import GROUP
 from ornith_moe.quant.builds.stored import StoredBuild
@@ -115,6 +117,9 @@ class _Case:
             name = named.tensors[step.tensors[0]].name
             if name in wanted and choices(source.weights[step.weight]) and step.weight not in options.kept:
                 self.holds.setdefault(name, []).append(step.weight)
+        held = held_in_nvfp4(source, options.nvfp4)
+        self.held = {i for indices in self.holds.values() if held.issuperset(indices) for i in indices}
+        self.holds = {name: indices for name, indices in self.holds.items() if not held.issuperset(indices)}
         self.source, self.weights = source, weights_of(source)
         first = {name: source.weights[indices[0]] for name, indices in self.holds.items()}
         head = Loss(sensitivity, source.layers).head
@@ -143,7 +148,7 @@ class _Case:
     def wanted(self, chosen: Fitted) -> dict[int, str]:
         """{weight: algorithm} of those that are quantized."""
         pairs = ((index, chosen.types[name]) for name, indices in self.holds.items() for index in indices)
-        return {index: kind for index, kind in pairs if kind != KEPT}
+        return dict.fromkeys(self.held, NVFP4) | {index: kind for index, kind in pairs if kind != KEPT}
 
     def nbytes(self, tensor: TensorErrors, kind: str) -> int:
         values, matrices = math.prod(tensor.shape), len(self.holds.get(tensor.name, (0,)))

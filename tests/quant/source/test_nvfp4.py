@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from ornith_moe.quant.builds.build import AskedNvfp4
 from ornith_moe.quant.builds.planning import plan_build
 from ornith_moe.quant.conversion.convert import convert
-from ornith_moe.quant.errors import CheckpointError, OrnithError
+from ornith_moe.quant.conversion.sensitivity import measure_sensitivity
+from ornith_moe.quant.errors import CheckpointError, OrnithError, PlanError
 from ornith_moe.quant.source.weights import open_source
 from ornith_moe.quant.verification.verify import verify
 
@@ -209,6 +210,27 @@ def test_attention_that_is_nvfp4_stays_so(sources, root, tmp_path, layout):
             original = verify(build.path, open_source(root / "bf16" / "m"))
             assert original.roles["attention"]["sqnr_db"] > 15
             assert [half in problem for problem in original.problems] == [True], "its BF16 is that of NVFP4"
+
+
+def test_a_fit_keeps_all_that_is_nvfp4(sources, tmp_path):
+    """Whatever room there is: what is left to choose is what its source has in BF16."""
+    pytest.importorskip("scipy", reason="scipy, the extra `fit`, is not installed")
+    folder = Path(shutil.copytree(sources["nvfp4"], tmp_path / "m"))
+    with_attention(folder, "nvfp4")
+    source, stored = open_source(folder), load_file(folder / "model.safetensors")
+    found = measure_sensitivity(source, tmp_path / "s.json", types=["nvfp4"]).sensitivity
+    with pytest.raises(PlanError, match="give at least nvfp4:bpw=") as told:
+        plan_build(source, "nvfp4:bpw=1", sensitivity=found)
+    least = str(told.value).rpartition(" ")[2]
+    chosen = []
+    for build in convert(source, tmp_path / "out", [least, "nvfp4:fit=1GB"], sensitivity=found).builds:
+        result, tensors = verify(build.path, source), load_file(build.path / "model.safetensors")
+        assert result.ok and any("30 weights keep the codes" in note for note in build.notes), result.problems
+        kept = [name for name in stored if f"{name}_scale" in stored and "in_proj_" not in name]
+        assert len(kept) == 30 and all(tensors[name].equal(stored[name]) for name in kept)
+        layers = json.loads((build.path / "config.json").read_text())["quantization_config"]["quantized_layers"]
+        chosen.append({module.rpartition(".")[2] for module, entry in layers.items() if entry["quant_algo"] == "FP8"})
+    assert chosen == [{"in_proj_qkv", "in_proj_z"}, set()]
 
 
 def test_attention_is_fp8_where_that_is_asked(sources, tmp_path):
