@@ -28,17 +28,19 @@ from ornith_moe.quant.source.checkpoint import MAX_HEADER_BYTES, RANGES_MARK
 BLOCK = 16 << 20
 MOST_BLOCKS = 12  # of a few threads and streams: 192 MiB
 CONNECTIONS = 4
+HELD_BYTES = (MOST_BLOCKS + CONNECTIONS) * BLOCK  # one that is not kept may be on its way yet
 FIRST_BYTES = 1 << 20  # of a shard: most headers are shorter
 ATTEMPTS, WAIT_SECONDS, ANSWER_SECONDS = 6, 0.5, 60.0
 SIDES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
 
+Block = bytes | bytearray
 Follow = Callable[[int, int], None]  # bytes that have come, or 1 if some are asked for again; from any thread
 
 
 class Fetch(Protocol):
     """Bytes [start, stop) of a URL; calls `again` before each attempt but the first."""
 
-    def __call__(self, url: str, start: int, stop: int, again: Callable[[], None] = ..., /) -> bytes: ...
+    def __call__(self, url: str, start: int, stop: int, again: Callable[[], None] = ..., /) -> Block: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Ranges:
 
     def __init__(self, shards: Mapping[str, Shard], fetch: Fetch):
         self._shards, self._fetch = shards, fetch
-        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[str, int], Future[Block]] = OrderedDict()
         self._pool, self._lock = ThreadPoolExecutor(CONNECTIONS), Lock()
         self._follow: Follow = lambda come, retries: None
 
@@ -86,7 +88,7 @@ class Ranges:
             done += len(part)
         return done
 
-    def _block(self, name: str, number: int) -> Future[bytes]:
+    def _block(self, name: str, number: int) -> Future[Block]:
         """A block that is here or on its way, and the next one on its way."""
         shard = self._shards[name]
         with self._lock:
@@ -104,13 +106,13 @@ class Ranges:
                 self._blocks.popitem(last=False)
         return found
 
-    def _fetched(self, url: str, start: int, stop: int) -> bytes:
+    def _fetched(self, url: str, start: int, stop: int) -> Block:
         block = self._fetch(url, start, stop, lambda: self._follow(0, 1))
         self._follow(len(block), 0)
         return block
 
 
-def fetch(url: str, start: int, stop: int, again: Callable[[], None] = lambda: None) -> bytes:
+def fetch(url: str, start: int, stop: int, again: Callable[[], None] = lambda: None) -> Block:
     """Bytes [start, stop) of a URL of the Hub, with the user's token if there is one; as `Fetch`.
 
     Raises:
@@ -131,23 +133,23 @@ def fetch(url: str, start: int, stop: int, again: Callable[[], None] = lambda: N
     )
 
 
-def _once(url: str, start: int, stop: int) -> bytes:
+def _once(url: str, start: int, stop: int) -> Block:
     from huggingface_hub.utils import build_hf_headers, get_session
 
     headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    parts, count = [], 0
+    block, count = bytearray(stop - start), 0
     options: dict[str, Any] = {"headers": headers, "timeout": ANSWER_SECONDS, "follow_redirects": True}
     with get_session().stream("GET", url, **options) as response:
         if response.status_code != 206:
             raise OSError(f"status {response.status_code}, expected 206 and a part of the file")
         for part in response.iter_bytes():
-            parts.append(part)
+            if count + len(part) > len(block):
+                raise OSError(f"expected {len(block)} bytes, got more")
+            block[count : count + len(part)] = part
             count += len(part)
-            if count > stop - start:
-                break
-    if count != stop - start:
-        raise OSError(f"expected {stop - start} bytes, got {count}{' and more' * (count > stop - start)}")
-    return b"".join(parts)
+    if count < len(block):
+        raise OSError(f"expected {len(block)} bytes, got {count}")
+    return block
 
 
 def stand_in(folder: Path, source: str, shards: Mapping[str, Shard], fetch: Fetch) -> None:
@@ -165,7 +167,7 @@ def stand_in(folder: Path, source: str, shards: Mapping[str, Shard], fetch: Fetc
         list(pool.map(put, shards))
 
 
-def _header(shard: Shard, fetch: Fetch) -> bytes:
+def _header(shard: Shard, fetch: Fetch) -> Block:
     """The first bytes of a safetensors file, up to its payload as far as it says; whoever reads them checks them."""
     first = fetch(shard.url, 0, min(shard.size, FIRST_BYTES)) if shard.size else b""
     length = 8 + struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else 0
