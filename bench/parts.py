@@ -179,6 +179,21 @@ def commands(*runs: Run) -> str:
     return _table(["build", "command", seconds, "rate over that of `cp -r`", *columns, "of the last round"], lines)
 
 
+def tools(*runs: Run) -> str:
+    """A line for each tool that made the same as a whole command of ours, in the run of that command."""
+    lines = []
+    for run in runs:
+        rows = [row for row in rated(run.rows) if row.case.get("whole") == "command" and row.median_s and row.used]
+        ours = {row.group: row for row in rows if row.name == "ours"}
+        for row in (row for row in rows if row.peer and row.group in ours):
+            own = ours[row.group]
+            seconds = own.median_s or 0.0
+            memory = [f"{each.used['peak_rss_bytes'] / 1e9:.2g} GB" for each in (own, row)]
+            times = f"{_number((row.median_s or 0.0) / seconds)}x"
+            lines.append([row.case["build"], f"{seconds:.1f} s", memory[0], f"`{row.name}`", times, memory[1]])
+    return _table(["build", "ours", "memory", "tool", "its time over ours", "its memory"], lines)
+
+
 def growth(axis: str) -> Callable[..., str]:
     """How the time of ours grows along an axis of a case: a line per other case, a column per value."""
 
@@ -313,6 +328,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "modelled-share": modelled_share,
     "peers": peers,
     "sizes": sizes,
+    "tools": tools,
     "two-threads": two_threads,
 }
 

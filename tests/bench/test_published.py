@@ -164,6 +164,10 @@ def test_commands_have_columns_of_what_they_used(tmp_path):
         Row("convert", "g", "cp -r", False, case=case, median_s=5.0, rounds=3, used=used | {"read_bytes": 0}),
         Row("convert", "g", "mlx", True, "missing", "pip install mlx", case),
     ]
+    tool = Row("convert", "g", "tool", True, case=case, median_s=45.0, rounds=3, used=used | {"peak_rss_bytes": 6.7e9})
+    save(replace(RUN, rows=[*rows, tool]), tmp_path / "run.json")
+    *_, line = part("tools", "run.json", tmp_path).splitlines()
+    assert line == "| mlx:4 | 10.0 s | 2 GB | `tool` | 4.5x | 6.7 GB |"
     save(replace(RUN, rows=rows), tmp_path / "run.json")
     header, _, ours, copied, missing = part("commands", "run.json", tmp_path).splitlines()
     assert "| peak RSS, GB | of it no mapped files | read from the disk | written |" in header
