@@ -95,8 +95,8 @@ def main() -> None:
 
 
 def _spare_the_search() -> None:
-    """Python ends by looking for cycles among all objects, 0.3 s once numba is loaded; Triton would tell of leaks."""
-    if "triton" not in sys.modules:
+    """Python ends by looking for cycles among all objects, 0.3 s once numba is loaded; nanobind would tell of leaks."""
+    if not {"triton", "mlx"} & sys.modules.keys():
         gc.freeze()
 
 
