@@ -476,15 +476,18 @@ def test_source_changed_on_the_way(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_weights_are_found(tmp_path, value):
-    folder = fixtures.qwen35moe(tmp_path / "src", experts=3, experts_layout="fused")
+@pytest.mark.parametrize("builds", [["fp8-block"], ["gguf:Q4_K_M"], ["fp8-channel", "gguf:Q8_0"], ["bf16", "mlx:4"]])
+def test_non_finite_weights_are_found(tmp_path, builds, value):
+    """In all builds, by the encoder that meets it or before; with its place in the weight and what to do."""
+    folder = fixtures.qwen35moe(tmp_path / "src", experts=3, top_k=2, experts_layout="fused")
     tensors = load_file(folder / "model.safetensors")
     name = next(n for n in tensors if n.endswith("layers.1.mlp.experts.gate_up_proj"))
     tensors[name][2, 256 + 7, 19] = value  # expert 2, row 7 of up
     save_file(tensors, folder / "model.safetensors")
-    where = rf"layers\.1\.mlp\.experts\.2\.up_proj\.weight: row 7, column 19 is {value!s}"
-    with pytest.raises(ConversionError, match=where):
-        convert(open_source(folder), tmp_path / "out", ["fp8-block"])
+    where = rf"layers\.1\.mlp\.experts\.2\.up_proj\.weight: row 7, column 19 is {value!s}; .*--non-finite keep-bf16"
+    with pytest.raises(BuildsFailed, match=where) as told:
+        convert(open_source(folder), tmp_path / "out", builds)
+    assert list(told.value.report.failed) == builds and not any((tmp_path / "out").glob("[!.]*"))
 
 
 def test_a_build_that_cannot_hold_a_weight_costs_the_others_nothing(tmp_path, monkeypatch):
