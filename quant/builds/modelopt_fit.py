@@ -118,8 +118,8 @@ class _Case:
             if name in wanted and choices(source.weights[step.weight]) and step.weight not in options.kept:
                 self.holds.setdefault(name, []).append(step.weight)
         held = held_in_nvfp4(source, options.nvfp4)
-        self.held = {i for indices in self.holds.values() if held.issuperset(indices) for i in indices}
-        self.holds = {name: indices for name, indices in self.holds.items() if not held.issuperset(indices)}
+        untouched = [name for name, indices in self.holds.items() if held.issuperset(indices)]
+        self.held = [index for name in untouched for index in self.holds.pop(name)]
         self.source, self.weights = source, weights_of(source)
         first = {name: source.weights[indices[0]] for name, indices in self.holds.items()}
         head = Loss(sensitivity, source.layers).head

@@ -13,7 +13,6 @@ from ornith_moe.quant.conversion.stream import SLAB_ROWS
 from ornith_moe.quant.conversion.workers import PlacedBuild
 from ornith_moe.quant.errors import CheckpointError, ConversionError, PlanError
 from ornith_moe.quant.source.checkpoint import ITEM_BYTES
-from ornith_moe.quant.source.ranges import HELD_BYTES
 from ornith_moe.quant.source.source import Source, weight_matrix
 
 LIBRARIES_BYTES = 700 << 20  # interpreter, torch, numba: what a conversion holds besides slabs
@@ -93,8 +92,7 @@ def group_bytes(source: Source, builds: int, max_memory: int, jobs: int) -> int:
 
 def fixed_bytes(source: Source, builds: int) -> int:
     """What a conversion holds besides slabs."""
-    weights = range(len(source.weights))
-    return LIBRARIES_BYTES + STEP_BYTES * len(weights) * builds + HELD_BYTES * any(map(source.is_remote, weights))
+    return LIBRARIES_BYTES + STEP_BYTES * len(source.weights) * builds + source.held_bytes
 
 
 def check_space(out: Path, staging: Path, placed: Sequence[PlacedBuild]) -> None:

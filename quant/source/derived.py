@@ -57,6 +57,10 @@ class Derived(Source):
     def follow(self, follow: Callable[[int, int], None]) -> None:
         self.base.follow(follow)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.base.held_bytes
+
     def is_remote(self, index: int) -> bool:
         return self.base.is_remote(index)
 

@@ -79,6 +79,10 @@ class Grafted(Derived):
         self.base.follow(follow)
         self.donor.follow(follow)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.base.held_bytes + self.donor.held_bytes
+
     def is_remote(self, index: int) -> bool:
         source, index = self._of(index)
         return source.is_remote(index)

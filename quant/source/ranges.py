@@ -28,7 +28,6 @@ from ornith_moe.quant.source.checkpoint import MAX_HEADER_BYTES, RANGES_MARK
 BLOCK = 16 << 20
 MOST_BLOCKS = 12  # of a few threads and streams: 192 MiB
 CONNECTIONS = 4
-HELD_BYTES = (MOST_BLOCKS + CONNECTIONS) * BLOCK  # one that is not kept may be on its way yet
 FIRST_BYTES = 1 << 20  # of a shard: most headers are shorter
 ATTEMPTS, WAIT_SECONDS, ANSWER_SECONDS = 6, 0.5, 60.0
 SIDES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md")
@@ -64,6 +63,11 @@ class Ranges:
     def identity(self) -> str:
         """What stands for all the bytes, since the URLs name a commit."""
         return "\n".join(f"{shard.url} {shard.size}" for _, shard in sorted(self._shards.items()))
+
+    @property
+    def held_bytes(self) -> int:
+        """At most: a block that is not kept any more may be on its way yet."""
+        return (MOST_BLOCKS + CONNECTIONS) * BLOCK
 
     def follow(self, follow: Follow) -> None:
         """Tell `follow` from now on."""

@@ -115,6 +115,11 @@ class Source(ABC):
         asked for again; what lies on this machine tells nothing.
         """
 
+    @property
+    def held_bytes(self) -> int:
+        """How much it holds in memory of what comes from elsewhere, at most."""
+        return 0
+
     def is_remote(self, index: int) -> bool:
         """Whether weight `index` comes from elsewhere."""
         return False
@@ -207,6 +212,10 @@ class CheckpointSource(Source):
     def follow(self, follow: Callable[[int, int], None]) -> None:
         if isinstance(self.checkpoint.opened, Ranges):
             self.checkpoint.opened.follow(follow)
+
+    @property
+    def held_bytes(self) -> int:
+        return self.checkpoint.opened.held_bytes if isinstance(self.checkpoint.opened, Ranges) else 0
 
     def is_remote(self, index: int) -> bool:
         return isinstance(self.checkpoint.opened, Ranges)

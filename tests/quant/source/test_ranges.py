@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ornith_moe.command import terminal
 from ornith_moe.quant.conversion.convert import PARTIAL, convert
-from ornith_moe.quant.errors import CheckpointError
+from ornith_moe.quant.errors import CheckpointError, PlanError
 from ornith_moe.quant.opening import open_any
 from ornith_moe.quant.source import ranges
 from ornith_moe.quant.source.checkpoint import open_checkpoint
@@ -40,7 +40,7 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     requests: list[tuple[str, str]]
-    faults = ("dropped", "short", "whole", "busy")
+    faults = ("dropped", "short", "long", "whole", "busy")
 
     def handle(self):
         with contextlib.suppress(ConnectionError):  # a client that has enough hangs up
@@ -80,7 +80,8 @@ class Hub(BaseHTTPRequestHandler):
         elif fault == "whole":
             self.answer(200, content, headers)
         else:
-            self.answer(206, part[: len(part) // 2] if fault == "short" else part, headers, cut=fault == "dropped")
+            part = {"short": part[: len(part) // 2], "long": part + b"!"}.get(fault, part)
+            self.answer(206, part, headers, cut=fault == "dropped")
 
     def entry(self, name):
         size = (self.folder / name).stat().st_size
@@ -183,6 +184,21 @@ def test_what_comes_of_a_donor_is_told_like_what_comes_of_the_source(moe, hub, t
     assert 0 < mtp < report.bytes_read / 2 and {of_all for _, of_all in come} == {total}
     assert come == sorted(come) and come[0][0] < total == come[-1][0], "from the first block to the last"
     assert len(come) == len(handler.requests), "of each block that was asked for"
+
+
+def test_blocks_count_as_memory(moe, hub, tmp_path):
+    """What a conversion needs at least, of a folder, of one that comes by ranges, and with a donor that does too."""
+    endpoint, _ = hub
+    local, remote = open_checkpoint(moe), by_ranges(moe, endpoint)
+    sources = [source_from_checkpoint(checkpoint, mtp="drop") for checkpoint in (local, remote)]
+    least = []
+    for source in (*sources, with_mtp_from(sources[1], remote)):
+        with pytest.raises(PlanError, match="1 jobs need at least") as told:
+            convert(source, tmp_path, ["bf16"], max_memory=1, jobs=1)
+        least.append(float(re.search(r"least ([\d.]+) GiB", str(told.value))[1]))
+    held = 16 * ranges.BLOCK / 2**30
+    assert least[1] - least[0] == pytest.approx(held, abs=0.01)
+    assert least[2] - least[0] == pytest.approx(2 * held, abs=0.01)
 
 
 def test_a_conversion_tells_what_comes_and_what_is_asked_for_again(moe, hub, tmp_path, monkeypatch):
